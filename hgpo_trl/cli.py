@@ -1,0 +1,31 @@
+"""The `hgpo-trl` command: `hgpo-trl STAGE [--config recipe.yaml] [--field value ...]`."""
+
+import importlib
+import sys
+
+STAGES = {
+    "data": "build the data sets and the untrained model of an embedded task",
+    "hft": "Stage I, Hybrid Fine-Tuning",
+    "hgpo": "Stage II, Hybrid Group Policy Optimization",
+    "evaluate": "sample a model in both modes, score it, report hybrid accuracy",
+    "report": "tables and figures from evaluations and training logs",
+}
+
+_USAGE = "usage: hgpo-trl STAGE --config RECIPE.yaml [--FIELD VALUE ...]\n\nstages:\n" + "\n".join(
+    f"  {stage:<10}{summary}" for stage, summary in STAGES.items()
+)
+
+
+def main() -> None:
+    """Run one stage in this process. For several processes: `accelerate launch -m hgpo_trl.scripts.STAGE`."""
+    stage, *rest = sys.argv[1:] or ["--help"]
+    if stage in ("-h", "--help"):
+        print(f"{_USAGE}\n\n`hgpo-trl STAGE --help` lists a stage's fields.")
+        return
+    if stage not in STAGES:
+        sys.exit(f"{_USAGE}\n\nhgpo-trl: error: unknown stage {stage!r}")
+    importlib.import_module(f"hgpo_trl.scripts.{stage}").main(rest)  # imports torch only now
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Configuration of `HGPOTrainer`: TRL's `GRPOConfig` with the paper's settings, plus what HGPO adds."""
+
+from dataclasses import dataclass, field
+
+from transformers import SchedulerType
+from trl import GRPOConfig
+
+from hgpo_trl.advantages import (
+    DECISION_WEIGHTINGS,
+    ESTIMATORS,
+    INTRA_SCOPES,
+    TIES,
+    check_choice,
+    check_coefficients,
+)
+
+@dataclass
+class HGPOConfig(GRPOConfig):
+    """Arguments of `HGPOTrainer`. Only the fields that HGPO adds or whose default differs from `GRPOConfig`'s are here.
+
+    Defaults are the paper's (arXiv 2505.14631, section 3): N = 4, α = 1, δ = 0.2, KL coefficient 0.001, ε = 0.5,
+    AdamW at a constant 1e-6. The loss is `dr_grpo`: a constant normaliser, the paper's plain sum over tokens up to a
+    factor. `grpo`'s 1/|o| would let the decision token of a long response count 10 to 20 times less than a short one's.
+
+    Args:
+        num_generations: N, responses per query: the first half is forced to think, the second half not to. Even, >= 4.
+        num_generations_eval: the same in evaluation; even, >= 2. Default: `num_generations`.
+        alpha: α of Eq. 10, weight of the inter-group advantage on the decision token.
+        margin: δ of Eq. 8, added to the no-think mode's mean reward before the modes are compared. (`delta` is another
+            thing: GRPOConfig's two-sided clipping.)
+        estimator: "grpo" (Eq. 10), "rloo" (Eq. 23), "reinforce_plus_plus" or "reinforce_plus_plus_as_printed" (Eq. 22).
+        intra_scope: normalise r_intra over the mode's own N/2 samples ("mode") or over all N ("all").
+        ties: r_intra of samples that share the maximum: "all" get 1, or the "first" only.
+        discount: γ of Eq. 22; REINFORCE++ only.
+        decision_weighting: "saturating" scales the inter-group advantage by how far the policy is from the winning
+            mode; "uniform" is the paper as printed, whose push on the decision token never ends (docs/method.md).
+        off_mode_warning: warn, once per run, when the mean probability that the first token is neither mode exceeds
+            this; between 0 and 1.
+        eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
+
+    Raises:
+        ValueError: at construction, naming the field, its value and the remedy.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW (paper: 1e-6)."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "Learning rate schedule (paper: constant)."}
+    )
+    num_generations: int | None = field(
+        default=4, metadata={"help": "N, responses per query, half of them in each mode. Even and at least 4 (paper: 4)."}
+    )
+    beta: float = field(default=0.001, metadata={"help": "KL coefficient towards the HFT model (paper: 0.001)."})
+    epsilon: float = field(default=0.5, metadata={"help": "Clipping range of the probability ratio (paper: 0.5)."})
+    loss_type: str = field(
+        default="dr_grpo",
+        metadata={"help": "Loss aggregation. dr_grpo is the paper's plain token sum up to a constant factor."},
+    )
+
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the inter-group advantage on the decision token."})
+    margin: float = field(default=0.2, metadata={"help": "Margin δ added to the no-think mean when modes are compared."})
+    estimator: str = field(
+        default="grpo", metadata={"help": f"Advantage estimator: {', '.join(ESTIMATORS)}.", "choices": ESTIMATORS}
+    )
+    intra_scope: str = field(
+        default="mode",
+        metadata={"help": "Normalise r_intra over the mode's samples or over all N: mode, all.", "choices": INTRA_SCOPES},
+    )
+    ties: str = field(
+        default="all",
+        metadata={"help": "Samples that share a mode's maximum and get r_intra = 1: all, first.", "choices": TIES},
+    )
+    discount: float = field(default=0.99, metadata={"help": "Discount γ of REINFORCE++."})
+    decision_weighting: str = field(
+        default="saturating",
+        metadata={
+            "help": "Weight of the inter-group advantage: saturating (by the policy's distance from the winning mode) "
+            "or uniform (the paper as printed).",
+            "choices": DECISION_WEIGHTINGS,
+        },
+    )
+    off_mode_warning: float = field(
+        default=0.05,
+        metadata={"help": "Warn once when the mean first-token probability of neither mode exceeds this."},
+    )
+    eval_margin: float = field(
+        default=0.0, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_choice("intra_scope", self.intra_scope, INTRA_SCOPES)
+        check_choice("ties", self.ties, TIES)
+        check_choice("decision_weighting", self.decision_weighting, DECISION_WEIGHTINGS)
+        check_coefficients(self.alpha, self.margin, self.discount)
+        _check_group_size("num_generations", self.num_generations, minimum=4)
+        if self.num_generations_eval is not None:
+            _check_group_size("num_generations_eval", self.num_generations_eval, minimum=2)
+        if self.max_completion_length is None or self.max_completion_length < 2:
+            raise ValueError(
+                f"max_completion_length must be at least 2, the decision token and one more; got "
+                f"{self.max_completion_length}."
+            )
+        if not 0.0 <= self.off_mode_warning <= 1.0:
+            raise ValueError(f"off_mode_warning must lie between 0 and 1; got {self.off_mode_warning}.")
+        if not 0.0 <= self.eval_margin < float("inf"):
+            raise ValueError(f"eval_margin must be a finite number of at least 0; got {self.eval_margin}.")
+        if self.scale_rewards not in ("group", True):
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r} has no effect under HGPO, whose `estimator` normalises. Leave "
+                "scale_rewards at its default; estimator=rloo subtracts a baseline without dividing by the std."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward function before "
+                "the sum, but HGPO compares the modes' raw mean rewards plus the margin. Use sum_then_normalize."
+            )
+        super().__post_init__()
+
+
+def _check_group_size(name: str, value: int | None, minimum: int) -> None:
+    if value is None or value < minimum or value % 2:
+        raise ValueError(
+            f"{name} must be even and at least {minimum}, so that each mode gets half of a query's samples; got {value}."
+        )

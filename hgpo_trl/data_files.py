@@ -1,0 +1,30 @@
+"""Reading data sets by the one name that a recipe gives them."""
+
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def load_data(field: str, name: str, split: str = "train") -> Dataset:
+    """Load a data set from a local file (parquet, JSON lines, JSON, CSV), a local folder of such files, or the hub.
+
+    Args:
+        field: the recipe's field that holds the name, for messages.
+        name: path or hub id.
+        split: split to take; a single local file has only "train".
+
+    Raises:
+        ValueError: the name looks like a path and nothing is there, or the file type is unknown.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"{field}={name!r}: file type {path.suffix!r} is not one of {', '.join(_BUILDERS)}.")
+        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+    if path.is_dir():
+        return load_dataset(str(path), split=split)
+    if path.suffix in _BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{field}={name!r}: there is no such file or folder. Build it with `hgpo-trl data`, or fix the path.")
+    return load_dataset(name, split=split)

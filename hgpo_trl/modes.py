@@ -1,0 +1,303 @@
+"""The two modes of a hybrid-reasoning model, their tags, and how both look in text, in a tokenizer and in a model.
+
+    think:     <think> reasoning </think> answer
+    no think:  <no_think> answer </no_think>
+
+The response's first token, the open tag, is the model's decision (arXiv 2505.14631, section 2.1). For that each tag
+has to be exactly one token, and an ordinary one: TRL decodes completions with `skip_special_tokens=True`, so a special
+token would vanish before the rewards see it.
+"""
+
+import re
+from collections.abc import Iterable, Set
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass
+from enum import StrEnum
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+class Mode(StrEnum):
+    """How a response is given: with a reasoning trace (⊢), or at once (⊬)."""
+
+    THINK = "think"
+    NO_THINK = "no_think"
+
+    @property
+    def open_tag(self) -> str:
+        return f"<{self}>"
+
+    @property
+    def close_tag(self) -> str:
+        return f"</{self}>"
+
+
+MODES = (Mode.THINK, Mode.NO_THINK)  # this order is the mode axis of every tensor
+TAGS = tuple(tag for mode in MODES for tag in (mode.open_tag, mode.close_tag))
+
+_TAG = re.compile("|".join(map(re.escape, TAGS)))
+_THINK_TAGS = (Mode.THINK.open_tag, Mode.THINK.close_tag)
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+class Fault(StrEnum):
+    """What can be wrong with the format of a response."""
+
+    NO_MODE = "no_mode"  # does not begin with a mode tag
+    UNCLOSED = "unclosed"  # the mode's close tag never comes
+    NESTED = "nested"  # a tag where none belongs
+    THINK_IN_NO_THINK = "think_in_no_think"  # <think> or </think> inside no-think
+    TRAILING_TEXT = "trailing_text"  # text after </no_think>
+    EMPTY_ANSWER = "empty_answer"  # closed, but nothing to score
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response, taken apart. `mode` is None where it begins with no mode tag; `faults` are in `Fault`'s order."""
+
+    mode: Mode | None
+    reasoning: str
+    answer: str
+    faults: tuple[Fault, ...]
+
+    @property
+    def well_formed(self) -> bool:
+        return not self.faults
+
+
+def split_response(text: str) -> Response:
+    """Split a response into mode, reasoning and answer, and name every fault of its format.
+
+    Total: never raises, and never loses an answer. Without a mode the answer is the whole text; in an unclosed no-think
+    response it is the rest; in an unclosed think response all is reasoning and the answer is empty; text after
+    `</no_think>` is not part of the answer. Reasoning and answer are stripped.
+    """
+    tags = list(_TAG.finditer(text))
+    mode = next((mode for mode in MODES if tags and tags[0].group() == mode.open_tag), None)
+    if mode is None or text[: tags[0].start()].strip():
+        return Response(None, "", text.strip(), (Fault.NO_MODE,))
+
+    start = tags[0].end()
+    close = next((i for i, tag in enumerate(tags) if tag.group() == mode.close_tag), len(tags))
+    closed = close < len(tags)
+    end, rest = tags[close].span() if closed else (len(text), len(text))
+    inside, after = text[start:end].strip(), text[rest:].strip()
+    tags_inside, tags_after = {tag.group() for tag in tags[1:close]}, tags[close + 1 :]
+
+    reasoning, answer = (inside, after) if mode is Mode.THINK else ("", inside)
+    misplaced = tags_inside.intersection(_THINK_TAGS) if mode is Mode.NO_THINK else set()
+    found = {
+        Fault.UNCLOSED: not closed,
+        Fault.NESTED: bool(tags_inside - misplaced or tags_after),
+        Fault.THINK_IN_NO_THINK: bool(misplaced),
+        Fault.TRAILING_TEXT: mode is Mode.NO_THINK and bool(after),
+        Fault.EMPTY_ANSWER: closed and not answer,
+    }
+    return Response(mode, reasoning, answer, tuple(fault for fault, present in found.items() if present))
+
+
+def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
+    """Write a response in its mode's format; the inverse of `split_response` for text without tags.
+
+    Raises:
+        ValueError: `mode` is unknown, a part contains a tag, `answer` is blank, or no-think is given `reasoning`.
+    """
+    mode = Mode(mode)
+    answer, reasoning = answer.strip(), reasoning.strip()
+    for name, part in (("answer", answer), ("reasoning", reasoning)):
+        if tag := _TAG.search(part):
+            raise ValueError(
+                f"{name} contains the tag {tag.group()}: take it apart with split_response() first."
+            )
+    if not answer:
+        raise ValueError("answer is blank: a response needs an answer; drop the example.")
+    if mode is Mode.THINK:
+        return f"{mode.open_tag}\n{reasoning}\n{mode.close_tag}\n\n{answer}"
+    if reasoning:
+        raise ValueError(f"reasoning was given for mode {mode}: leave it empty, or use mode {Mode.THINK}.")
+    return f"{mode.open_tag}\n{answer}\n{mode.close_tag}"
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModeTokens:
+    """Token ids of the four tags, in the order of `TAGS`."""
+
+    think: int
+    end_think: int
+    no_think: int
+    end_no_think: int
+
+    @property
+    def decision(self) -> tuple[int, int]:
+        """Ids of the two open tags, in the order of `MODES`."""
+        return self.think, self.no_think
+
+
+def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
+    """Look up the four tags in a tokenizer: the check to make at start-up.
+
+    Raises:
+        ValueError: a tag is not exactly one token wherever it stands, is the unknown token, is registered as special,
+            does not survive decoding, or shares its id with another tag. The message names the tag and the remedy.
+    """
+    ids = [_tag_id(tokenizer, tag) for tag in TAGS]
+    for tag, other in ((i, j) for i in range(len(TAGS)) for j in range(i)):
+        if ids[tag] == ids[other]:
+            raise ValueError(
+                f"The tags {TAGS[other]} and {TAGS[tag]} share the token id {ids[tag]}: give each its own token."
+            )
+    return ModeTokens(*ids)
+
+
+_ADD = "Add the tags with hgpo_trl.modes.add_mode_tokens(tokenizer, model)."
+
+
+def _tag_id(tokenizer: PreTrainedTokenizerBase, tag: str) -> int:
+    """The id of one tag, or ValueError (see `mode_tokens`)."""
+    alone = tokenizer.encode(tag, add_special_tokens=False)
+    token_id = tokenizer.convert_tokens_to_ids(tag)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise ValueError(f"The tag {tag} is not a token of the tokenizer, it is encoded as {alone}. {_ADD}")
+    _refuse_special(tokenizer, tag)
+    if alone != [token_id]:
+        raise ValueError(
+            f"The tag {tag} is not one token: its id is {token_id}, it is encoded as {alone}. {_ADD}"
+        )
+    # A word of the plain vocabulary may be found alone and yet be split, or lost, next to other text.
+    for text in (f"a {tag} b", f"\n{tag}\n", f"a{tag}b"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids.count(token_id) != 1:
+            raise ValueError(f"The tag {tag} is not one token in {text!r}, which is encoded as {ids}. {_ADD}")
+        if tag not in (decoded := tokenizer.decode(ids, skip_special_tokens=True)):
+            raise ValueError(
+                f"The tag {tag} does not survive decoding: {text!r} comes back as {decoded!r}. {_ADD}"
+            )
+    return token_id
+
+
+def _refuse_special(tokenizer: PreTrainedTokenizerBase, tag: str) -> None:
+    """ValueError if a tag is registered as a special token."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if tag in special.union(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"The tag {tag} is a special token and would vanish in decoding with skip_special_tokens=True: "
+            're-register it as an ordinary added token ("special": false in tokenizer.json and '
+            "tokenizer_config.json, not among extra_special_tokens)."
+        )
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+def check_embeddings(model: PreTrainedModel, tokens: ModeTokens) -> None:
+    """Check that a model has a row for every tag in its input and, if it has one, its output embedding.
+
+    Raises:
+        ValueError: a row is missing; the message names the tag, its id and the remedy.
+    """
+    for name, module in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+        if module is None:
+            continue
+        rows = _rows(module)
+        for tag, token_id in zip(TAGS, astuple(tokens), strict=True):
+            if token_id >= rows:
+                raise ValueError(
+                    f"The tag {tag} has id {token_id}, but the model's {name} embedding has only {rows} rows. {_ADD}"
+                )
+
+
+def add_mode_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> int:
+    """Make the four tags ordinary added tokens of a tokenizer, and give them embedding rows in its model. Idempotent.
+
+    A model with spare rows (Qwen's are padded) keeps its size; another grows to the next multiple of 64, and
+    `config.vocab_size` with it. A new tag's rows, input and output, are the mean of the rows of the pieces that spell
+    it, `<` and `think>`, so that it starts inside the distribution of what the model knows. Rows of tags that the
+    tokenizer already had are left alone, unless the model lacked them.
+
+    Returns:
+        The number of tags added to the tokenizer.
+
+    Raises:
+        ValueError: a tag is registered as a special token (nothing is changed then), or `mode_tokens` finds a fault.
+    """
+    for tag in TAGS:
+        _refuse_special(tokenizer, tag)
+    known = tokenizer.get_vocab()
+    missing = [tag for tag in TAGS if tag not in tokenizer.added_tokens_encoder]
+    tokenizer.add_tokens(
+        [AddedToken(tag, special=False, normalized=False, lstrip=False, rstrip=False) for tag in missing]
+    )
+    tokens = mode_tokens(tokenizer)
+    if model is not None:
+        _add_rows(model, tokenizer, tokens, known)
+    return len(missing)
+
+
+def _add_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: ModeTokens, known: dict[str, int]
+) -> None:
+    """Enlarge the embeddings if need be, and initialise the rows of tags that are new to the tokenizer or the model."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    old_rows = min(_rows(module) for module in embeddings if module is not None)
+    ids = dict(zip(TAGS, astuple(tokens), strict=True))
+    new = {tag: token_id for tag, token_id in ids.items() if tag not in known or token_id >= old_rows}
+    if not new:
+        return
+    needed = max(ids.values()) + 1
+    if needed > old_rows:
+        model.resize_token_embeddings(needed, pad_to_multiple_of=64, mean_resizing=False)
+
+    used = {token_id for token, token_id in known.items() if token_id < old_rows and token not in new}
+    pieces = {token_id: _pieces(tokenizer, tag, used) for tag, token_id in new.items()}
+    tensors = _per_token_parameters(model)
+    with torch.no_grad(), _gathered(tensors):
+        for tensor in tensors:
+            mean = _mean_row(tensor, used)
+            tensor[old_rows:] = mean  # the padding: without it, random logits on tokens that do not exist
+            for token_id, parts in pieces.items():
+                tensor[token_id] = _mean_row(tensor, parts) if parts else mean
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, tag: str, used: Set[int]) -> list[int]:
+    """The known ids that spell a tag. In two parts, because the tokenizer may already know the whole as one token."""
+    parts = (tag[:1], tag[1:])
+    ids = [token_id for part in parts for token_id in tokenizer.encode(part, add_special_tokens=False)]
+    return [token_id for token_id in ids if token_id != tokenizer.unk_token_id and token_id in used]
+
+
+def _per_token_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Every parameter with one row per token: input weight, output weight and bias; a tied one once."""
+    found: dict[int, nn.Parameter] = {}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
+            if parameter is not None:
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _mean_row(tensor: Tensor, ids: Iterable[int]) -> Tensor:
+    return tensor[list(ids)].float().mean(dim=0).to(tensor.dtype)
+
+
+def _rows(module: nn.Module) -> int:
+    """Rows of an embedding, also where DeepSpeed ZeRO-3 has partitioned it and its local shape is 0."""
+    weight = module.weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
+    """Whole parameters under DeepSpeed ZeRO-3, whose changes rank 0 spreads; elsewhere nothing needs to be done."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -1,0 +1,870 @@
+"""One readable report from evaluations, training logs and a margin sweep: Markdown, HTML, JSON and figures.
+
+The text is built once, as a list of blocks (`Heading`, `Paragraph`, `Table`, ...), and rendered twice, so that
+report.md and report.html cannot differ. Every number in it comes from the evaluations; no sentence claims more than
+they say.
+"""
+
+import base64
+import html
+import json
+import math
+import os
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Evaluation = Mapping[str, Any]  # report.json of `hgpo-trl evaluate`
+TrainingLog = Sequence[Mapping[str, Any]]  # `log_history` of a Trainer
+Draw = Callable[[SubFigure, TrainingLog], None]
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading evaluations
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float:
+    """A number of an evaluation; null, which stands for NaN, becomes NaN."""
+    return math.nan if value is None else float(value)
+
+
+def _get(evaluation: Evaluation, path: str) -> Any:
+    """`_get(e, "accuracy.auto")` is `e["accuracy"]["auto"]`; KeyError with the whole path where it is missing."""
+    value: Any = evaluation
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise KeyError(path)
+        value = value[key]
+    return value
+
+
+def _value(evaluation: Evaluation, path: str) -> float:
+    return _number(_get(evaluation, path))
+
+
+def _interval(evaluation: Evaluation, path: str) -> tuple[float, float]:
+    """95 % interval of a metric; NaN on both sides where it is null."""
+    low, high = _get(evaluation, f"intervals.{path}") or (None, None)
+    return _number(low), _number(high)
+
+
+def _percent(value: float, decimals: int = 1) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.{decimals}f} %"
+
+
+def _tokens(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:,.{1 if value < 1000 else 0}f}"
+
+
+def _with_interval(evaluation: Evaluation, path: str, form: Callable[[float], str]) -> str:
+    """ "95.0 % [93.1, 96.9]", without the bracket where the interval is null."""
+    low, high = (form(bound).removesuffix(" %") for bound in _interval(evaluation, path))
+    text = form(_value(evaluation, path))
+    return text if "–" in (low, high) else f"{text} [{low}, {high}]"
+
+
+# (row of the table, path in the evaluation, format). The first list has intervals and is repeated for every level.
+METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("Hybrid accuracy", "hybrid_accuracy", _percent),
+    ("Thinking ratio", "thinking_ratio", _percent),
+    ("Accuracy: own choice", "accuracy.auto", _percent),
+    ("Accuracy: own choice, sampled", "accuracy.sampled", _percent),
+    ("Accuracy: always thinking", "accuracy.think", _percent),
+    ("Accuracy: never thinking", "accuracy.no_think", _percent),
+    ("Accuracy: oracle", "accuracy.oracle", _percent),
+    ("Tokens: own choice", "mean_tokens.auto", _tokens),
+    ("Tokens: own choice, sampled", "mean_tokens.sampled", _tokens),
+    ("Tokens: always thinking", "mean_tokens.think", _tokens),
+    ("Tokens: never thinking", "mean_tokens.no_think", _tokens),
+    ("Tokens: oracle", "mean_tokens.oracle", _tokens),
+    ("Off-mode mass", "off_mode_mass", _percent),
+)
+FAULTS = (
+    ("Format faults, thinking", "format_faults.think", _percent),
+    ("Format faults, not thinking", "format_faults.no_think", _percent),
+    ("Truncated, thinking", "truncated.think", _percent),
+    ("Truncated, not thinking", "truncated.no_think", _percent),
+)
+SETTINGS = {"dataset": "data set", "num_prompts": "number of prompts", "margin": "margin of hybrid accuracy"}
+
+
+def _check(name: str, evaluation: Evaluation) -> None:
+    """ValueError that names the evaluation and its first missing key."""
+    metrics = [path for _, path, _ in METRICS]
+    metrics += [f"intervals.{path}" for path in metrics]
+    required = [
+        "model",
+        *SETTINGS,
+        "samples_per_mode",
+        *metrics,
+        *(path for _, path, _ in FAULTS),
+        "by_level",
+    ]
+    try:
+        for path in required:
+            _get(evaluation, path)
+        for index, level in enumerate(evaluation["by_level"]):
+            for path in ["level", "num_prompts", *metrics]:
+                try:
+                    _get(level, path)
+                except KeyError:
+                    raise KeyError(f"by_level[{index}].{path}") from None
+    except KeyError as error:
+        raise ValueError(
+            f"The evaluation {name!r} lacks {error.args[0]!r}. Pass the whole report.json that `hgpo-trl evaluate` "
+            "writes; evaluate the model again if it comes from another version."
+        ) from None
+
+
+def _levels(evaluations: Iterable[Evaluation]) -> list[Any]:
+    """Every level that occurs: numbers in order, then text."""
+    levels = {entry["level"] for evaluation in evaluations for entry in evaluation["by_level"]}
+    return sorted(levels, key=lambda level: (isinstance(level, str), level))
+
+
+def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """`log_history` of a training run: one dict per logged step.
+
+    Args:
+        run_dir: a Trainer's `output_dir`. Its own trainer_state.json is read, else that of its newest checkpoint.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
+    root = Path(run_dir)
+    checkpoints = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    newest_first = sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for folder in (root, *newest_first):
+        state = folder / "trainer_state.json"
+        if state.is_file():
+            return json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    raise FileNotFoundError(
+        f"run_dir={str(run_dir)!r} has no trainer_state.json, nor has a checkpoint-* in it. Pass the output_dir of a "
+        "training run that saved its state or a checkpoint (save_strategy other than 'no')."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures: each function returns None where its input is missing
+# --------------------------------------------------------------------------------------------------------------------
+
+THINK, NO_THINK, NEITHER, INK = "#2066B0", "#E07B00", "#8C8C8C", "#333333"
+MODEL_COLORS = ("#7B4FB5", "#12866A", "#C2255C", "#8A6A00", "#0B7FA3")
+MODEL_MARKERS = ("o", "s", "^", "D", "v", "P")  # one more than colours: 30 distinct pairs
+PERCENT_TICKS = FuncFormatter(lambda value, _: f"{100 * value:.6g} %")
+WIDTH = 9.0  # inches; 900 px wide in the HTML page
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 180,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.parse_math": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#AAAAAA",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#AAAAAA",
+    "ytick.color": "#AAAAAA",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.4,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+def _look(index: int) -> dict[str, str]:
+    """Colour and marker of the index-th evaluation, the same in all figures."""
+    return {
+        "color": MODEL_COLORS[index % len(MODEL_COLORS)],
+        "marker": MODEL_MARKERS[index % len(MODEL_MARKERS)],
+    }
+
+
+def _probability_axis(axes: Axes, label: str) -> None:
+    """0 to 100 %."""
+    axes.set(ylim=(-0.03, 1.03), ylabel=label)
+    axes.set_yticks(np.linspace(0, 1, 6))
+    axes.yaxis.set_major_formatter(PERCENT_TICKS)
+
+
+def _accuracy_axis(axes: Axes, label: str) -> None:
+    """Around the data, but never so close that a difference of a few tenths of a point fills the figure."""
+    low, high = axes.get_ylim()
+    low, high = min(low, high - 0.1), min(high, 1.02)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.set_yticks(
+        [tick for tick in axes.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= 1]
+    )
+    axes.yaxis.set_major_formatter(PERCENT_TICKS)
+    axes.set(ylim=(low, high), ylabel=label)
+
+
+def _draw_with_interval(axes: Axes, x: Array, entries: Sequence[Evaluation], path: str, **style: Any) -> None:
+    """A line through the metric of `entries` at `x` (`[n]`), with its 95 % intervals as vertical bars."""
+    bounds = np.array([_interval(entry, path) for entry in entries])  # [n, 2]
+    axes.vlines(x, bounds[:, 0], bounds[:, 1], color=style["color"], linewidth=1.4, alpha=0.55)
+    axes.plot(x, [_value(entry, path) for entry in entries], markersize=6, **style)
+
+
+def _thinking_ratio_by_level(evaluations: Mapping[str, Evaluation]) -> Figure | None:
+    levels = _levels(evaluations.values())
+    if not levels:
+        return None
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    drawn = {name: evaluation for name, evaluation in evaluations.items() if evaluation["by_level"]}
+    # Side by side, so that no bar hides another.
+    offsets = 0.07 * (np.arange(len(drawn)) - (len(drawn) - 1) / 2)
+    for offset, (name, evaluation) in zip(offsets, drawn.items(), strict=True):
+        entries = sorted(evaluation["by_level"], key=lambda entry: levels.index(entry["level"]))
+        x = np.array([levels.index(entry["level"]) for entry in entries]) + offset
+        _draw_with_interval(
+            axes, x, entries, "thinking_ratio", label=name, **_look(list(evaluations).index(name))
+        )
+    axes.set(xlabel="difficulty level", xlim=(-0.4, len(levels) - 0.6))
+    axes.set_xticks(range(len(levels)), [textwrap.fill(str(level), 14) for level in levels])
+    axes.grid(visible=False, axis="x")
+    _probability_axis(axes, "probability of thinking")
+    figure.legend(loc="outside upper left", ncols=min(len(drawn), 5))
+    return figure
+
+
+def _accuracy_vs_tokens(evaluations: Mapping[str, Evaluation]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+
+    def mark(evaluation: Evaluation, policy: str, color: str, **style: Any) -> None:
+        x, y = _value(evaluation, f"mean_tokens.{policy}"), _value(evaluation, f"accuracy.{policy}")
+        cross = {"color": color, "linewidth": 1.2, "alpha": 0.45}
+        axes.hlines(y, *_interval(evaluation, f"mean_tokens.{policy}"), **cross)
+        axes.vlines(x, *_interval(evaluation, f"accuracy.{policy}"), **cross)
+        axes.plot(x, y, color=color, linestyle="none", **style)
+
+    for index, (name, evaluation) in enumerate(evaluations.items()):
+        mark(evaluation, "sampled", markersize=5.5, zorder=3, **_look(index))
+        mark(evaluation, "auto", markersize=10, zorder=3, label=name, **_look(index))
+    axes.plot([], [], color=NEITHER, linestyle="none", marker="o", markersize=5.5, label="the same, sampled")
+    name, last = list(evaluations.items())[-1]
+    for policy, label, color, marker, size in (
+        ("think", "always thinking", THINK, "o", 13),
+        ("no_think", "never thinking", NO_THINK, "o", 13),
+        ("oracle", "oracle", INK, "*", 19),
+    ):  # hollow and on top: what lies within stays visible
+        shape = {"marker": marker, "markersize": size, "markerfacecolor": "none", "markeredgewidth": 1.8}
+        mark(last, policy, color, label=f"{name}, {label}", zorder=4, **shape)
+    tokens, accuracy = (
+        [_value(last, f"{metric}.{mode}") for mode in ("no_think", "think")]
+        for metric in ("mean_tokens", "accuracy")
+    )
+    axes.plot(
+        tokens, accuracy, color=NEITHER, linewidth=1.2, linestyle=(0, (4, 3)), label=f"{name}, at random"
+    )
+    axes.set(xlabel="tokens per response")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.08)
+    _accuracy_axis(axes, "accuracy")
+    figure.legend(loc="outside right upper", labelspacing=0.9)
+    return figure
+
+
+def _series(log: TrainingLog, key: str) -> tuple[Array, Array]:
+    """Steps and values of the entries that have a number under `key` (both `[n]`)."""
+    points = [(entry["step"], _number(entry[key])) for entry in log if key in entry and "step" in entry]
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return steps[~np.isnan(values)], values[~np.isnan(values)]
+
+
+def _curve(axes: Axes, log: TrainingLog, key: str, color: str, label: str, **style: Any) -> None:
+    """A logged value over the steps: the points as logged (faint) and their running mean over a twentieth of the run."""
+    steps, values = _series(log, key)
+    if not len(steps):
+        return
+    window = np.ones(max(1, len(values) // 20))
+    smooth = np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+    if len(window) > 1:
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
+    axes.plot(steps, smooth, color=color, label=label, **style)
+
+
+def _panel(axes: Axes) -> None:
+    """Legend in a line above the data; the title of the axis of values says what is drawn."""
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.margins(x=0.02)
+    handles, _ = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=3, borderaxespad=0.2, fontsize=9.5)
+
+
+def _hgpo_panels(figure: SubFigure, log: TrainingLog) -> None:
+    (reward, length), (first_token, share) = figure.subplots(2, 2)
+    for mode, label, color in (("think", "think", THINK), ("no_think", "no think", NO_THINK)):
+        _curve(reward, log, f"hgpo/reward/{mode}", color, label)
+        _curve(length, log, f"hgpo/length/{mode}", color, label)
+        _curve(first_token, log, f"hgpo/prob/{mode}", color, label)
+    _curve(first_token, log, "hgpo/off_mode_mass", NEITHER, "neither")
+    _curve(share, log, "hgpo/think_win_rate", THINK, "thinking wins")
+    _curve(share, log, "hgpo/no_signal", NEITHER, "no signal")
+    _curve(share, log, "eval_hgpo/hybrid_accuracy", INK, "better mode picked", marker="o", markersize=4)
+    reward.set_ylabel("mean reward")
+    length.set_ylim(bottom=0)
+    length.set_ylabel("tokens per response")
+    _probability_axis(first_token, "probability as first token")
+    _probability_axis(share, "share of queries")
+    for axes in (reward, length, first_token, share):
+        _panel(axes)
+
+
+def _loss_panel(figure: SubFigure, log: TrainingLog) -> None:
+    axes = figure.subplots()
+    _curve(axes, log, "loss", INK, "loss")
+    axes.set_ylabel("loss (nats per token)")
+    _panel(axes)
+
+
+def _training_curves(training_logs: Mapping[str, TrainingLog]) -> Figure | None:
+    panels: dict[str, tuple[Draw, float]] = {}  # name -> drawing, height in inches
+    for name, log in training_logs.items():
+        if any(key.startswith("hgpo/") for entry in log for key in entry):
+            panels[name] = (_hgpo_panels, 5.6)
+        elif len(_series(log, "loss")[0]):
+            panels[name] = (_loss_panel, 2.7)
+    if not panels:
+        return None
+    heights = [height for _, height in panels.values()]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, (name, (draw, _)) in zip(parts, panels.items(), strict=True):
+        part.suptitle(name, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
+        draw(part, training_logs[name])
+    return figure
+
+
+def _margin_sweep(sweep: Mapping[float, Evaluation]) -> Figure | None:
+    if not sweep:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    thinking, accuracy, tokens = figure.subplots(1, 3)
+    for axes, path in (
+        (thinking, "thinking_ratio"),
+        (accuracy, "accuracy.auto"),
+        (tokens, "mean_tokens.auto"),
+    ):
+        _draw_with_interval(axes, np.array(list(sweep)), list(sweep.values()), path, color=INK, marker="o")
+        axes.set_xlabel("training margin δ")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.margins(x=0.08)
+    _probability_axis(thinking, "probability of thinking")
+    _accuracy_axis(accuracy, "accuracy of its own choice")
+    tokens.set_ylim(bottom=0)
+    tokens.set_ylabel("tokens per response")
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})  # the same bytes for the same figure
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Text: blocks and their two renderings. `...` within a text is code.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The sentence to read if one reads only one."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Bullets:
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`labels` leading columns of text; the others are numbers and flush right."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    labels: int = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str
+    png: bytes
+    title: str
+    caption: str
+
+
+Block = Heading | Lead | Paragraph | Bullets | Table | Picture
+
+
+def _inline(text: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
+    """Render the parts of `text` outside and within backticks."""
+    return "".join((code if index % 2 else plain)(part) for index, part in enumerate(text.split("`")))
+
+
+def _markdown_inline(text: str) -> str:
+    return _inline(text, lambda part: re.sub(r"([\\*<|])", r"\\\1", part), lambda part: f"`{part}`")
+
+
+def _html_inline(text: str) -> str:
+    return _inline(text, html.escape, lambda part: f"<code>{html.escape(part)}</code>")
+
+
+def _markdown(blocks: Iterable[Block]) -> str:
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading(text, level):
+                parts.append(f"{'#' * level} {_markdown_inline(text)}")
+            case Lead(text):
+                parts.append(f"> {_markdown_inline(text)}")
+            case Paragraph(text):
+                parts.append(_markdown_inline(text))
+            case Bullets(items):
+                parts.append("\n".join(f"- {_markdown_inline(item)}" for item in items))
+            case Table(header, rows, labels):
+                rule = [":--" if column < labels else "--:" for column in range(len(header))]
+                cells = [[_markdown_inline(cell) for cell in row] for row in (header, *rows)]
+                cells.insert(1, rule)
+                parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+            case Picture(file, _, title, caption):
+                parts.append(
+                    f"![{_markdown_inline(title)}]({file})\n\n{_markdown_inline(f'{title}. {caption}')}"
+                )
+    return "\n\n".join(parts) + "\n"
+
+
+CSS = """
+body { max-width: 900px; margin: 2.5rem auto; padding: 0 1rem; color: #222; background: #fff;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1, h2 { line-height: 1.25; margin: 2.2rem 0 .7rem; }
+h1 { margin-top: 0; }
+.lead { font-size: 1.15rem; padding: .8rem 1.1rem; background: #f3f5f8; border-left: 4px solid #2066b0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .75rem; border-bottom: 1px solid #e4e4e4; text-align: left; white-space: nowrap; }
+th { border-bottom: 2px solid #bbb; vertical-align: bottom; white-space: normal; }
+.number { text-align: right; }
+figure { margin: 1.8rem 0; }
+img { width: 100%; height: auto; }
+figcaption { font-size: .9rem; color: #444; }
+code { font-size: .92em; background: #f3f3f3; padding: .05em .3em; border-radius: 3px; }
+""".strip()
+
+
+def _html_row(cells: Sequence[str], tag: str, labels: int) -> str:
+    classes = ["" if column < labels else ' class="number"' for column in range(len(cells))]
+    body = (f"<{tag}{kind}>{_html_inline(cell)}</{tag}>" for cell, kind in zip(cells, classes, strict=True))
+    return f"<tr>{''.join(body)}</tr>"
+
+
+def _html(title: str, blocks: Iterable[Block]) -> str:
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading(text, level):
+                parts.append(f"<h{level}>{_html_inline(text)}</h{level}>")
+            case Lead(text):
+                parts.append(f'<p class="lead">{_html_inline(text)}</p>')
+            case Paragraph(text):
+                parts.append(f"<p>{_html_inline(text)}</p>")
+            case Bullets(items):
+                parts.append(
+                    "\n".join(["<ul>", *(f"<li>{_html_inline(item)}</li>" for item in items), "</ul>"])
+                )
+            case Table(header, rows, labels):
+                body = "\n".join(_html_row(row, "td", labels) for row in rows)
+                head = _html_row(header, "th", labels)
+                parts.append(
+                    f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+                )
+            case Picture(_, png, alt, caption):
+                source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+                parts.append(
+                    f'<figure>\n<img alt="{html.escape(alt)}" src="{source}">\n'
+                    f"<figcaption><strong>{_html_inline(alt)}.</strong> {_html_inline(caption)}</figcaption>\n</figure>"
+                )
+    body = "\n".join(parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+        f"<style>\n{CSS}\n</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the report says
+# --------------------------------------------------------------------------------------------------------------------
+
+GLOSSARY = {
+    "Thinking, not thinking": (
+        "the model starts its response with `<think>`, reasons and then answers, or starts with `<no_think>` and "
+        "answers at once. This first token is the model's choice."
+    ),
+    "Own choice": (
+        "the mode of the more likely first token, for each prompt. “Sampled” is what to expect when the first token is "
+        "drawn at random from the model's probabilities instead. A first token that is neither mode scores 0."
+    ),
+    "Always, never thinking": "the same model with one mode forced on every prompt.",
+    "Oracle": (
+        "for each prompt the better mode: the one with the higher accuracy, or the one with the shorter responses "
+        "where the accuracies are equal or differ by less than the margin. It is known only afterwards, from the very "
+        "responses that it is scored on, so luck flatters it somewhat."
+    ),
+    "Hybrid accuracy": "the share of prompts for which the model's own choice is the oracle's.",
+    "Thinking ratio": "the mean probability that the first token is `<think>`.",
+    "Off-mode mass": "the mean probability that the first token is neither `<think>` nor `<no_think>`.",
+    "Format faults": "the share of responses with broken, missing or misplaced tags.",
+    "Truncated": "the share of responses that reached the length limit before their end.",
+    "95 % interval, in brackets": (
+        "how far the number might move with other prompts of the same kind (bootstrap over prompts)."
+    ),
+    "HFT, HGPO": (
+        "the two training stages. Hybrid fine-tuning teaches both formats from examples; hybrid group policy "
+        "optimization then teaches by reward which one to choose."
+    ),
+}
+
+
+def _join(clauses: Iterable[str], separator: str = ", ") -> str:
+    return separator.join(clause for clause in clauses if clause)
+
+
+def _difference(label: str, value: float, other: float, relative: bool = False) -> str:
+    """ "accuracy +3.2 points" or, relative, "tokens −51 %"; empty where a number is missing."""
+    if math.isnan(value - other) or (relative and other == 0):
+        return ""
+    change = 100 * (value / other - 1 if relative else value - other)
+    rounded = round(change, 0 if relative else 1) + 0.0  # + 0.0: no negative zero
+    return f"{label} {rounded:+.{0 if relative else 1}f}{' %' if relative else ' points'}".replace("-", "−")
+
+
+def _headline(name: str, evaluation: Evaluation) -> str:
+    accuracy, tokens = _value(evaluation, "accuracy.auto"), _value(evaluation, "mean_tokens.auto")
+    always, hybrid = _value(evaluation, "mean_tokens.think"), _value(evaluation, "hybrid_accuracy")
+    clauses = []
+    if not math.isnan(accuracy):
+        clauses.append(f"answers {_percent(accuracy)} correctly")
+    if always > 0 and not math.isnan(tokens):
+        verb = "with" if clauses else "takes"
+        clauses = [
+            _join([*clauses, f"{verb} {_percent(tokens / always, 0)} of the tokens of always thinking"], " ")
+        ]
+    if not math.isnan(hybrid):
+        share = _with_interval(evaluation, "hybrid_accuracy", _percent)
+        clauses.append(f"picks the better mode for {share} of the prompts")
+    return f"`{name}` {' and '.join(clauses) or 'has no valid samples'}."
+
+
+def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """The last evaluation against always and never thinking and against the other evaluations; thinking by level."""
+    *others, (name, last) = evaluations.items()
+    accuracy, tokens = _value(last, "accuracy.auto"), _value(last, "mean_tokens.auto")
+    items = []
+    for mode, label in (("think", "always thinking"), ("no_think", "never thinking")):
+        changes = _join(
+            [
+                _difference("accuracy", accuracy, _value(last, f"accuracy.{mode}")),
+                _difference("tokens", tokens, _value(last, f"mean_tokens.{mode}"), relative=True),
+            ]
+        )
+        items.append(changes and f"`{name}` by its own choice, against the same model {label}: {changes}.")
+    for other_name, other in others:
+        changes = _join(
+            [
+                _difference(
+                    "hybrid accuracy", _value(last, "hybrid_accuracy"), _value(other, "hybrid_accuracy")
+                ),
+                _difference("accuracy", accuracy, _value(other, "accuracy.auto")),
+                _difference("tokens", tokens, _value(other, "mean_tokens.auto"), relative=True),
+            ]
+        )
+        items.append(changes and f"`{name}` against `{other_name}`, both by their own choice: {changes}.")
+    for other_name, evaluation in evaluations.items():
+        entries = {entry["level"]: entry for entry in evaluation["by_level"]}
+        if len(entries) > 1:
+            ends = _levels([evaluation])[0], _levels([evaluation])[-1]
+            ratios = [_with_interval(entries[level], "thinking_ratio", _percent) for level in ends]
+            items.append(
+                f"`{other_name}` thinks with probability {ratios[0]} at level {ends[0]} and {ratios[1]} at level {ends[1]}."
+            )
+    return [item for item in items if item]
+
+
+def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """A warning for each setting in which the evaluations differ."""
+    notes = []
+    for key, label in SETTINGS.items():
+        if len({evaluation[key] for evaluation in evaluations.values()}) > 1:
+            values = ", ".join(f"`{name}` {evaluation[key]}" for name, evaluation in evaluations.items())
+            notes.append(
+                f"Note: the evaluations differ in the {label} ({values}). Compare their numbers with care."
+            )
+    return notes
+
+
+def _measured(name: str, evaluation: Evaluation) -> str:
+    return (
+        f"`{name}`: model `{evaluation['model']}` on `{evaluation['dataset']}`, {evaluation['num_prompts']:,} prompts, "
+        f"{evaluation['samples_per_mode']} responses in each mode, margin {evaluation['margin']:g}."
+    )
+
+
+def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    rows = [
+        [label, *(_with_interval(e, path, form) for e in evaluations.values())]
+        for label, path, form in METRICS
+    ]
+    rows += [[label, *(form(_value(e, path)) for e in evaluations.values())] for label, path, form in FAULTS]
+    return Table(["", *evaluations], rows)
+
+
+def _level_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    rows = []
+    for level in _levels(evaluations.values()):
+        for name, evaluation in evaluations.items():
+            for entry in evaluation["by_level"]:
+                if entry["level"] == level:
+                    numbers = [
+                        *(
+                            _with_interval(entry, path, _percent)
+                            for path in ("hybrid_accuracy", "thinking_ratio")
+                        ),
+                        *(
+                            _percent(_value(entry, f"accuracy.{policy}"))
+                            for policy in ("auto", "think", "no_think")
+                        ),
+                        *(
+                            _tokens(_value(entry, f"mean_tokens.{policy}"))
+                            for policy in ("auto", "think", "no_think")
+                        ),
+                    ]
+                    rows.append([str(level), name, str(entry["num_prompts"]), *numbers])
+    policies = ("own choice", "always", "never")
+    header = ["Level", "Model", "Prompts", "Hybrid accuracy", "Thinking ratio"]
+    header += [f"Accuracy: {policy}" for policy in policies] + [f"Tokens: {policy}" for policy in policies]
+    return Table(header, rows, labels=2)
+
+
+def _sweep_table(sweep: Mapping[float, Evaluation]) -> Table:
+    shown = [metric for metric in METRICS if metric[1] in SWEEP_METRICS]
+    rows = [[f"{d:g}", *(_with_interval(e, path, form) for _, path, form in shown)] for d, e in sweep.items()]
+    return Table(["Training margin δ", *(label for label, _, _ in shown)], rows)
+
+
+SWEEP_METRICS = ("hybrid_accuracy", "thinking_ratio", "accuracy.auto", "mean_tokens.auto")
+
+CAPTIONS = {
+    "thinking_ratio_by_level": (
+        "Thinking by difficulty",
+        (
+            "The mean probability that the first token is `<think>`, for the prompts of each level; bars are 95 % "
+            "intervals. How to read it: a flat line is a model that chooses regardless of difficulty; a line that "
+            "rises with difficulty is a model that saves its thinking for hard prompts. The HGPO paper reports a flat "
+            "line after HFT and a rising one after HGPO."
+        ),
+    ),
+    "accuracy_vs_tokens": (
+        "Accuracy against cost",
+        (
+            "Large filled markers: each model by its own choice; small ones: the same with a sampled first token. "
+            "Hollow markers: the last model made to think always or never, and the oracle. Crosses are 95 % "
+            "intervals. How to read it: up is better, left is cheaper. The dashed line is what the last model reaches "
+            "when it thinks at random, with the same probability on every prompt: the last model's choice is worth "
+            "something if it lies above that line."
+        ),
+    ),
+    "training_curves": (
+        "Training",
+        (
+            "Strong lines are running means over a twentieth of the logged points, faint ones the points themselves. "
+            "For an HGPO run, in which every query is answered in both modes: the reward and the length of each "
+            "mode's responses; the probability of each mode as first token (“neither”, every other token, should stay "
+            "near 0); and the share of queries where thinking won on mean reward, after the margin, and of those that "
+            "gave no signal at all. “Better mode picked”, where it was logged, is hybrid accuracy on the evaluation "
+            "prompts. For any other run: its loss."
+        ),
+    ),
+    "margin_sweep": (
+        "Thinking against the margin",
+        (
+            "One model per training margin δ, the bonus that not thinking gets when HGPO compares the two modes. "
+            "Bars are 95 % intervals. How to read it: the left and the right panel show whether a larger margin gives "
+            "less thinking and shorter responses, the middle one at what accuracy."
+        ),
+    ),
+}
+
+
+def _pictures(
+    evaluations: Mapping[str, Evaluation],
+    training_logs: Mapping[str, TrainingLog],
+    sweep: Mapping[float, Evaluation],
+) -> list[Picture]:
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "thinking_ratio_by_level": _thinking_ratio_by_level(evaluations),
+            "accuracy_vs_tokens": _accuracy_vs_tokens(evaluations),
+            "training_curves": _training_curves(training_logs),
+            "margin_sweep": _margin_sweep(sweep),
+        }
+        return [
+            Picture(f"{name}.png", _png(figure), *CAPTIONS[name])
+            for name, figure in figures.items()
+            if figure
+        ]
+
+
+def _blocks(
+    title: str,
+    evaluations: Mapping[str, Evaluation],
+    sweep: Mapping[float, Evaluation],
+    pictures: Sequence[Picture],
+) -> list[Block]:
+    name, last = list(evaluations.items())[-1]
+    everything = {**evaluations, **{f"δ = {margin:g}": evaluation for margin, evaluation in sweep.items()}}
+    blocks: list[Block] = [
+        Heading(title, level=1),
+        Lead(_headline(name, last)),
+        *(Bullets(items) for items in [_comparisons(evaluations)] if items),
+        *(Paragraph(note) for note in _notes(everything)),
+        Heading("What was measured"),
+        Paragraph(
+            "With its first token, each model chooses for each prompt whether it thinks (`<think>`) or answers at once "
+            "(`<no_think>`). To see whether it chooses well, every prompt was answered in both modes and every response "
+            "was scored. The model's own choice is then compared with always thinking, with never thinking and with an "
+            "oracle that knows the better mode of each prompt."
+        ),
+        Bullets([_measured(name, evaluation) for name, evaluation in everything.items()]),
+        Heading("Results"),
+        Paragraph(
+            "Tokens are means per response. Brackets are 95 % intervals; a dash means that there is no valid number."
+        ),
+        _model_table(evaluations),
+    ]
+    if _levels(evaluations.values()):
+        blocks += [Heading("Results by difficulty level"), _level_table(evaluations)]
+    if sweep:
+        blocks += [Heading("Results by training margin"), _sweep_table(sweep)]
+    glossary = Bullets([f"{term}: {meaning}" for term, meaning in GLOSSARY.items()])
+    return [*blocks, Heading("Figures"), *pictures, Heading("Glossary"), glossary]
+
+
+def _nan_to_null(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {key: _nan_to_null(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_nan_to_null(item) for item in value]
+        case float() if math.isnan(value):
+            return None
+    return value
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a whole file or none: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_report(
+    evaluations: Mapping[str, Evaluation],
+    output_dir: str | os.PathLike[str],
+    *,
+    training_logs: Mapping[str, TrainingLog] | None = None,
+    margin_sweep: Mapping[float, Evaluation] | None = None,
+    title: str = "Hybrid reasoning report",
+) -> Path:
+    """Write report.md, report.html (self-contained), report.json and the figures they show.
+
+    Args:
+        evaluations: name -> report.json of `hgpo-trl evaluate`, in the order to show them. The last one is the model
+            that the headline is about. `None` or NaN stands for a number that does not exist.
+        output_dir: created if missing. Not the directory of an evaluation, whose report.json would be replaced.
+        training_logs: name -> `load_training_log(...)`; drawn by optimizer step.
+        margin_sweep: training margin δ -> evaluation of the model trained with it.
+        title: heading of the report.
+
+    Returns:
+        Path of report.md. Identical input gives identical bytes in every file.
+
+    Raises:
+        ValueError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep".
+    """
+    if not evaluations:
+        raise ValueError(
+            "evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written."
+        )
+    if "margin_sweep" in evaluations:
+        raise ValueError(
+            "evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one."
+        )
+    sweep = dict(sorted((margin_sweep or {}).items()))
+    for name, evaluation in evaluations.items():
+        _check(name, evaluation)
+    for margin, evaluation in sweep.items():
+        _check(f"margin_sweep[{margin:g}]", evaluation)
+
+    pictures = _pictures(evaluations, training_logs or {}, sweep)
+    blocks = _blocks(title, evaluations, sweep, pictures)
+    data: dict[str, Any] = dict(evaluations)
+    if sweep:
+        data["margin_sweep"] = [
+            {"train_margin": margin, **evaluation} for margin, evaluation in sweep.items()
+        ]
+
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        _write(output / picture.file, picture.png)
+    text = json.dumps(_nan_to_null(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    _write(output / "report.json", f"{text}\n".encode())
+    _write(output / "report.html", _html(title, blocks).encode())
+    _write(output / "report.md", _markdown(blocks).encode())
+    return output / "report.md"

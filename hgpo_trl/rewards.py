@@ -1,0 +1,99 @@
+"""Rewards: one scalar per response, from its answer part alone, 0 where the format is broken (Eq. 7, the rule).
+
+They are ordinary TRL reward functions and know nothing of what a mode costs: no length penalty and no format bonus, both
+of which a policy learns to exploit.
+"""
+
+import re
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+from hgpo_trl.imports import load_module
+from hgpo_trl.modes import split_response
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+_TIMEOUT_S = 5  # per parse and per comparison
+_EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion as TRL passes it: a string, or a conversation of one assistant message."""
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def accuracy_reward(completions: list, answer: list[str | None], **kwargs: Any) -> list[float | None]:
+    """1.0 for a well-formed response whose answer part equals the reference answer, else 0.0.
+
+    Args:
+        completions: as TRL passes them, mode tags included.
+        answer: the data set's column of reference answers, one per completion. Rows without one (None) are not scored.
+
+    Returns:
+        One of 1.0, 0.0 and None (no reference answer) per completion.
+    """
+    rewards: list[float | None] = []
+    for completion, reference in zip(completions, answer, strict=True):
+        if reference is None:
+            rewards.append(None)
+            continue
+        response = split_response(completion_text(completion))
+        rewards.append(float(response.well_formed and answers_match(str(reference), response.answer)))
+    return rewards
+
+
+def answers_match(reference: str, answer: str) -> bool:
+    """Whether two answers are equal: as text, as numbers, or, where neither settles it, for math-verify."""
+    reference, answer = _bare(reference), _bare(answer)
+    if reference == answer:
+        return True
+    if _NUMBER.fullmatch(reference) and _NUMBER.fullmatch(answer):
+        return Fraction(reference) == Fraction(answer)
+    return verify(_parse_reference(reference), _parse_answer(answer), timeout_seconds=_timeout())
+
+
+def _bare(text: str) -> str:
+    """Without what surrounds an answer and means nothing: blanks, dollar signs, thousands separators."""
+    text = text.strip().strip("$").strip()
+    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+
+
+def _timeout() -> int | None:
+    """math-verify's time limit is a signal, which only the main thread can take."""
+    return _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+
+
+@lru_cache(maxsize=65_536)  # a query's reference answer is asked for N times a step, and again every epoch
+def _parse_reference(text: str) -> list:
+    return parse(f"${text}$", _EXTRACTION, parsing_timeout=_timeout())
+
+
+def _parse_answer(text: str) -> list:
+    return parse(text, _EXTRACTION, parsing_timeout=_timeout()) or parse(
+        f"${text}$", _EXTRACTION, parsing_timeout=_timeout()
+    )
+
+
+def load_reward(name: str) -> Callable | str:
+    """A reward function by "package.module.function" or "path/to/file.py:function"; else a reward model's id or path.
+
+    Raises:
+        ValueError: the file, the module or the function does not exist.
+    """
+    source, separator, function = name.rpartition(":" if ".py:" in name else ".")
+    if "/" in name and ".py:" not in name or Path(name).exists():
+        return name
+    if not separator:
+        raise ValueError(
+            f"reward_funcs: {name!r} is neither a function (package.module.function or path/to/file.py:function) nor a "
+            "reward model's id or path."
+        )
+    module = load_module(source)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"reward_funcs: {name!r}: {source} has no function {function!r}.")
+    return getattr(module, function)

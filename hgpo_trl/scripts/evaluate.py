@@ -1,0 +1,106 @@
+"""Evaluate a model in both modes: hybrid accuracy, thinking ratio, accuracy and tokens.
+
+    hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hgpo --output_dir runs/chain-sum/eval/hgpo
+
+Writes `report.json` (the figures) and `samples.parquet` (every response with its score) into `output_dir`.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hgpo_trl.data_files import load_data
+from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
+from hgpo_trl.modes import check_embeddings, mode_tokens
+from hgpo_trl.rewards import load_reward
+from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.run_dir import write_json
+from hgpo_trl.trainer import check_dataset
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, and how to sample."""
+
+    model: str = field(metadata={"help": "Model to evaluate: path or hub id."})
+    data: str = field(metadata={"help": "Data set with `prompt`, what the rewards need, and perhaps `level`."})
+    output_dir: str = field(metadata={"help": "Folder for report.json and samples.parquet."})
+    split: str = field(default="train", metadata={"help": "Split of data."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
+    samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
+    margin: float = field(default=0.0, metadata={"help": "Mode means closer than this count as equal (Eq. 13)."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature (paper: 0.6); 0 is greedy."})
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling (paper: 0.95)."})
+    max_new_tokens: int = field(default=35_000, metadata={"help": "Tokens per response (paper: 35,000)."})
+    batch_size: int = field(default=64, metadata={"help": "Responses generated at a time."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["hgpo_trl.rewards.accuracy_reward"],
+        metadata={"help": "Functions that score a response (package.module.function or file.py:function)."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_mode", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.max_new_tokens < 2:
+            raise ValueError(f"max_new_tokens must be at least 2, the decision token and one more; got {self.max_new_tokens}.")
+        if not 0.0 <= self.margin < math.inf:
+            raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN as None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def main(argv: Sequence[str]) -> None:
+    (args,) = RecipeParser(EvaluateArguments, prog="hgpo-trl evaluate").parse_recipe(argv)
+    rewards = [load_reward(name) for name in args.reward_funcs]
+    dataset = load_data("data", args.data, args.split)
+    if args.num_prompts is not None:
+        dataset = dataset.select(range(min(args.num_prompts, len(dataset))))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    check_dataset("data", dataset, tokenizer)
+    tokens = mode_tokens(tokenizer)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
+    check_embeddings(model, tokens)
+
+    samples = sample_both_modes(
+        model,
+        tokenizer,
+        dataset["prompt"],
+        samples_per_mode=args.samples_per_mode,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    samples = score_samples(samples, dataset, rewards)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    samples.to_parquet(output_dir / "samples.parquet", index=False)
+    report = report_on(samples, args.margin, dataset["level"] if "level" in dataset.column_names else None)
+    write_json(output_dir / "report.json", _without_nan({"model": args.model, "dataset": args.data, **report}))
+    print(
+        f"{args.model}: hybrid accuracy {report['hybrid_accuracy']:.3f}, thinking ratio {report['thinking_ratio']:.3f}, "
+        f"accuracy {report['accuracy']['auto']:.3f} (always thinking {report['accuracy']['think']:.3f}), tokens "
+        f"{report['mean_tokens']['auto']:.1f} (always thinking {report['mean_tokens']['think']:.1f}) -> {output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,70 @@
+"""Stage I, Hybrid Fine-Tuning (Eq. 4): supervised fine-tuning on responses of both modes, loss on the response only.
+
+    hgpo-trl hft --config recipes/chain-sum/hft.yaml
+    accelerate launch --config_file recipes/accelerate/zero3.yaml -m hgpo_trl.scripts.hft --config recipes/.../hft.yaml
+
+The model gets the four mode tags and a chat template that knows the modes, if it has none; TRL's SFTTrainer does the rest.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl.trainer.utils import create_model_from_path
+
+from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
+from hgpo_trl.data_files import load_data
+from hgpo_trl.modes import add_mode_tokens
+from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.run_dir import claim_run_dir
+from hgpo_trl.scripts.training import model_init_kwargs, train_and_save
+
+
+@dataclass
+class HFTArguments:
+    """Data of Stage I."""
+
+    train_data: str = field(metadata={"help": "Data set with `prompt` and `completion`: path or hub id."})
+    train_split: str = field(default="train", metadata={"help": "Split of train_data."})
+    eval_data: str | None = field(default=None, metadata={"help": "The same for the evaluation loss."})
+    eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
+
+
+def main(argv: Sequence[str]) -> None:
+    data_args, training_args, model_args = RecipeParser(
+        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft"
+    ).parse_recipe(argv)
+    checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
+    train_dataset = load_data("train_data", data_args.train_data, data_args.train_split)
+    eval_dataset = load_data("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    model = create_model_from_path(
+        model_args.model_name_or_path,
+        quantization_config=get_quantization_config(model_args),
+        **model_init_kwargs(training_args, model_args),
+    )
+    add_mode_tokens(tokenizer, model)
+    if not has_thinking_modes(tokenizer):
+        set_chat_template(tokenizer)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    train_and_save(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,77 @@
+"""Stage II, Hybrid Group Policy Optimization (Algorithm 1), starting from an HFT model.
+
+    hgpo-trl hgpo --config recipes/chain-sum/hgpo.yaml
+    accelerate launch --config_file recipes/accelerate/zero3.yaml -m hgpo_trl.scripts.hgpo --config recipes/.../hgpo.yaml
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from hgpo_trl.config import HGPOConfig
+from hgpo_trl.data_files import load_data
+from hgpo_trl.modes import mode_tokens
+from hgpo_trl.rewards import load_reward
+from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.run_dir import claim_run_dir
+from hgpo_trl.scripts.training import model_init_kwargs, train_and_save
+from hgpo_trl.trainer import HGPOTrainer, check_dataset
+
+
+@dataclass
+class HGPOArguments:
+    """Data and rewards of Stage II."""
+
+    train_data: str = field(metadata={"help": "Data set with `prompt` and what the rewards need: path or hub id."})
+    train_split: str = field(default="train", metadata={"help": "Split of train_data."})
+    eval_data: str | None = field(default=None, metadata={"help": "The same for evaluation inside training."})
+    eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
+    eval_prompts: int | None = field(default=None, metadata={"help": "Use only the first so many rows of eval_data."})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["hgpo_trl.rewards.accuracy_reward"],
+        metadata={"help": "Functions (package.module.function or file.py:function) or reward models (id or path)."},
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    script_args, training_args, model_args = RecipeParser(
+        (HGPOArguments, HGPOConfig, ModelConfig), prog="hgpo-trl hgpo"
+    ).parse_recipe(argv)
+    rewards = [load_reward(name) for name in script_args.reward_funcs]
+    checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args)
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        truncation_side="left",
+        padding_side="left",
+    )
+    mode_tokens(tokenizer)
+    train_dataset = load_data("train_data", script_args.train_data, script_args.train_split)
+    check_dataset("train_data", train_dataset, tokenizer)
+    eval_dataset = None
+    if script_args.eval_data:
+        eval_dataset = load_data("eval_data", script_args.eval_data, script_args.eval_split)
+        if script_args.eval_prompts is not None:
+            eval_dataset = eval_dataset.select(range(min(script_args.eval_prompts, len(eval_dataset))))
+
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    trainer = HGPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    train_and_save(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,31 @@
+"""What both training stages share: how a model is loaded, and how a trainer is run and its result kept."""
+
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+from trl import ModelConfig
+
+
+def model_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for a recipe's model fields. Master weights are float32 by default."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype or "float32",
+        "trust_remote_code": training_args.trust_remote_code,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, resuming from `checkpoint` if given, and keep model, tokenizer, metrics and state in `output_dir`."""
+    if checkpoint is not None:
+        trainer.accelerator.print(f"Resuming from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()

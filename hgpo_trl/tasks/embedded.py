@@ -1,0 +1,153 @@
+"""Embedded tasks: made-up problems and a model small enough to train on a laptop, to see the whole method at work.
+
+A task is one small Python file with three names (`hgpo_trl/tasks/chain_sum.py` is one, `examples/` has another):
+
+    LEVELS      {level: weight}, the difficulty levels and how often each is drawn
+    VOCABULARY  every word of its texts, separated by blanks
+    sample      sample(level, random.Random) -> Query
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+
+from hgpo_trl.chat_template import set_chat_template
+from hgpo_trl.imports import load_module
+from hgpo_trl.modes import Mode, add_mode_tokens, format_response
+
+_TURN_WORDS = ("System:", "User:", "Assistant:")  # of the plain-text chat template
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One problem: what is asked, a reasoning trace that solves it, the answer, and its difficulty."""
+
+    prompt: str
+    reasoning: str
+    answer: str
+    level: int
+
+
+def load_task(name: str) -> ModuleType:
+    """Import a task by module name ("hgpo_trl.tasks.chain_sum") or by path ("examples/my_task.py").
+
+    Raises:
+        ValueError: there is no such module or file, or it lacks one of the three names.
+    """
+    task = load_module(name)
+    missing = [attribute for attribute in ("LEVELS", "VOCABULARY", "sample") if not hasattr(task, attribute)]
+    if missing:
+        raise ValueError(f"task={name!r} lacks {', '.join(missing)}; hgpo_trl/tasks/embedded.py says what a task needs.")
+    return task
+
+
+def is_held_out(prompt: str, fraction: float) -> bool:
+    """Whether a query belongs to the held-out part: decided by its text alone, so no run can mix the two parts."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float, seed: int) -> Iterator[Query]:
+    """Draw queries by the task's level weights, from the held-out part or from the rest.
+
+    Raises:
+        ValueError: a level has no query in the wanted part (its space is too small for `fraction`).
+    """
+    rng = random.Random(f"{seed}/{held_out}")
+    levels, weights = list(task.LEVELS), list(task.LEVELS.values())
+    for _ in range(num_queries):
+        level = rng.choices(levels, weights)[0]
+        for _ in range(10_000):
+            query = task.sample(level, rng)
+            if is_held_out(query.prompt, fraction) == held_out:
+                yield query
+                break
+        else:
+            part = "held-out" if held_out else "training"
+            raise ValueError(
+                f"held_out_fraction={fraction}: level {level} has no {part} query. Choose another fraction, or give the "
+                "level more distinct queries."
+            )
+
+
+def _messages(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def hft_dataset(queries: Iterator[Query], think_share: float, seed: int) -> Dataset:
+    """Stage I rows in TRL's conversational prompt/completion format, each query in one mode, drawn by lot."""
+    rng = random.Random(f"{seed}/modes")
+    rows = []
+    for query in queries:
+        mode = Mode.THINK if rng.random() < think_share else Mode.NO_THINK
+        reasoning = query.reasoning if mode is Mode.THINK else ""
+        rows.append(
+            {
+                "prompt": _messages("user", query.prompt),
+                "completion": _messages("assistant", format_response(mode, query.answer, reasoning)),
+                "mode": mode.value,
+                "level": query.level,
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def prompt_dataset(queries: Iterator[Query]) -> Dataset:
+    """Stage II and evaluation rows: prompt, answer, level."""
+    return Dataset.from_list(
+        [{"prompt": _messages("user", q.prompt), "answer": q.answer, "level": q.level} for q in queries]
+    )
+
+
+def build_tokenizer(task: ModuleType) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the task's vocabulary, with the mode tags and the chat template."""
+    words = ["<unk>", "<pad>", "<bos>", "<eos>", *_TURN_WORDS, *task.VOCABULARY]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    add_mode_tokens(fast)
+    set_chat_template(fast)
+    return fast
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    max_length: int = 128,
+    seed: int = 0,
+) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 with tied embeddings and a feed-forward of 4 x `hidden_size`."""
+    set_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # with the usual 0.02 a model this small learns nothing
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    return Qwen2ForCausalLM(config)

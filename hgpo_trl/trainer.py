@@ -1,0 +1,328 @@
+"""HGPOTrainer: TRL's GRPOTrainer with hybrid group sampling and mode-aware advantages."""
+
+import math
+import textwrap
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, DatasetDict, IterableDataset
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.models.utils import disable_gradient_checkpointing
+
+from hgpo_trl.advantages import assign_rewards, compute_advantages
+from hgpo_trl.config import HGPOConfig
+from hgpo_trl.decision import Decision, read_decision
+from hgpo_trl.hybrid_accuracy import per_prompt_table
+from hgpo_trl.modes import MODES, check_embeddings, mode_tokens, split_response
+
+logger = get_logger(__name__)
+
+
+class HGPOTrainer(GRPOTrainer):
+    """Trainer for Hybrid Group Policy Optimization (arXiv 2505.14631, Algorithm 1).
+
+    Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the others
+    with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for the
+    intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10).
+
+    What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
+    `_calculate_rewards` keeps the rewards, `_generate_and_score_completions` replaces the advantages and logs both
+    modes. The loss and everything else is inherited.
+
+    Args:
+        model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode tags
+            (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning sees to.
+        args: `HGPOConfig`.
+
+    Raises:
+        ValueError: the tokenizer, the data or an argument does not fit; checked before a model is loaded where possible.
+        NotImplementedError: `tools`, `environment_factory`, `rollout_func` or images are asked for.
+    """
+
+    _tag_names = ["trl", "hgpo"]
+    _name = "HGPO"
+    _paper = {
+        "title": "Think Only When You Need with Large Hybrid-Reasoning Models",
+        "id": "2505.14631",
+        "citation": textwrap.dedent("""\
+            @article{jiang2025think,
+                title        = {{Think Only When You Need with Large Hybrid-Reasoning Models}},
+                author       = {Lingjie Jiang and others},
+                year         = 2025,
+                eprint       = {arXiv:2505.14631},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: HGPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | DatasetDict | dict[str, Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = HGPOConfig(f"{name.split('/')[-1]}-HGPO")
+        if not isinstance(args, HGPOConfig):
+            raise TypeError(f"args must be an HGPOConfig; got {type(args).__name__}.")
+        for name in ("tools", "environment_factory", "rollout_func"):
+            if kwargs.get(name):
+                raise NotImplementedError(
+                    f"{name} is not supported by HGPOTrainer: both modes of a query are sampled in a single turn. "
+                    "Leave it unset, or use TRL's GRPOTrainer."
+                )
+        if processing_class is None:
+            source = model if isinstance(model, str) else model.config._name_or_path
+            processing_class = AutoTokenizer.from_pretrained(
+                source, truncation_side="left", padding_side="left", trust_remote_code=args.trust_remote_code
+            )
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise NotImplementedError(
+                f"processing_class must be a tokenizer; got {type(processing_class).__name__}. "
+                "HGPOTrainer trains text-only models."
+            )
+        for name in ("response_template", "response_schema"):
+            if getattr(processing_class, name, None) is not None:
+                raise ValueError(
+                    f"processing_class.{name} is set: TRL would take the mode tags out of the completions before the "
+                    f"rewards see them. Set processing_class.{name} = None."
+                )
+        self.mode_tokens = mode_tokens(processing_class)
+        check_dataset("train_dataset", train_dataset, processing_class)
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in named.items():
+            if dataset is not None:
+                check_dataset(name, dataset, processing_class)
+
+        super().__init__(
+            model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
+        )
+        check_embeddings(self.model, self.mode_tokens)
+        self._budget_for_the_forced_token()
+        self._warned_off_mode = False
+        self._rewards_per_func: Tensor  # [B, F] over all processes, kept between two overrides
+        self._faulty: Tensor  # [B] over all processes, 1 where a response breaks the format
+        self._lengths: Tensor  # [B] over all processes, tokens
+        self._truncated: Tensor  # [B] over all processes, 1 where a response ran out of tokens
+
+    def _budget_for_the_forced_token(self) -> None:
+        """The decision token counts towards max_completion_length, so sampling gets one token less."""
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = self.max_completion_length - 1
+        else:
+            self.generation_config.max_new_tokens = self.max_completion_length - 1
+            self.generation_kwargs["max_new_tokens"] = self.max_completion_length - 1
+
+    # ------------------------------------------------------------------------------------------ sampling (Eq. 5, 6)
+
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _row_modes(self, num_rows: int) -> list[int]:
+        """Mode (0 = think, 1 = no_think) of each local row, from its place in the global batch.
+
+        A group can straddle two processes, so the place in it is global: process_index · num_rows + i, modulo N.
+        """
+        group, first = self._group_size(), self.accelerator.process_index * num_rows
+        return [int((first + i) % group >= group // 2) for i in range(num_rows)]
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: list | None,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list[list[float | None]] | None]:
+        """Force each row's mode: its token ends the prompt during sampling and is then moved to the response's front.
+
+        The forced token was not sampled, so it has no sampling log-probability: None, which TRL turns into an
+        importance ratio of exactly 1.
+        """
+        if images is not None or multimodal_fields:
+            raise NotImplementedError("HGPOTrainer trains text-only models; this batch has images or other modalities.")
+        modes = self._row_modes(len(prompt_ids))
+        decisions = [self.mode_tokens.decision[mode] for mode in modes]
+        forced = [[*ids, token] for ids, token in zip(prompt_ids, decisions, strict=True)]
+        per_mode = num_generations // 2
+
+        batches = [list(range(len(forced)))]
+        # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones. More
+        # than half a group holds both modes wherever it begins: every process makes the same two calls (ZeRO-3, FSDP).
+        if not (self.use_vllm or self.use_transformers_continuous_batching) and len(forced) > per_mode:
+            batches = [[i for i, mode in enumerate(modes) if mode == m] for m in range(len(MODES))]
+
+        completion_ids: list[list[int]] = [[]] * len(forced)
+        log_probs: list[list[float | None]] | None = None
+        for rows in batches:
+            sampled, sampled_log_probs = super()._generate_single_turn(
+                [forced[i] for i in rows], None, {}, per_mode, has_tool_images
+            )
+            for i, ids in zip(rows, sampled, strict=True):
+                completion_ids[i] = [decisions[i], *ids]
+            if sampled_log_probs is not None:  # only backends that take all rows at once return them
+                log_probs = [[None, *row] for row in sampled_log_probs]
+        return completion_ids, log_probs
+
+    # ------------------------------------------------------------------------------------- rewards and advantages
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        """TRL's rewards, kept for the advantages, together with what the per-mode metrics need of the responses."""
+        device = self.accelerator.device
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        facts = torch.tensor(
+            [
+                (not split_response(text).well_formed, len(ids), ids[-1] not in ends)
+                for text, ids in zip(texts, completion_ids_list, strict=True)
+            ],
+            device=device,
+        )
+        self._faulty, self._lengths, self._truncated = self.accelerator.gather(facts).unbind(dim=1)
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _read_decision(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decision:
+        """The old policy's first-token distribution for every query of the global batch, `[Q]` entries each.
+
+        Each process computes every g-th of its rows, g the greatest stride that no group boundary falls into; with
+        whole groups per process that is each prompt once.
+        """
+        num_rows, group = len(prompt_ids), self._group_size()
+        stride = math.gcd(num_rows, group)
+        chunk = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), self.accelerator.autocast():
+            parts = [
+                read_decision(self.model, ids, mask, self.mode_tokens, self.temperature)
+                for ids, mask in zip(
+                    prompt_ids[::stride].split(chunk), prompt_mask[::stride].split(chunk), strict=True
+                )
+            ]
+        local = Decision(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        return Decision(*(self.accelerator.gather(field)[:: group // stride] for field in local))
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout, with HGPO's per-token advantages `[B, T]` in place of TRL's `[B]`."""
+        output = super()._generate_and_score_completions(inputs)
+        decision = self._read_decision(output["prompt_ids"], output["prompt_mask"])
+        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
+        rewards[self._rewards_per_func.isnan().all(dim=1)] = torch.nan  # no function scored it: not a reward of 0
+        grouped = rewards.view(-1, len(MODES), self._group_size() // len(MODES))  # [Q, 2, N/2]
+
+        advantages = compute_advantages(
+            grouped,
+            self._lengths,
+            estimator=self.args.estimator,
+            alpha=self.args.alpha,
+            margin=self.args.margin,
+            intra_scope=self.args.intra_scope,
+            ties=self.args.ties,
+            discount=self.args.discount,
+            mode_probs=decision.mode_probs if self.args.decision_weighting == "saturating" else None,
+        )
+        first_row = self.accelerator.process_index * len(inputs)
+        width = output["completion_ids"].shape[1]  # this process's own longest response, perhaps padded further
+        local = advantages[first_row : first_row + len(inputs), :width]
+        output["advantages"] = nn.functional.pad(local, (0, width - local.shape[1]))
+
+        self._log_group_metrics(grouped, decision)
+        self._log_table(advantages)
+        return output
+
+    # ---------------------------------------------------------------------------------------------------- metrics
+
+    def _log_group_metrics(self, rewards: Tensor, decision: Decision) -> None:
+        """One value per query for each metric: TRL averages what it finds, so every query counts once."""
+        phase = "train" if self.model.training else "eval"
+        metrics = self._metrics[phase]
+        shape = rewards.shape
+        lengths, faulty, truncated = (x.view(shape).float() for x in (self._lengths, self._faulty, self._truncated))
+        for index, mode in enumerate(MODES):
+            metrics[f"hgpo/reward/{mode}"] += rewards[:, index].nanmean(dim=1).tolist()
+            metrics[f"hgpo/length/{mode}"] += lengths[:, index].mean(dim=1).tolist()
+            metrics[f"hgpo/truncated/{mode}"] += truncated[:, index].mean(dim=1).tolist()
+            metrics[f"hgpo/format_faults/{mode}"] += faulty[:, index].mean(dim=1).tolist()
+            metrics[f"hgpo/prob/{mode}"] += decision.mode_probs[:, index].tolist()
+        metrics["hgpo/off_mode_mass"] += decision.neither.tolist()
+        metrics["hgpo/decision_entropy"] += decision.entropy.tolist()
+
+        r_inter, r_intra = assign_rewards(rewards, self.args.margin, self.args.ties)
+        valid = ~rewards.isnan()
+        decided = r_inter.any(dim=2).any(dim=1)
+        metrics["hgpo/think_win_rate"] += r_inter[decided, 0].amax(dim=1).tolist()
+        flat = ((r_intra == 1) | ~valid).all(dim=2).all(dim=1)  # nothing to choose within either mode
+        metrics["hgpo/no_intra_signal"] += flat.float().tolist()
+        metrics["hgpo/no_signal"] += (flat & ~decided).float().tolist()
+
+        if phase == "eval":
+            table = per_prompt_table(
+                rewards.double().cpu().numpy(),
+                lengths.double().cpu().numpy(),
+                decision.think.double().cpu().numpy(),
+                decision.no_think.double().cpu().numpy(),
+                decision.picked.cpu().numpy(),
+                self.args.eval_margin,
+            )
+            table.pop("off_mode_mass")  # logged above
+            for name, column in table.items():
+                metrics[f"hgpo/{name}"] += column.tolist()
+
+        off_mode_mass = decision.neither.mean().item()
+        if off_mode_mass > self.args.off_mode_warning and not self._warned_off_mode:
+            self._warned_off_mode = True
+            logger.warning(
+                f"The first token is neither mode with a mean probability of {off_mode_mass:.3f} (off_mode_warning="
+                f"{self.args.off_mode_warning}). The policy is leaving the two modes: use decision_weighting=saturating, "
+                "raise beta, or lower the learning rate; if it was so from the first step, train HFT for longer."
+            )
+
+    def _log_table(self, advantages: Tensor) -> None:
+        """Show HGPO's own numbers in TRL's completion table: mode, advantage of the response, advantage of the decision."""
+        num_rows, group = len(advantages), self._group_size()
+        last = advantages.gather(1, self._lengths[:, None] - 1)[:, 0]  # beyond the decision it is norm(r_intra)
+        for _ in range(min(num_rows, len(self._logs["advantages"]))):  # TRL has just appended its own
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(last.tolist())
+        self._logs["extra"]["decision_advantage"].extend(advantages[:, 0].tolist())
+        self._logs["extra"]["mode"].extend(MODES[i % group >= group // 2].value for i in range(num_rows))
+
+
+def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check prompts before any long work.
+
+    Args:
+        name: of the argument, for the messages.
+        dataset: map-style data sets are read through once; of a stream only the columns and the first row.
+        tokenizer: must have a chat template if the prompts are conversations.
+
+    Raises:
+        ValueError: not a data set, no `prompt` column, no rows, an empty prompt, images, or no chat template.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(f"{name} must be a datasets.Dataset or IterableDataset; got {type(dataset).__name__}.")
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{name} is empty. Give it at least one row with a `prompt`.")
+    if "prompt" not in first:
+        raise ValueError(f"{name} has no column `prompt`; its columns are {sorted(first)}. Rename the one that holds it.")
+    if "image" in first or "images" in first:
+        raise NotImplementedError(f"{name} has images; HGPOTrainer trains text-only models. Remove the column.")
+    prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [first["prompt"]]
+    for row, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else (prompt[-1].get("content") if prompt else None)
+        if not text or (isinstance(text, str) and not text.strip()):
+            raise ValueError(f"{name} has an empty `prompt` in row {row}. Remove the row.")
+    if is_conversational({"prompt": first["prompt"]}) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The tokenizer has no chat template, but the prompts of {name} are conversations. Install one with "
+            "hgpo_trl.chat_template.set_chat_template(tokenizer), or give prompts as plain text."
+        )

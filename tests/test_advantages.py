@@ -1,0 +1,682 @@
+"""`hgpo_trl.advantages` against a loop-by-loop reference written from the paper's equations alone."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hgpo_trl.advantages import assign_rewards, compute_advantages
+
+ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed")
+GROUP_ESTIMATORS = ("grpo", "rloo")
+NAN = math.nan
+EPS = 1e-4
+TOLERANCE = 1e-6
+
+Rewards = list[list[list[float]]]
+"""rewards[query][mode][sample]; mode 0 = think, 1 = no think."""
+Rows = list[list[float]]
+"""rows[query-major sample][token]."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `compute_advantages`, in plain Python."""
+
+    rewards: Rewards
+    lengths: list[int]
+    estimator: str = "grpo"
+    alpha: float = 1.0
+    margin: float = 0.2
+    intra_scope: str = "mode"
+    ties: str = "all"
+    discount: float = 0.99
+    mode_probs: list[list[float]] | None = None
+
+    def run(self) -> Rows:
+        """Call the code under test in double precision."""
+        return self.tensor(torch.float64).tolist()
+
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        """Call the code under test with rewards of `dtype`."""
+        probs = None if self.mode_probs is None else torch.tensor(self.mode_probs, dtype=torch.float64)
+        return compute_advantages(
+            torch.tensor(self.rewards, dtype=dtype),
+            torch.tensor(self.lengths),
+            estimator=self.estimator,
+            alpha=self.alpha,
+            margin=self.margin,
+            intra_scope=self.intra_scope,
+            ties=self.ties,
+            discount=self.discount,
+            mode_probs=probs,
+        )
+
+
+# --- The reference ------------------------------------------------------------
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return math.fsum(values) / len(values)
+
+
+def valid(values: list[float]) -> list[float]:
+    """The values that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
+
+
+def reference_rewards(rewards: Rewards, margin: float, ties: str) -> tuple[Rewards, Rewards]:
+    """r_inter (Eq. 8) and r_intra (Eq. 9)."""
+    r_inter, r_intra = [], []
+    for think, no_think in rewards:
+        winner = None
+        if valid(think) and valid(no_think):
+            winner = 0 if mean(valid(think)) > mean(valid(no_think)) + margin else 1
+        inter_of_query, intra_of_query = [], []
+        for mode, samples in enumerate((think, no_think)):
+            inter_of_mode, intra_of_mode = [], []
+            taken = False
+            for reward in samples:
+                if math.isnan(reward):
+                    inter_of_mode.append(0.0)
+                    intra_of_mode.append(0.0)
+                    continue
+                inter_of_mode.append(1.0 if mode == winner else 0.0)
+                best = reward == max(valid(samples)) and not (ties == "first" and taken)
+                taken = taken or best
+                intra_of_mode.append(1.0 if best else 0.0)
+            inter_of_query.append(inter_of_mode)
+            intra_of_query.append(intra_of_mode)
+        r_inter.append(inter_of_query)
+        r_intra.append(intra_of_query)
+    return r_inter, r_intra
+
+
+def whiten(values: list[float]) -> list[float]:
+    """(x - mean) / (std + 1e-4) with the unbiased std; a lone value becomes 0."""
+    if len(values) < 2:
+        return [0.0] * len(values)
+    centre = mean(values)
+    std = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
+    return [(value - centre) / (std + EPS) for value in values]
+
+
+def leave_one_out(values: list[float]) -> list[float]:
+    """RLOO, Eq. 23: x_i minus the mean of the others; a lone value becomes 0."""
+    result = []
+    for i, value in enumerate(values):
+        others = values[:i] + values[i + 1 :]
+        result.append(value - mean(others) if others else 0.0)
+    return result
+
+
+def reference_advantages(case: Case) -> Rows:
+    """The per-token advantages of Eq. 10, row by row."""
+    r_inter, r_intra = reference_rewards(case.rewards, case.margin, case.ties)
+    half = len(case.rewards[0][0])
+    grouped = case.estimator in GROUP_ESTIMATORS
+    normalise = whiten if case.estimator == "grpo" else leave_one_out
+
+    def row_of(query: int, mode: int, sample: int) -> int:
+        return (query * 2 + mode) * half + sample
+
+    out = [[0.0] * max(case.lengths) for _ in case.lengths]
+    tokens_of_batch: list[tuple[int, int, float]] = []
+    for q, query in enumerate(case.rewards):
+        members = [(m, s) for m in (0, 1) for s in range(half) if not math.isnan(query[m][s])]
+
+        if grouped:
+            scopes = [members]
+            if case.intra_scope == "mode":
+                scopes = [[ms for ms in members if ms[0] == mode] for mode in (0, 1)]
+            for scope in scopes:
+                for (m, s), value in zip(scope, normalise([r_intra[q][m][s] for m, s in scope]), strict=True):
+                    row = row_of(q, m, s)
+                    for t in range(case.lengths[row]):
+                        out[row][t] += value
+        else:
+            for m, s in members:
+                row = row_of(q, m, s)
+                length, reward = case.lengths[row], r_intra[q][m][s]
+                for t in range(length):
+                    if case.estimator == "reinforce_plus_plus":
+                        value = case.discount ** (length - 1 - t) * reward
+                    else:
+                        value = sum(case.discount ** (later - t) * reward for later in range(t, length))
+                    tokens_of_batch.append((row, t, value))
+
+        inter = [r_inter[q][m][s] for m, s in members]
+        for (m, s), value in zip(members, normalise(inter) if grouped else inter, strict=True):
+            if case.mode_probs is not None:
+                pi = case.mode_probs[q][m]
+                value *= 2 * (1 - pi) if r_inter[q][m][s] == 1 else 2 * pi
+            out[row_of(q, m, s)][0] += case.alpha * value
+
+    values = [value for _, _, value in tokens_of_batch]
+    if case.estimator == "reinforce_plus_plus":
+        values = whiten(values)
+    for (row, t, _), value in zip(tokens_of_batch, values, strict=True):
+        out[row][t] += value
+    return out
+
+
+# --- Strategies ---------------------------------------------------------------
+
+
+def eighths(low: int, high: int) -> st.SearchStrategy[float]:
+    """Multiples of 1/8: sums of a few, and means of 1, 2 or 4 of them, are exact in floating point."""
+    return st.integers(low, high).map(lambda k: k / 8)
+
+
+def reward_values(kind: str) -> st.SearchStrategy[float]:
+    """Few values with many ties, a grid of eighths, or the continuum."""
+    return {
+        "ties": st.sampled_from([0.0, 0.5, 1.0]),
+        "grid": eighths(-16, 16),
+        "continuous": st.floats(-4, 4, allow_subnormal=False),
+    }[kind]
+
+
+def gap_is_decided(case: Case) -> bool:
+    """False where rounding alone could choose the winning mode."""
+    for think, no_think in case.rewards:
+        modes = (valid(think), valid(no_think))
+        if not all(modes):
+            continue
+        gap = mean(modes[0]) - mean(modes[1]) - case.margin
+        on_grid = all((8 * value).is_integer() for value in (*modes[0], *modes[1], case.margin))
+        exact = on_grid and all(len(mode) in (1, 2, 4) for mode in modes)
+        if abs(gap) < 1e-9 and not exact:
+            return False
+    return True
+
+
+@st.composite
+def cases(draw: st.DrawFn, estimator: str | None = None, exact: bool = False, probs: bool = True) -> Case:
+    """A call; `exact`: rewards and margin are multiples of 1/8; `probs`: with mode_probs half of the time."""
+    queries = draw(st.integers(1, 4))
+    half = draw(st.sampled_from([2, 3, 4]))
+    kind = draw(st.sampled_from(["ties", "grid"] if exact else ["ties", "grid", "continuous"]))
+    reward = reward_values(kind)
+    if draw(st.booleans()):
+        reward = st.one_of(reward, reward, st.just(NAN))
+    samples = st.lists(reward, min_size=half, max_size=half)
+    margins = eighths(-2, 8) if exact else st.one_of(eighths(-2, 8), st.sampled_from([0.2, 0.05]))
+    mode_probs = None
+    if probs and draw(st.booleans()):
+        mode_probs = []
+        for _ in range(queries):
+            think, share = draw(st.floats(0, 1)), draw(st.floats(0, 1))
+            mode_probs.append([think, (1 - think) * share])
+    rows = queries * 2 * half
+    case = Case(
+        rewards=draw(st.lists(st.tuples(samples, samples).map(list), min_size=queries, max_size=queries)),
+        lengths=draw(st.lists(st.integers(1, 7), min_size=rows, max_size=rows)),
+        estimator=estimator or draw(st.sampled_from(ESTIMATORS)),
+        alpha=draw(st.floats(0, 3)),
+        margin=draw(margins),
+        intra_scope=draw(st.sampled_from(["mode", "all"])),
+        ties=draw(st.sampled_from(["all", "first"])),
+        discount=draw(st.one_of(st.just(0.99), st.just(1.0), st.floats(0.05, 1))),
+        mode_probs=mode_probs,
+    )
+    assume(gap_is_decided(case))
+    return case
+
+
+def assert_close(actual: Rows, expected: Rows, tolerance: float = TOLERANCE) -> None:
+    """Same shape, and equal up to `tolerance` everywhere."""
+    assert [len(row) for row in actual] == [len(row) for row in expected]
+    for i, (row, wanted) in enumerate(zip(actual, expected, strict=True)):
+        assert row == pytest.approx(wanted, rel=0, abs=tolerance), f"row {i}"
+
+
+def rows_of(case: Case) -> list[tuple[int, int, float]]:
+    """(query, mode, reward) of every row, in row order."""
+    return [(q, m, r) for q, query in enumerate(case.rewards) for m, mode in enumerate(query) for r in mode]
+
+
+def first_column_gain(case: Case, alpha: float = 1.0) -> list[float]:
+    """What alpha adds to the decision token of every row."""
+    with_inter, without = replace(case, alpha=alpha).run(), replace(case, alpha=0.0).run()
+    return [a[0] - b[0] for a, b in zip(with_inter, without, strict=True)]
+
+
+# --- 1. The code and the reference agree --------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_compute_advantages_matches_reference(estimator: str, data: st.DataObject) -> None:
+    """Every option, over random shapes, ties, NaNs and lengths."""
+    case = data.draw(cases(estimator))
+    assert_close(case.run(), reference_advantages(case))
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases(probs=False))
+def test_assign_rewards_matches_reference(case: Case) -> None:
+    """r_inter and r_intra are the reference's zeros and ones."""
+    rewards = torch.tensor(case.rewards, dtype=torch.float64)
+    before = rewards.clone()
+    r_inter, r_intra = assign_rewards(rewards, case.margin, case.ties)
+    expected_inter, expected_intra = reference_rewards(case.rewards, case.margin, case.ties)
+    assert r_inter.tolist() == expected_inter
+    assert r_intra.tolist() == expected_intra
+    assert torch.equal(rewards.nan_to_num(nan=-99.0), before.nan_to_num(nan=-99.0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(case=cases(exact=True), discount=st.sampled_from([0.99, 0.5]))
+def test_single_precision_matches_reference(case: Case, discount: float) -> None:
+    """float32 rewards give float32 advantages, right up to single precision."""
+    case = replace(case, discount=discount)
+    actual = case.tensor(torch.float32)
+    assert actual.dtype == torch.float32
+    assert_close(actual.tolist(), reference_advantages(case), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_low_precision_rewards_are_computed_in_float32(dtype: torch.dtype, estimator: str) -> None:
+    """Half-precision rewards lose nothing after the rewards themselves."""
+    # R_think = (1 + 1 + 0) / 3 = 2/3, R_no_think = (1 + 0 + 0) / 3 = 1/3: the gap beats 0.333 in float32,
+    # and does not in bfloat16, where 0.333 and 1/3 are the same number.
+    case = Case([[[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]], [3, 1, 2, 1, 2, 3], estimator=estimator, margin=0.333)
+    actual = case.tensor(dtype)
+    assert actual.dtype == torch.float32
+    assert_close(actual.tolist(), reference_advantages(case), 1e-5)
+
+
+# --- 2. Properties ------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(estimator=st.sampled_from(GROUP_ESTIMATORS), data=st.data())
+def test_inter_group_advantages_sum_to_zero_per_query(estimator: str, data: st.DataObject) -> None:
+    """What alpha adds is a redistribution within the query."""
+    case = data.draw(cases(estimator, probs=False))
+    sums = [0.0] * len(case.rewards)
+    for (q, _, _), gain in zip(rows_of(case), first_column_gain(case), strict=True):
+        sums[q] += gain
+    assert sums == pytest.approx([0.0] * len(sums), abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_alpha_touches_the_decision_token_only(case: Case) -> None:
+    """alpha = 0 and alpha = 1 differ in column 0 alone."""
+    with_inter, without = replace(case, alpha=1.0).run(), replace(case, alpha=0.0).run()
+    assert [row[1:] for row in with_inter] == [row[1:] for row in without]
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(probs=False))
+def test_alpha_is_linear(case: Case) -> None:
+    """Doubling alpha doubles what it adds."""
+    once, twice = first_column_gain(case, 1.0), first_column_gain(case, 2.0)
+    assert twice == pytest.approx([2 * gain for gain in once], abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_permuting_samples_within_a_mode_permutes_the_rows(data: st.DataObject) -> None:
+    """With ties="all" the order of a mode's samples carries nothing."""
+    case = replace(data.draw(cases(exact=True)), ties="all")
+    half = len(case.rewards[0][0])
+    orders = [[data.draw(st.permutations(range(half))) for _ in (0, 1)] for _ in case.rewards]
+    rewards = [
+        [[mode[i] for i in order] for mode, order in zip(query, by_mode, strict=True)]
+        for query, by_mode in zip(case.rewards, orders, strict=True)
+    ]
+    source = [(2 * q + m) * half + i for q, by_mode in enumerate(orders) for m in (0, 1) for i in by_mode[m]]
+    permuted = replace(case, rewards=rewards, lengths=[case.lengths[row] for row in source])
+    original = case.run()
+    assert_close(permuted.run(), [original[row] for row in source], 1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(exact=True), shift=eighths(-40, 40))
+def test_adding_a_constant_to_all_rewards_changes_nothing(case: Case, shift: float) -> None:
+    """Only differences of rewards count."""
+    moved = replace(case, rewards=[[[r + shift for r in mode] for mode in query] for query in case.rewards])
+    assert moved.run() == case.run()
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_shape_zero_padding_and_invalid_rows(case: Case) -> None:
+    """T is the longest completion; zero beyond each length and in a NaN sample's row; finite throughout."""
+    actual = case.run()
+    assert len(actual) == len(case.lengths)
+    for row, length, (_, _, reward) in zip(actual, case.lengths, rows_of(case), strict=True):
+        assert len(row) == max(case.lengths)
+        assert all(math.isfinite(value) for value in row)
+        assert not any(row[length:])
+        if math.isnan(reward):
+            assert not any(row)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(probs=False))
+def test_saturating_at_one_half_is_the_printed_rule(case: Case) -> None:
+    """An undecided policy has the factor 2 * 1/2 = 1 in every row."""
+    halves = replace(case, mode_probs=[[0.5, 0.5] for _ in case.rewards])
+    assert_close(halves.run(), case.run(), 1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(probs=False), winner_prob=st.floats(0, 1), loser_prob=st.floats(0, 1))
+def test_saturating_stops_at_a_decided_policy(case: Case, winner_prob: float, loser_prob: float) -> None:
+    """Zero for the winner's rows at pi = 1 and the loser's at pi = 0; doubled at the other ends."""
+    r_inter, _ = reference_rewards(case.rewards, case.margin, case.ties)
+    winner = [next((m for m in (0, 1) if any(query[m])), None) for query in r_inter]
+
+    def gains(of_winner: float, of_loser: float) -> list[float]:
+        probs = [[of_winner if m == best else of_loser for m in (0, 1)] for best in winner]
+        return first_column_gain(replace(case, mode_probs=probs))
+
+    printed = first_column_gain(case)
+    settled_winner, settled_loser, undone = gains(1.0, loser_prob), gains(winner_prob, 0.0), gains(0.0, 1.0)
+    for i, (q, mode, _) in enumerate(rows_of(case)):
+        if mode == winner[q]:
+            assert settled_winner[i] == pytest.approx(0, abs=1e-12)
+        else:
+            assert settled_loser[i] == pytest.approx(0, abs=1e-12)
+        assert undone[i] == pytest.approx(2 * printed[i], abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    estimator=st.sampled_from(GROUP_ESTIMATORS),
+    scope=st.sampled_from(["mode", "all"]),
+    half=st.sampled_from([2, 4]),
+    levels=st.lists(eighths(-16, 16), min_size=1, max_size=4),
+    margin=eighths(0, 8),
+    data=st.data(),
+)
+def test_equal_rewards_leave_only_the_margins_push(
+    estimator: str, scope: str, half: int, levels: list[float], margin: float, data: st.DataObject
+) -> None:
+    """No variance, no intra-group signal; the margin (and the tie at margin 0) pushes to no think."""
+    rows = len(levels) * 2 * half
+    case = Case(
+        rewards=[[[level] * half, [level] * half] for level in levels],
+        lengths=data.draw(st.lists(st.integers(1, 7), min_size=rows, max_size=rows)),
+        estimator=estimator,
+        intra_scope=scope,
+        margin=margin,
+    )
+    # r_inter is 0 for N/2 samples and 1 for N/2: mean 1/2, unbiased variance (N/4) / (N-1);
+    # leave-one-out 1 - (N/2 - 1) / (N - 1) = (N/2) / (N - 1).
+    n = 2 * half
+    push = 0.5 / (math.sqrt(n / 4 / (n - 1)) + EPS) if estimator == "grpo" else half / (n - 1)
+    for row, (_, mode, _) in zip(case.run(), rows_of(case), strict=True):
+        assert row[0] == pytest.approx(push if mode == 1 else -push, abs=1e-9)
+        assert not any(row[1:])
+
+
+# --- 3. Cases computed by hand ------------------------------------------------
+
+# One query, N = 4, margin 0.2: think (1, 1), no think (0, 1).
+# Eq. 8: R_think = 1 > R_no_think + margin = 0.5 + 0.2 = 0.7, think wins: r_inter = (1, 1 | 0, 0).
+# Eq. 9: r_intra = (1, 1 | 0, 1), or (1, 0 | 0, 1) where only the first of the tied counts.
+BY_HAND = Case(rewards=[[[1.0, 1.0], [0.0, 1.0]]], lengths=[2, 1, 1, 3])
+
+# norm(r_inter) over N = 4: mean 1/2, std sqrt(4 * 1/4 / 3) = 0.57735027; 0.5 / 0.57745027 = 0.86587542.
+INTER = 0.86587542
+# A pair (0, 1): mean 1/2, std sqrt(2 * 1/4 / 1) = 0.70710678; 0.5 / 0.70720678 = 0.70700680.
+PAIR = 0.70700680
+
+
+def test_by_hand_rewards() -> None:
+    """Eq. 8 and 9."""
+    rewards = torch.tensor(BY_HAND.rewards)
+    r_inter, r_intra = assign_rewards(rewards, 0.2)
+    assert r_inter.tolist() == [[[1, 1], [0, 0]]]
+    assert r_intra.tolist() == [[[1, 1], [0, 1]]]
+    r_inter, r_intra = assign_rewards(rewards, 0.2, ties="first")
+    assert r_inter.tolist() == [[[1, 1], [0, 0]]]
+    assert r_intra.tolist() == [[[1, 0], [0, 1]]]
+
+
+def test_by_hand_defaults() -> None:
+    """grpo, alpha 1, margin 0.2, scope mode, all ties: intra (0, 0 | -PAIR, +PAIR)."""
+    actual = compute_advantages(torch.tensor(BY_HAND.rewards).double(), torch.tensor(BY_HAND.lengths))
+    expected = [[INTER, 0, 0], [INTER, 0, 0], [-INTER - PAIR, 0, 0], [-INTER + PAIR, PAIR, PAIR]]
+    assert_close(actual.tolist(), expected, 1e-7)
+
+
+def test_by_hand_grpo_over_all_samples() -> None:
+    """Scope "all", alpha 2."""
+    # r_intra (1, 1, 0, 1): mean 3/4, std sqrt((3/16 + 9/16) / 3) = 0.5; 0.25 / 0.5001 = 0.49990002,
+    # -0.75 / 0.5001 = -1.49970006.
+    up, down = 0.49990002, -1.49970006
+    expected = [
+        [2 * INTER + up, up, 0],
+        [2 * INTER + up, 0, 0],
+        [-2 * INTER + down, 0, 0],
+        [-2 * INTER + up, up, up],
+    ]
+    assert_close(replace(BY_HAND, intra_scope="all", alpha=2.0).run(), expected, 1e-7)
+
+
+def test_by_hand_grpo_first_tie() -> None:
+    """ties="first": r_intra (1, 0 | 0, 1), a pair in each mode."""
+    expected = [
+        [INTER + PAIR, PAIR, 0],
+        [INTER - PAIR, 0, 0],
+        [-INTER - PAIR, 0, 0],
+        [-INTER + PAIR, PAIR, PAIR],
+    ]
+    assert_close(replace(BY_HAND, ties="first").run(), expected, 1e-7)
+
+
+def test_by_hand_rloo() -> None:
+    """Eq. 23."""
+    # r_inter: 1 - (1 + 0 + 0) / 3 = 2/3 for think, 0 - (1 + 1 + 0) / 3 = -2/3 for no think.
+    # r_intra within the mode: think 1 - 1 = 0, no think 0 - 1 = -1 and 1 - 0 = 1.
+    expected = [[2 / 3, 0, 0], [2 / 3, 0, 0], [-2 / 3 - 1, 0, 0], [-2 / 3 + 1, 1, 1]]
+    assert_close(replace(BY_HAND, estimator="rloo").run(), expected, 1e-12)
+    # r_intra over all: 1 - (1 + 0 + 1) / 3 = 1/3 three times, 0 - 3/3 = -1.
+    expected = [[1, 1 / 3, 0], [1, 0, 0], [-5 / 3, 0, 0], [-1 / 3, 1 / 3, 1 / 3]]
+    assert_close(replace(BY_HAND, estimator="rloo", intra_scope="all").run(), expected, 1e-12)
+
+
+def test_by_hand_reinforce_plus_plus() -> None:
+    """The reward on the last token, discounted backwards, whitened; then alpha * r_inter at t = 0."""
+    # discount 1/2: (0.5, 1), (1), (0), (0.25, 0.5, 1). Seven tokens: sum 4.25, mean 0.60714286,
+    # sum of squares 3.5625, variance (3.5625 - 4.25^2 / 7) / 6 = 0.16369048, std 0.40458680; over 0.40468680:
+    # 1 -> 0.97076837, 0.5 -> -0.26475501, 0.25 -> -0.88251671, 0 -> -1.50027840.
+    one, half, quarter, zero = 0.97076837, -0.26475501, -0.88251671, -1.50027840
+    case = replace(BY_HAND, estimator="reinforce_plus_plus", discount=0.5, alpha=3.0)
+    expected = [[3 + half, one, 0], [3 + one, 0, 0], [zero, 0, 0], [quarter, half, one]]
+    assert_close(case.run(), expected, 1e-7)
+
+
+def test_by_hand_reinforce_plus_plus_as_printed() -> None:
+    """Eq. 22 as printed: the sum over all later tokens, not whitened."""
+    # discount 1/2: (1 + 0.5, 1), (1), (0), (1 + 0.5 + 0.25, 1 + 0.5, 1), and alpha = 1 for think at t = 0.
+    case = replace(BY_HAND, estimator="reinforce_plus_plus_as_printed", discount=0.5)
+    assert_close(case.run(), [[2.5, 1, 0], [2, 0, 0], [0, 0, 0], [1.75, 1.5, 1]], 1e-12)
+
+
+def test_by_hand_whitening_spans_the_batch() -> None:
+    """Two queries are whitened together, and a NaN sample's tokens stay out of it."""
+    # Query 1: think (1, NaN), no think (0, 0): think wins (1 > 0.2); r_intra (1, - | 1, 1).
+    # Query 2: think (0, 0), no think (0, 1): no think wins; r_intra (1, 1 | 0, 1).
+    # All of length 1, so seven valid tokens (1, 1, 1, 1, 1, 0, 1): mean 6/7, variance (6 - 36/7) / 6 = 1/7,
+    # std 0.37796447; (1/7) / 0.37806447 = 0.37786450 and (-6/7) / 0.37806447 = -2.26718700.
+    rewards = [[[1.0, NAN], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]]
+    case = Case(rewards, [1] * 8, estimator="reinforce_plus_plus")
+    up, down = 0.37786450, -2.26718700
+    expected: Rows = [[1 + up], [0], [up], [up], [up], [up], [1 + down], [1 + up]]
+    assert_close(case.run(), expected, 1e-7)
+
+
+def test_by_hand_saturating() -> None:
+    """mode_probs: the winner's rows by 2 * (1 - pi), the loser's by 2 * pi; the intra-group part stays."""
+    # pi = (0.6, 0.3): think (wins) by 2 * 0.4 = 0.8, no think (loses) by 2 * 0.3 = 0.6.
+    case = replace(BY_HAND, mode_probs=[[0.6, 0.3]])
+    won, lost = 0.8 * INTER, -0.6 * INTER
+    assert_close(case.run(), [[won, 0, 0], [won, 0, 0], [lost - PAIR, 0, 0], [lost + PAIR, PAIR, PAIR]], 1e-7)
+    case = replace(case, estimator="reinforce_plus_plus_as_printed", discount=0.5)
+    assert_close(case.run(), [[2.3, 1, 0], [1.8, 0, 0], [0, 0, 0], [1.75, 1.5, 1]], 1e-12)
+
+
+def test_by_hand_tie_at_the_margin() -> None:
+    """R_think = R_no_think + margin exactly: no think wins."""
+    # R_think = (1 + 0.5) / 2 = 0.75, R_no_think = 0.5: a tie at 0.25, think just below it.
+    rewards = torch.tensor([[[1.0, 0.5], [0.5, 0.5]]])
+    assert assign_rewards(rewards, 0.25)[0].tolist() == [[[0, 0], [1, 1]]]
+    assert assign_rewards(rewards, 0.249)[0].tolist() == [[[1, 1], [0, 0]]]
+    assert assign_rewards(rewards, 0.251)[0].tolist() == [[[0, 0], [1, 1]]]
+    # intra: think (1, 0), no think a tie; inter: no think by INTER.
+    actual = compute_advantages(rewards.double(), torch.tensor([2, 1, 2, 1]), margin=0.25)
+    assert_close(actual.tolist(), [[PAIR - INTER, PAIR], [-PAIR - INTER, 0], [INTER, 0], [INTER, 0]], 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solved", range(5))
+def test_tie_at_the_papers_margin_with_binary_rewards(solved: int, dtype: torch.dtype) -> None:
+    """N = 10, rewards 0 and 1: one more think answer right is a gap of 1/5, the paper's margin: no think."""
+    think = [1.0] * (solved + 1) + [0.0] * (4 - solved)
+    no_think = [1.0] * solved + [0.0] * (5 - solved)
+    r_inter, _ = assign_rewards(torch.tensor([[think, no_think]], dtype=dtype), 0.2)
+    assert r_inter.tolist() == [[[0] * 5, [1] * 5]]
+
+
+@pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)
+@pytest.mark.parametrize("empty", [0, 1])
+def test_by_hand_a_mode_without_valid_samples(estimator: str, empty: int) -> None:
+    """No inter-group signal for that query, whatever alpha; the other mode keeps its intra-group one."""
+    # The other mode has r_intra (0, 1): -PAIR and +PAIR under grpo, -1 and +1 under rloo.
+    filled = [0.0, 1.0]
+    query = [[NAN, NAN], filled] if empty == 0 else [filled, [NAN, NAN]]
+    case = Case([query], [2] * 4, estimator=estimator, alpha=5.0)
+    r_inter, r_intra = assign_rewards(torch.tensor(case.rewards), 0.2)
+    assert r_inter.tolist() == [[[0, 0], [0, 0]]]
+    assert r_intra.tolist() == ([[[0, 0], [0, 1]]] if empty == 0 else [[[0, 1], [0, 0]]])
+    value = PAIR if estimator == "grpo" else 1.0
+    rows = [[-value, -value], [value, value]]
+    nothing = [[0.0, 0.0], [0.0, 0.0]]
+    expected = nothing + rows if empty == 0 else rows + nothing
+    assert_close(case.run(), expected, 1e-7)
+    assert_close(replace(case, intra_scope="all").run(), expected, 1e-7)
+    assert_close(replace(case, mode_probs=[[0.9, 0.1]]).run(), expected, 1e-7)
+
+
+def test_by_hand_one_invalid_sample() -> None:
+    """think (1, 0), no think (NaN, 1): a lone valid sample has no intra-group advantage, the NaN row none."""
+    # R_think = 0.5, R_no_think = 1: no think wins; r_inter over the three valid ones (0, 0, 1): mean 1/3,
+    # std sqrt((1/9 + 1/9 + 4/9) / 2) = 0.57735027; (-1/3) / 0.57745027 = -0.57725028 and
+    # (2/3) / 0.57745027 = 1.15450056.
+    low, high = -0.57725028, 1.15450056
+    case = Case([[[1.0, 0.0], [NAN, 1.0]]], [1, 1, 3, 2])
+    expected: Rows = [[low + PAIR, 0, 0], [low - PAIR, 0, 0], [0, 0, 0], [high, 0, 0]]
+    assert_close(case.run(), expected, 1e-7)
+    # rloo: r_inter 0 - (0 + 1) / 2 = -1/2, 1 - 0 = 1; r_intra 1 - 0, 0 - 1, and 0 for the lone one.
+    expected = [[0.5, 0, 0], [-1.5, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert_close(replace(case, estimator="rloo").run(), expected, 1e-12)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_nothing_valid_gives_zeros(estimator: str) -> None:
+    """A batch without a single valid reward moves nothing."""
+    case = Case([[[NAN, NAN], [NAN, NAN]]], [3, 1, 2, 1], estimator=estimator)
+    assert case.run() == [[0.0] * 3] * 4
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_lone_valid_token(estimator: str) -> None:
+    """One valid sample of one token: 0, but for the printed rule, which neither centres nor scales."""
+    case = Case([[[1.0, NAN], [NAN, NAN]]], [1, 2, 1, 1], estimator=estimator)
+    value = 1.0 if estimator == "reinforce_plus_plus_as_printed" else 0.0
+    assert case.run() == [[value, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+# --- 4. Errors ----------------------------------------------------------------
+
+
+def expect_error(field: str, value: str, **changes: Any) -> None:
+    """A sound call with `changes` raises a ValueError that names `field` and shows `value`."""
+    arguments: dict[str, Any] = {
+        "rewards": torch.zeros(2, 2, 2),
+        "completion_lengths": torch.ones(8, dtype=torch.long),
+    }
+    arguments.update(changes)
+    with pytest.raises(ValueError, match=field) as caught:
+        compute_advantages(arguments.pop("rewards"), arguments.pop("completion_lengths"), **arguments)
+    assert value in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["estimator", "intra_scope", "ties"])
+def test_unknown_choice(field: str) -> None:
+    """The choices are closed."""
+    expect_error(field, "nonsense", **{field: "nonsense"})
+
+
+@pytest.mark.parametrize("field", ["alpha", "margin"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_weight(field: str, value: float) -> None:
+    """alpha and margin are finite."""
+    expect_error(field, str(value), **{field: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.001, math.nan, math.inf])
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus", "reinforce_plus_plus_as_printed"])
+def test_discount_out_of_range(value: float, estimator: str) -> None:
+    """discount lies in (0, 1]."""
+    expect_error("discount", str(value), discount=value, estimator=estimator)
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 2), (2, 3, 2), (2, 2, 2, 1)])
+def test_rewards_of_another_shape(shape: tuple[int, ...]) -> None:
+    """rewards is [Q, 2, N/2]."""
+    expect_error("rewards", ", ".join(map(str, shape)), rewards=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("size", [7, 9, 2])
+def test_completion_lengths_of_another_size(size: int) -> None:
+    """One length per row."""
+    expect_error("completion_lengths", str(size), completion_lengths=torch.ones(size, dtype=torch.long))
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_completion_without_tokens(value: int) -> None:
+    """Every completion has a decision token."""
+    lengths = torch.tensor([1, 2, 3, value, 1, 1, 1, 1])
+    expect_error("completion_lengths", str(value), completion_lengths=lengths)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 3), (1, 2)])
+def test_mode_probs_of_another_shape(shape: tuple[int, ...]) -> None:
+    """mode_probs is [Q, 2]."""
+    expect_error("mode_probs", str(shape[-1]), mode_probs=torch.full(shape, 0.5))
+
+
+def test_assign_rewards_unknown_ties() -> None:
+    """The same check without compute_advantages."""
+    with pytest.raises(ValueError, match=r"ties.*nonsense"):
+        assign_rewards(torch.zeros(2, 2, 2), 0.2, ties="nonsense")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_assign_rewards_non_finite_margin(value: float) -> None:
+    """The same check without compute_advantages."""
+    with pytest.raises(ValueError, match=rf"margin.*{value}"):
+        assign_rewards(torch.zeros(2, 2, 2), value)
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 3, 2)])
+def test_assign_rewards_of_another_shape(shape: tuple[int, ...]) -> None:
+    """The same check without compute_advantages."""
+    with pytest.raises(ValueError, match="rewards") as caught:
+        assign_rewards(torch.zeros(shape), 0.2)
+    assert ", ".join(map(str, shape)) in str(caught.value)

@@ -1,0 +1,106 @@
+"""Small tokenizers of the families that users bring, each built from the real class in a moment, and tiny models.
+
+None has the mode tags and none has a chat template.
+"""
+
+from collections.abc import Callable, Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+CORPUS = (
+    "What is 2 + 3? The answer is 5.",
+    "Let me think: 12 * 4 = 48, so the answer is 48.",
+    "You are a helpful assistant. Be brief.",
+    "def add(a, b):\n    return a + b\n",
+    "Thanks! Now double it. I think no more than < 10 > is needed.",
+)
+
+
+def _byte_level_bpe(first: Iterable[str] = ()) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE over CORPUS; `first` gets the first ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=list(first),
+            show_progress=False,
+        ),
+    )
+    return tokenizer.get_vocab(), _merges(tokenizer)
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    import json
+
+    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def word_level() -> PreTrainedTokenizerBase:
+    """Whole words between blanks, `<unk>` for all others, no beginning-of-sequence token: the embedded task's kind."""
+    words = sorted({word for line in CORPUS for word in line.split()})
+    words += ["System:", "User:", "Assistant:"]
+    vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+    )
+
+
+def qwen2() -> PreTrainedTokenizerBase:
+    """Qwen2's class, pre-tokenizer and decoder; `<|endoftext|>` both ends and pads, as in the base models."""
+    vocab, merges = _byte_level_bpe()
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    )
+    return tokenizer
+
+
+def llama3() -> PreTrainedTokenizerBase:
+    """Llama 3's: byte-level BPE whose post-processor puts `<|begin_of_text|>` first, header tokens, no pad token."""
+    vocab, merges = _byte_level_bpe()
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer.add_special_tokens(list(special))
+    bos = special[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="<|end_of_text|>")
+
+
+def sentencepiece() -> PreTrainedTokenizerBase:
+    """Llama 2's class: SentencePiece BPE with Metaspace, byte fallback, `<s>` put first, no pad token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=460, special_tokens=special, show_progress=False)
+    )
+    return LlamaTokenizer(vocab=tokenizer.get_vocab(), merges=_merges(tokenizer))
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
+    "word_level": word_level,
+    "qwen2": qwen2,
+    "llama3": llama3,
+    "sentencepiece": sentencepiece,
+}
