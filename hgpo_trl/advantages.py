@@ -18,6 +18,7 @@ INTRA_SCOPES = ("mode", "all")
 DECISION_WEIGHTINGS = ("saturating", "uniform")
 
 STD_EPSILON = 1e-4  # added to every standard deviation, as TRL does
+TIE_TOLERANCE = 1e-6  # means that rounding alone sets apart are equal
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -52,17 +53,17 @@ def assign_rewards(rewards: Tensor, margin: float, ties: str = "all") -> tuple[T
     """
     check_choice("ties", ties, TIES)
     check_coefficients(0.0, margin, 1.0)
-    if rewards.dim() != 3 or rewards.shape[1] != 2 or rewards.shape[2] < 1:
-        raise ValueError(f"rewards must have the shape [Q, 2, N/2]; got {list(rewards.shape)}.")
+    if rewards.dim() != 3 or rewards.shape[1] != 2 or rewards.numel() == 0:
+        raise ValueError(f"rewards must have the shape [Q, 2, N/2] and at least one entry; got {list(rewards.shape)}.")
 
     valid = ~rewards.isnan()
     mean_think, mean_no_think = rewards.nanmean(dim=2).unbind(dim=1)  # R̄, NaN where a mode has no valid sample
     comparable = ~(mean_think.isnan() | mean_no_think.isnan())
-    think_wins = mean_think > mean_no_think + margin
+    think_wins = mean_think - mean_no_think - margin > TIE_TOLERANCE
     wins = torch.stack([think_wins, ~think_wins], dim=1) & comparable[:, None]
     r_inter = wins[:, :, None] & valid
 
-    best = rewards.nan_to_num(nan=-math.inf).amax(dim=2, keepdim=True)
+    best = rewards.masked_fill(~valid, -math.inf).amax(dim=2, keepdim=True)
     r_intra = valid & (rewards == best)
     if ties == "first":
         r_intra &= r_intra.cumsum(dim=2) == 1
@@ -125,9 +126,11 @@ def compute_advantages(
 
     Args:
         rewards: `[Q, 2, N/2]`, raw rewards, NaN where there is none.
-        completion_lengths: `[Q*N]`, tokens of each response, the decision token included; query-major, think half first.
-        estimator: "grpo" (standardised), "rloo" (Eq. 23), "reinforce_plus_plus" (Eq. 22 with the reward on the last token,
-            whitened over all response tokens of the batch), or "reinforce_plus_plus_as_printed" (Eq. 22 to the letter).
+        completion_lengths: `[Q*N]`, tokens of each response, the decision token included; query-major, think half
+            first.
+        estimator: "grpo" (standardised), "rloo" (Eq. 23), "reinforce_plus_plus" (Eq. 22 with the reward on the last
+            token, whitened over all response tokens of the batch), or "reinforce_plus_plus_as_printed" (Eq. 22 to the
+            letter).
         alpha: α, weight of the inter-group advantage.
         margin: δ of Eq. 8.
         intra_scope: norm(r_intra) over the mode's own N/2 samples ("mode") or over all N ("all").
@@ -149,12 +152,16 @@ def compute_advantages(
     r_inter, r_intra = assign_rewards(rewards, margin, ties)
     if completion_lengths.shape != (rewards.numel(),):
         raise ValueError(
-            f"completion_lengths must have one entry per reward, [{rewards.numel()}]; got {list(completion_lengths.shape)}."
+            f"completion_lengths must have one entry per reward, [{rewards.numel()}]; "
+            f"got {list(completion_lengths.shape)}."
         )
     if completion_lengths.min() < 1:
         raise ValueError(f"completion_lengths must be at least 1; got {int(completion_lengths.min())}.")
-    if mode_probs is not None and mode_probs.shape != rewards.shape[:2]:
-        raise ValueError(f"mode_probs must have the shape {list(rewards.shape[:2])}; got {list(mode_probs.shape)}.")
+    if mode_probs is not None:
+        if mode_probs.shape != rewards.shape[:2]:
+            raise ValueError(f"mode_probs must have the shape {list(rewards.shape[:2])}; got {list(mode_probs.shape)}.")
+        if not ((mode_probs >= 0) & (mode_probs <= 1 + TIE_TOLERANCE)).all():  # NaN fails too
+            raise ValueError(f"mode_probs must lie between 0 and 1; got {mode_probs.tolist()}.")
 
     valid = ~rewards.isnan()
     position = torch.arange(int(completion_lengths.max()), device=rewards.device)

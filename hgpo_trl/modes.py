@@ -13,6 +13,7 @@ from collections.abc import Iterable, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from enum import StrEnum
+from typing import cast
 
 import torch
 from tokenizers import AddedToken
@@ -112,9 +113,7 @@ def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
     answer, reasoning = answer.strip(), reasoning.strip()
     for name, part in (("answer", answer), ("reasoning", reasoning)):
         if tag := _TAG.search(part):
-            raise ValueError(
-                f"{name} contains the tag {tag.group()}: take it apart with split_response() first."
-            )
+            raise ValueError(f"{name} contains the tag {tag.group()}: take it apart with split_response() first.")
     if not answer:
         raise ValueError("answer is blank: a response needs an answer; drop the example.")
     if mode is Mode.THINK:
@@ -142,6 +141,9 @@ class ModeTokens:
         return self.think, self.no_think
 
 
+_ADD = "Add the tags with hgpo_trl.modes.add_mode_tokens(tokenizer, model)."
+
+
 def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
     """Look up the four tags in a tokenizer: the check to make at start-up.
 
@@ -149,39 +151,36 @@ def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
         ValueError: a tag is not exactly one token wherever it stands, is the unknown token, is registered as special,
             does not survive decoding, or shares its id with another tag. The message names the tag and the remedy.
     """
-    ids = [_tag_id(tokenizer, tag) for tag in TAGS]
-    for tag, other in ((i, j) for i in range(len(TAGS)) for j in range(i)):
-        if ids[tag] == ids[other]:
+    vocab = tokenizer.get_vocab()
+    ids: list[int] = []
+    for tag in TAGS:
+        token_id = vocab.get(tag)
+        if token_id is None or token_id == tokenizer.unk_token_id:
+            alone = tokenizer.encode(tag, add_special_tokens=False)
+            raise ValueError(f"The tag {tag} is not a token of the tokenizer, it is encoded as {alone}. {_ADD}")
+        if token_id in ids:
             raise ValueError(
-                f"The tags {TAGS[other]} and {TAGS[tag]} share the token id {ids[tag]}: give each its own token."
+                f"The tags {TAGS[ids.index(token_id)]} and {tag} share the token id {token_id}: give each its own token."
             )
+        ids.append(token_id)
+    for tag, token_id in zip(TAGS, ids, strict=True):
+        _check_tag(tokenizer, tag, token_id)
     return ModeTokens(*ids)
 
 
-_ADD = "Add the tags with hgpo_trl.modes.add_mode_tokens(tokenizer, model)."
-
-
-def _tag_id(tokenizer: PreTrainedTokenizerBase, tag: str) -> int:
-    """The id of one tag, or ValueError (see `mode_tokens`)."""
-    alone = tokenizer.encode(tag, add_special_tokens=False)
-    token_id = tokenizer.convert_tokens_to_ids(tag)
-    if token_id is None or token_id == tokenizer.unk_token_id:
-        raise ValueError(f"The tag {tag} is not a token of the tokenizer, it is encoded as {alone}. {_ADD}")
+def _check_tag(tokenizer: PreTrainedTokenizerBase, tag: str, token_id: int) -> None:
+    """ValueError if a tag of the vocabulary is special, or is split or lost somewhere (see `mode_tokens`)."""
     _refuse_special(tokenizer, tag)
-    if alone != [token_id]:
-        raise ValueError(
-            f"The tag {tag} is not one token: its id is {token_id}, it is encoded as {alone}. {_ADD}"
-        )
     # A word of the plain vocabulary may be found alone and yet be split, or lost, next to other text.
-    for text in (f"a {tag} b", f"\n{tag}\n", f"a{tag}b"):
+    for text in (tag, f"a {tag} b", f"\n{tag}\n", f"a{tag}b"):
         ids = tokenizer.encode(text, add_special_tokens=False)
-        if ids.count(token_id) != 1:
+        if ids.count(token_id) != 1 or (text == tag and len(ids) != 1):
             raise ValueError(f"The tag {tag} is not one token in {text!r}, which is encoded as {ids}. {_ADD}")
         if tag not in (decoded := tokenizer.decode(ids, skip_special_tokens=True)):
             raise ValueError(
-                f"The tag {tag} does not survive decoding: {text!r} comes back as {decoded!r}. {_ADD}"
+                f"The tag {tag} does not survive decoding, {text!r} comes back as {decoded!r}: "
+                "correct the tokenizer's decoder."
             )
-    return token_id
 
 
 def _refuse_special(tokenizer: PreTrainedTokenizerBase, tag: str) -> None:
@@ -285,13 +284,13 @@ def _per_token_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def _mean_row(tensor: Tensor, ids: Iterable[int]) -> Tensor:
-    return tensor[list(ids)].float().mean(dim=0).to(tensor.dtype)
+    return tensor[list(ids)].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
 
 
 def _rows(module: nn.Module) -> int:
     """Rows of an embedding, also where DeepSpeed ZeRO-3 has partitioned it and its local shape is 0."""
-    weight = module.weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
+    weight = cast(Tensor, module.weight)
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:

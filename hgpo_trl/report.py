@@ -1,8 +1,8 @@
 """One readable report from evaluations, training logs and a margin sweep: Markdown, HTML, JSON and figures.
 
-The text is built once, as a list of blocks (`Heading`, `Paragraph`, `Table`, ...), and rendered twice, so that
-report.md and report.html cannot differ. Every number in it comes from the evaluations; no sentence claims more than
-they say.
+The text is built once, as a list of blocks (`Heading`, `Paragraph`, `Table`, ...), and rendered twice, so
+that report.md and report.html cannot differ. Every number in it comes from the evaluations; no sentence
+claims more than they say.
 """
 
 import base64
@@ -30,9 +30,11 @@ Evaluation = Mapping[str, Any]  # report.json of `hgpo-trl evaluate`
 TrainingLog = Sequence[Mapping[str, Any]]  # `log_history` of a Trainer
 Draw = Callable[[SubFigure, TrainingLog], None]
 
-# --------------------------------------------------------------------------------------------------------------------
+NO_BREAK = "\u00a0"  # a space at which no line ends
+
+# ----------------------------------------------------------------------------------------------------
 # Reading evaluations
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def _number(value: Any) -> float:
@@ -41,7 +43,7 @@ def _number(value: Any) -> float:
 
 
 def _get(evaluation: Evaluation, path: str) -> Any:
-    """`_get(e, "accuracy.auto")` is `e["accuracy"]["auto"]`; KeyError with the whole path where it is missing."""
+    """`_get(e, "accuracy.auto")` is `e["accuracy"]["auto"]`; KeyError where any part is missing."""
     value: Any = evaluation
     for key in path.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -61,7 +63,7 @@ def _interval(evaluation: Evaluation, path: str) -> tuple[float, float]:
 
 
 def _percent(value: float, decimals: int = 1) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.{decimals}f} %"
+    return "–" if math.isnan(value) else f"{100 * value:.{decimals}f}{NO_BREAK}%"
 
 
 def _tokens(value: float) -> str:
@@ -69,13 +71,13 @@ def _tokens(value: float) -> str:
 
 
 def _with_interval(evaluation: Evaluation, path: str, form: Callable[[float], str]) -> str:
-    """ "95.0 % [93.1, 96.9]", without the bracket where the interval is null."""
-    low, high = (form(bound).removesuffix(" %") for bound in _interval(evaluation, path))
+    """ "95.0 % [93.1, 96.9]", breaking only before the bracket; without it where the interval is null."""
+    low, high = (form(bound).removesuffix(f"{NO_BREAK}%") for bound in _interval(evaluation, path))
     text = form(_value(evaluation, path))
-    return text if "–" in (low, high) else f"{text} [{low}, {high}]"
+    return text if "–" in (low, high) else f"{text} [{low},{NO_BREAK}{high}]"
 
 
-# (row of the table, path in the evaluation, format). The first list has intervals and is repeated for every level.
+# (row of the table, path in the evaluation, format). METRICS have intervals and are repeated for every level.
 METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("Hybrid accuracy", "hybrid_accuracy", _percent),
     ("Thinking ratio", "thinking_ratio", _percent),
@@ -101,31 +103,24 @@ SETTINGS = {"dataset": "data set", "num_prompts": "number of prompts", "margin":
 
 
 def _check(name: str, evaluation: Evaluation) -> None:
-    """ValueError that names the evaluation and its first missing key."""
+    """ValueError that names the evaluation and the first key that it lacks."""
+
+    def require(part: Evaluation, paths: Iterable[str], prefix: str = "") -> None:
+        for path in paths:
+            try:
+                _get(part, path)
+            except KeyError:
+                raise ValueError(
+                    f"The evaluation {name!r} lacks {prefix + path!r}. Pass the whole report.json that "
+                    "`hgpo-trl evaluate` writes; evaluate the model again if it comes from another version."
+                ) from None
+
     metrics = [path for _, path, _ in METRICS]
     metrics += [f"intervals.{path}" for path in metrics]
-    required = [
-        "model",
-        *SETTINGS,
-        "samples_per_mode",
-        *metrics,
-        *(path for _, path, _ in FAULTS),
-        "by_level",
-    ]
-    try:
-        for path in required:
-            _get(evaluation, path)
-        for index, level in enumerate(evaluation["by_level"]):
-            for path in ["level", "num_prompts", *metrics]:
-                try:
-                    _get(level, path)
-                except KeyError:
-                    raise KeyError(f"by_level[{index}].{path}") from None
-    except KeyError as error:
-        raise ValueError(
-            f"The evaluation {name!r} lacks {error.args[0]!r}. Pass the whole report.json that `hgpo-trl evaluate` "
-            "writes; evaluate the model again if it comes from another version."
-        ) from None
+    faults = [path for _, path, _ in FAULTS]
+    require(evaluation, ["model", *SETTINGS, "samples_per_mode", *metrics, *faults, "by_level"])
+    for index, level in enumerate(evaluation["by_level"]):
+        require(level, ["level", "num_prompts", *metrics], f"by_level[{index}].")
 
 
 def _levels(evaluations: Iterable[Evaluation]) -> list[Any]:
@@ -138,7 +133,7 @@ def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """`log_history` of a training run: one dict per logged step.
 
     Args:
-        run_dir: a Trainer's `output_dir`. Its own trainer_state.json is read, else that of its newest checkpoint.
+        run_dir: a Trainer's `output_dir`. Its trainer_state.json is read, else that of its newest checkpoint.
 
     Raises:
         FileNotFoundError: neither exists.
@@ -151,30 +146,27 @@ def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if state.is_file():
             return json.loads(state.read_text(encoding="utf-8"))["log_history"]
     raise FileNotFoundError(
-        f"run_dir={str(run_dir)!r} has no trainer_state.json, nor has a checkpoint-* in it. Pass the output_dir of a "
-        "training run that saved its state or a checkpoint (save_strategy other than 'no')."
+        f"run_dir={str(run_dir)!r} has no trainer_state.json, nor has a checkpoint-* in it. Pass the "
+        "output_dir of a training run that saved its state or a checkpoint (save_strategy other than 'no')."
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Figures: each function returns None where its input is missing
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 THINK, NO_THINK, NEITHER, INK = "#2066B0", "#E07B00", "#8C8C8C", "#333333"
 MODEL_COLORS = ("#7B4FB5", "#12866A", "#C2255C", "#8A6A00", "#0B7FA3")
 MODEL_MARKERS = ("o", "s", "^", "D", "v", "P")  # one more than colours: 30 distinct pairs
 PERCENT_TICKS = FuncFormatter(lambda value, _: f"{100 * value:.6g} %")
 WIDTH = 9.0  # inches; 900 px wide in the HTML page
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 180,
     "figure.facecolor": "white",
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.parse_math": False,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
     "axes.labelcolor": INK,
     "axes.edgecolor": "#AAAAAA",
     "axes.spines.top": False,
@@ -191,6 +183,8 @@ STYLE = {
     "legend.frameon": False,
     "legend.handlelength": 1.4,
     "legend.columnspacing": 1.4,
+    "figure.constrained_layout.w_pad": 0.07,
+    "figure.constrained_layout.h_pad": 0.06,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
@@ -214,11 +208,11 @@ def _probability_axis(axes: Axes, label: str) -> None:
 def _accuracy_axis(axes: Axes, label: str) -> None:
     """Around the data, but never so close that a difference of a few tenths of a point fills the figure."""
     low, high = axes.get_ylim()
-    low, high = min(low, high - 0.1), min(high, 1.02)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    axes.set_yticks(
-        [tick for tick in axes.yaxis.get_major_locator().tick_values(low, high) if low <= tick <= 1]
-    )
+    span = max(high - low, 0.1)
+    high = min(high, 1) + span / 20
+    low = min(low, high - span)
+    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    axes.set_yticks([tick for tick in ticks if tick < 1 + 1e-9])
     axes.yaxis.set_major_formatter(PERCENT_TICKS)
     axes.set(ylim=(low, high), ylabel=label)
 
@@ -259,7 +253,7 @@ def _accuracy_vs_tokens(evaluations: Mapping[str, Evaluation]) -> Figure:
 
     def mark(evaluation: Evaluation, policy: str, color: str, **style: Any) -> None:
         x, y = _value(evaluation, f"mean_tokens.{policy}"), _value(evaluation, f"accuracy.{policy}")
-        cross = {"color": color, "linewidth": 1.2, "alpha": 0.45}
+        cross: dict[str, Any] = {"color": color, "linewidth": 1.2, "alpha": 0.45}
         axes.hlines(y, *_interval(evaluation, f"mean_tokens.{policy}"), **cross)
         axes.vlines(x, *_interval(evaluation, f"accuracy.{policy}"), **cross)
         axes.plot(x, y, color=color, linestyle="none", **style)
@@ -268,21 +262,20 @@ def _accuracy_vs_tokens(evaluations: Mapping[str, Evaluation]) -> Figure:
         mark(evaluation, "sampled", markersize=5.5, zorder=3, **_look(index))
         mark(evaluation, "auto", markersize=10, zorder=3, label=name, **_look(index))
     axes.plot([], [], color=NEITHER, linestyle="none", marker="o", markersize=5.5, label="the same, sampled")
-    name, last = list(evaluations.items())[-1]
+    last = list(evaluations.values())[-1]
     for policy, label, color, marker, size in (
         ("think", "always thinking", THINK, "o", 13),
         ("no_think", "never thinking", NO_THINK, "o", 13),
         ("oracle", "oracle", INK, "*", 19),
     ):  # hollow and on top: what lies within stays visible
         shape = {"marker": marker, "markersize": size, "markerfacecolor": "none", "markeredgewidth": 1.8}
-        mark(last, policy, color, label=f"{name}, {label}", zorder=4, **shape)
+        mark(last, policy, color, label=label, zorder=4, **shape)
     tokens, accuracy = (
         [_value(last, f"{metric}.{mode}") for mode in ("no_think", "think")]
         for metric in ("mean_tokens", "accuracy")
     )
-    axes.plot(
-        tokens, accuracy, color=NEITHER, linewidth=1.2, linestyle=(0, (4, 3)), label=f"{name}, at random"
-    )
+    style: dict[str, Any] = {"color": NEITHER, "linewidth": 1.2, "linestyle": "--"}
+    axes.plot(tokens, accuracy, label="thinking at random", **style)
     axes.set(xlabel="tokens per response")
     axes.set_xlim(left=0)
     axes.margins(y=0.08)
@@ -299,15 +292,21 @@ def _series(log: TrainingLog, key: str) -> tuple[Array, Array]:
 
 
 def _curve(axes: Axes, log: TrainingLog, key: str, color: str, label: str, **style: Any) -> None:
-    """A logged value over the steps: the points as logged (faint) and their running mean over a twentieth of the run."""
+    """A logged value over the steps: as logged (faint), and its centred running mean over 4 % of the run."""
     steps, values = _series(log, key)
     if not len(steps):
         return
-    window = np.ones(max(1, len(values) // 20))
-    smooth = np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-    if len(window) > 1:
+    last, half = len(values) - 1, len(values) // 50
+    reach = [
+        min(half, i, last - i) for i in range(len(values))
+    ]  # narrower at the ends, so that they stay true
+    smooth = [values[i - r : i + r + 1].mean() for i, r in enumerate(reach)]
+    if half:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
     axes.plot(steps, smooth, color=color, label=label, **style)
+
+
+COMPACT: dict[str, Any] = {"fontsize": 9.2, "handlelength": 1.1, "columnspacing": 1.0, "handletextpad": 0.5}
 
 
 def _panel(axes: Axes) -> None:
@@ -317,7 +316,7 @@ def _panel(axes: Axes) -> None:
     axes.margins(x=0.02)
     handles, _ = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=3, borderaxespad=0.2, fontsize=9.5)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=3, borderaxespad=0.2, **COMPACT)
 
 
 def _hgpo_panels(figure: SubFigure, log: TrainingLog) -> None:
@@ -391,9 +390,9 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Text: blocks and their two renderings. `...` within a text is code.
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -484,8 +483,8 @@ h1 { margin-top: 0; }
 .lead { font-size: 1.15rem; padding: .8rem 1.1rem; background: #f3f5f8; border-left: 4px solid #2066b0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .75rem; border-bottom: 1px solid #e4e4e4; text-align: left; white-space: nowrap; }
-th { border-bottom: 2px solid #bbb; vertical-align: bottom; white-space: normal; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #bbb; vertical-align: bottom; }
 .number { text-align: right; }
 figure { margin: 1.8rem 0; }
 img { width: 100%; height: auto; }
@@ -515,43 +514,42 @@ def _html(title: str, blocks: Iterable[Block]) -> str:
                     "\n".join(["<ul>", *(f"<li>{_html_inline(item)}</li>" for item in items), "</ul>"])
                 )
             case Table(header, rows, labels):
-                body = "\n".join(_html_row(row, "td", labels) for row in rows)
                 head = _html_row(header, "th", labels)
-                parts.append(
-                    f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
-                )
+                body = "\n".join(_html_row(row, "td", labels) for row in rows)
+                table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+                parts.append(f'<div class="scroll">{table}</div>')
             case Picture(_, png, alt, caption):
                 source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-                parts.append(
-                    f'<figure>\n<img alt="{html.escape(alt)}" src="{source}">\n'
-                    f"<figcaption><strong>{_html_inline(alt)}.</strong> {_html_inline(caption)}</figcaption>\n</figure>"
-                )
+                text = f"<strong>{_html_inline(alt)}.</strong> {_html_inline(caption)}"
+                image = f'<img alt="{html.escape(alt)}" src="{source}">'
+                parts.append(f"<figure>\n{image}\n<figcaption>{text}</figcaption>\n</figure>")
     body = "\n".join(parts)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>\n{CSS}\n</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # What the report says
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 GLOSSARY = {
     "Thinking, not thinking": (
-        "the model starts its response with `<think>`, reasons and then answers, or starts with `<no_think>` and "
-        "answers at once. This first token is the model's choice."
+        "the model starts its response with `<think>`, reasons and then answers, or starts with "
+        "`<no_think>` and answers at once. This first token is the model's choice."
     ),
     "Own choice": (
-        "the mode of the more likely first token, for each prompt. “Sampled” is what to expect when the first token is "
-        "drawn at random from the model's probabilities instead. A first token that is neither mode scores 0."
+        "the mode of the more likely first token, for each prompt. “Sampled” is what to expect when the "
+        "first token is drawn at random from the model's probabilities instead. A first token that is "
+        "neither mode scores 0."
     ),
     "Always, never thinking": "the same model with one mode forced on every prompt.",
     "Oracle": (
-        "for each prompt the better mode: the one with the higher accuracy, or the one with the shorter responses "
-        "where the accuracies are equal or differ by less than the margin. It is known only afterwards, from the very "
-        "responses that it is scored on, so luck flatters it somewhat."
+        "for each prompt the better mode: the one with the higher accuracy, or the one with the shorter "
+        "responses where the accuracies are equal or differ by less than the margin. It is known only "
+        "afterwards, from the very responses that it is scored on, so luck flatters it somewhat."
     ),
     "Hybrid accuracy": "the share of prompts for which the model's own choice is the oracle's.",
     "Thinking ratio": "the mean probability that the first token is `<think>`.",
@@ -562,8 +560,8 @@ GLOSSARY = {
         "how far the number might move with other prompts of the same kind (bootstrap over prompts)."
     ),
     "HFT, HGPO": (
-        "the two training stages. Hybrid fine-tuning teaches both formats from examples; hybrid group policy "
-        "optimization then teaches by reward which one to choose."
+        "the two training stages. Hybrid fine-tuning teaches both formats from examples; hybrid group "
+        "policy optimization then teaches by reward which one to choose."
     ),
 }
 
@@ -577,29 +575,29 @@ def _difference(label: str, value: float, other: float, relative: bool = False) 
     if math.isnan(value - other) or (relative and other == 0):
         return ""
     change = 100 * (value / other - 1 if relative else value - other)
-    rounded = round(change, 0 if relative else 1) + 0.0  # + 0.0: no negative zero
-    return f"{label} {rounded:+.{0 if relative else 1}f}{' %' if relative else ' points'}".replace("-", "−")
+    decimals, unit = (0, "%") if relative else (1, "points")
+    change = round(change, decimals) + 0.0  # + 0.0: no negative zero
+    return f"{label} {change:+.{decimals}f}{NO_BREAK}{unit}".replace("-", "−")
 
 
 def _headline(name: str, evaluation: Evaluation) -> str:
     accuracy, tokens = _value(evaluation, "accuracy.auto"), _value(evaluation, "mean_tokens.auto")
     always, hybrid = _value(evaluation, "mean_tokens.think"), _value(evaluation, "hybrid_accuracy")
-    clauses = []
-    if not math.isnan(accuracy):
-        clauses.append(f"answers {_percent(accuracy)} correctly")
-    if always > 0 and not math.isnan(tokens):
-        verb = "with" if clauses else "takes"
-        clauses = [
-            _join([*clauses, f"{verb} {_percent(tokens / always, 0)} of the tokens of always thinking"], " ")
-        ]
-    if not math.isnan(hybrid):
-        share = _with_interval(evaluation, "hybrid_accuracy", _percent)
-        clauses.append(f"picks the better mode for {share} of the prompts")
-    return f"`{name}` {' and '.join(clauses) or 'has no valid samples'}."
+    share = tokens / always if always > 0 else math.nan
+    answers = "" if math.isnan(accuracy) else f"answers {_percent(accuracy)} correctly"
+    cost = f"{'with' if answers else 'takes'} {_percent(share, 0)} of the tokens of always thinking"
+    picks = (
+        f"picks the better mode for {_with_interval(evaluation, 'hybrid_accuracy', _percent)} of the prompts"
+    )
+    clauses = [
+        _join([answers, "" if math.isnan(share) else cost], " "),
+        "" if math.isnan(hybrid) else picks,
+    ]
+    return f"`{name}` {_join(clauses, ' and ') or 'has no valid samples'}."
 
 
 def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """The last evaluation against always and never thinking and against the other evaluations; thinking by level."""
+    """The last evaluation against always and never thinking and against the others; thinking by level."""
     *others, (name, last) = evaluations.items()
     accuracy, tokens = _value(last, "accuracy.auto"), _value(last, "mean_tokens.auto")
     items = []
@@ -627,9 +625,11 @@ def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
         if len(entries) > 1:
             ends = _levels([evaluation])[0], _levels([evaluation])[-1]
             ratios = [_with_interval(entries[level], "thinking_ratio", _percent) for level in ends]
-            items.append(
-                f"`{other_name}` thinks with probability {ratios[0]} at level {ends[0]} and {ratios[1]} at level {ends[1]}."
-            )
+            if "–" not in ratios:
+                items.append(
+                    f"`{other_name}` thinks with probability {ratios[0]} at level {ends[0]} and {ratios[1]} "
+                    f"at level {ends[1]}."
+                )
     return [item for item in items if item]
 
 
@@ -647,8 +647,9 @@ def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 def _measured(name: str, evaluation: Evaluation) -> str:
     return (
-        f"`{name}`: model `{evaluation['model']}` on `{evaluation['dataset']}`, {evaluation['num_prompts']:,} prompts, "
-        f"{evaluation['samples_per_mode']} responses in each mode, margin {evaluation['margin']:g}."
+        f"`{name}`: model `{evaluation['model']}` on `{evaluation['dataset']}`, "
+        f"{evaluation['num_prompts']:,} prompts, {evaluation['samples_per_mode']} responses in each mode, "
+        f"margin {evaluation['margin']:g}."
     )
 
 
@@ -661,78 +662,67 @@ def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
     return Table(["", *evaluations], rows)
 
 
+def _select(*paths: str) -> list[tuple[str, str, Callable[[float], str]]]:
+    return [metric for path in paths for metric in METRICS if metric[1] == path]
+
+
 def _level_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    modes = ("auto", "think", "no_think")
+    policies = [f"{metric}.{mode}" for metric in ("accuracy", "mean_tokens") for mode in modes]
+    shown = _select("hybrid_accuracy", "thinking_ratio", *policies)
     rows = []
     for level in _levels(evaluations.values()):
         for name, evaluation in evaluations.items():
             for entry in evaluation["by_level"]:
                 if entry["level"] == level:
-                    numbers = [
-                        *(
-                            _with_interval(entry, path, _percent)
-                            for path in ("hybrid_accuracy", "thinking_ratio")
-                        ),
-                        *(
-                            _percent(_value(entry, f"accuracy.{policy}"))
-                            for policy in ("auto", "think", "no_think")
-                        ),
-                        *(
-                            _tokens(_value(entry, f"mean_tokens.{policy}"))
-                            for policy in ("auto", "think", "no_think")
-                        ),
-                    ]
+                    numbers = [_with_interval(entry, path, form) for _, path, form in shown]
                     rows.append([str(level), name, str(entry["num_prompts"]), *numbers])
-    policies = ("own choice", "always", "never")
-    header = ["Level", "Model", "Prompts", "Hybrid accuracy", "Thinking ratio"]
-    header += [f"Accuracy: {policy}" for policy in policies] + [f"Tokens: {policy}" for policy in policies]
-    return Table(header, rows, labels=2)
+    return Table(["Level", "Model", "Prompts", *(label for label, _, _ in shown)], rows, labels=2)
 
 
 def _sweep_table(sweep: Mapping[float, Evaluation]) -> Table:
-    shown = [metric for metric in METRICS if metric[1] in SWEEP_METRICS]
+    shown = _select("hybrid_accuracy", "thinking_ratio", "accuracy.auto", "mean_tokens.auto")
     rows = [[f"{d:g}", *(_with_interval(e, path, form) for _, path, form in shown)] for d, e in sweep.items()]
     return Table(["Training margin δ", *(label for label, _, _ in shown)], rows)
 
-
-SWEEP_METRICS = ("hybrid_accuracy", "thinking_ratio", "accuracy.auto", "mean_tokens.auto")
 
 CAPTIONS = {
     "thinking_ratio_by_level": (
         "Thinking by difficulty",
         (
-            "The mean probability that the first token is `<think>`, for the prompts of each level; bars are 95 % "
-            "intervals. How to read it: a flat line is a model that chooses regardless of difficulty; a line that "
-            "rises with difficulty is a model that saves its thinking for hard prompts. The HGPO paper reports a flat "
-            "line after HFT and a rising one after HGPO."
+            "The mean probability that the first token is `<think>`, for the prompts of each level; bars "
+            "are 95 % intervals. How to read it: a flat line is a model that chooses regardless of "
+            "difficulty; a line that rises with difficulty is a model that saves its thinking for hard "
+            "prompts. The HGPO paper reports a flat line after HFT and a rising one after HGPO."
         ),
     ),
     "accuracy_vs_tokens": (
         "Accuracy against cost",
         (
-            "Large filled markers: each model by its own choice; small ones: the same with a sampled first token. "
-            "Hollow markers: the last model made to think always or never, and the oracle. Crosses are 95 % "
-            "intervals. How to read it: up is better, left is cheaper. The dashed line is what the last model reaches "
-            "when it thinks at random, with the same probability on every prompt: the last model's choice is worth "
-            "something if it lies above that line."
+            "Large filled markers: each model by its own choice; small ones: the same with a sampled first "
+            "token. Hollow markers and the dashed line are about the last model only: made to think always, "
+            "or never; the oracle; and thinking at random, with the same probability on every prompt. "
+            "Crosses are 95 % intervals. How to read it: up is better, left is cheaper. The last model's "
+            "choice is worth something if it lies above the dashed line."
         ),
     ),
     "training_curves": (
         "Training",
         (
-            "Strong lines are running means over a twentieth of the logged points, faint ones the points themselves. "
-            "For an HGPO run, in which every query is answered in both modes: the reward and the length of each "
-            "mode's responses; the probability of each mode as first token (“neither”, every other token, should stay "
-            "near 0); and the share of queries where thinking won on mean reward, after the margin, and of those that "
-            "gave no signal at all. “Better mode picked”, where it was logged, is hybrid accuracy on the evaluation "
-            "prompts. For any other run: its loss."
+            "Strong lines are running means over 4 % of the run, faint ones the values as logged. For an "
+            "HGPO run, in which every query is answered in both modes: the reward and the length of each "
+            "mode's responses; the probability of each mode as first token (“neither”, every other token, "
+            "should stay near 0); and the share of queries where thinking won on mean reward, after the "
+            "margin, and of those that gave no signal at all. “Better mode picked”, where it was logged, is "
+            "hybrid accuracy on the evaluation prompts. For any other run: its loss."
         ),
     ),
     "margin_sweep": (
         "Thinking against the margin",
         (
-            "One model per training margin δ, the bonus that not thinking gets when HGPO compares the two modes. "
-            "Bars are 95 % intervals. How to read it: the left and the right panel show whether a larger margin gives "
-            "less thinking and shorter responses, the middle one at what accuracy."
+            "One model per training margin δ, the bonus that not thinking gets when HGPO compares the two "
+            "modes. Bars are 95 % intervals. How to read it: the left and the right panel show whether a "
+            "larger margin gives less thinking and shorter responses, the middle one at what accuracy."
         ),
     ),
 }
@@ -772,15 +762,16 @@ def _blocks(
         *(Paragraph(note) for note in _notes(everything)),
         Heading("What was measured"),
         Paragraph(
-            "With its first token, each model chooses for each prompt whether it thinks (`<think>`) or answers at once "
-            "(`<no_think>`). To see whether it chooses well, every prompt was answered in both modes and every response "
-            "was scored. The model's own choice is then compared with always thinking, with never thinking and with an "
-            "oracle that knows the better mode of each prompt."
+            "With its first token, each model chooses for each prompt whether it thinks (`<think>`) or "
+            "answers at once (`<no_think>`). To see whether it chooses well, every prompt was answered in "
+            "both modes and every response was scored. The model's own choice is then compared with always "
+            "thinking, with never thinking and with an oracle that knows the better mode of each prompt."
         ),
         Bullets([_measured(name, evaluation) for name, evaluation in everything.items()]),
         Heading("Results"),
         Paragraph(
-            "Tokens are means per response. Brackets are 95 % intervals; a dash means that there is no valid number."
+            "Tokens are means per response. Brackets are 95 % intervals; a dash means that there is no "
+            "valid number."
         ),
         _model_table(evaluations),
     ]
@@ -824,9 +815,9 @@ def write_report(
     """Write report.md, report.html (self-contained), report.json and the figures they show.
 
     Args:
-        evaluations: name -> report.json of `hgpo-trl evaluate`, in the order to show them. The last one is the model
-            that the headline is about. `None` or NaN stands for a number that does not exist.
-        output_dir: created if missing. Not the directory of an evaluation, whose report.json would be replaced.
+        evaluations: name -> report.json of `hgpo-trl evaluate`, in the order to show them. The headline is
+            about the last one. `None` or NaN stands for a number that does not exist.
+        output_dir: created if missing. An evaluation's own folder would lose its report.json.
         training_logs: name -> `load_training_log(...)`; drawn by optimizer step.
         margin_sweep: training margin δ -> evaluation of the model trained with it.
         title: heading of the report.

@@ -3,21 +3,21 @@
 None has the mode tags and none has a chat template.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    set_seed,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 CORPUS = (
     "What is 2 + 3? The answer is 5.",
@@ -28,8 +28,8 @@ CORPUS = (
 )
 
 
-def _byte_level_bpe(first: Iterable[str] = ()) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a byte-level BPE over CORPUS; `first` gets the first ids."""
+def _byte_level_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte-level BPE over CORPUS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.train_from_iterator(
@@ -37,7 +37,6 @@ def _byte_level_bpe(first: Iterable[str] = ()) -> tuple[dict[str, int], list[tup
         trainers.BpeTrainer(
             vocab_size=400,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=list(first),
             show_progress=False,
         ),
     )
@@ -45,8 +44,6 @@ def _byte_level_bpe(first: Iterable[str] = ()) -> tuple[dict[str, int], list[tup
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
@@ -57,18 +54,14 @@ def word_level() -> PreTrainedTokenizerBase:
     vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 def qwen2() -> PreTrainedTokenizerBase:
     """Qwen2's class, pre-tokenizer and decoder; `<|endoftext|>` both ends and pads, as in the base models."""
     vocab, merges = _byte_level_bpe()
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    tokenizer.add_tokens(
-        [AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    )
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
     return tokenizer
 
 
@@ -104,3 +97,20 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "llama3": llama3,
     "sentencepiece": sentencepiece,
 }
+
+
+_TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def tiny_qwen2(vocab_size: int) -> Qwen2ForCausalLM:
+    """A Qwen2 of one layer; input and output embedding are one matrix."""
+    set_seed(0)
+    return Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=vocab_size, num_key_value_heads=2, tie_word_embeddings=True, **_TINY)
+    )
+
+
+def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
+    """A Llama of one layer; input and output embedding are two matrices."""
+    set_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=False, **_TINY))

@@ -2,7 +2,7 @@
 
 A task is one small Python file with three names (`hgpo_trl/tasks/chain_sum.py` is one, `examples/` has another):
 
-    LEVELS      {level: weight}, the difficulty levels and how often each is drawn
+    LEVELS      {level: weight}, the difficulty levels and how often each is drawn (whole numbers)
     VOCABULARY  every word of its texts, separated by blanks
     sample      sample(level, random.Random) -> Query
 """
@@ -54,15 +54,15 @@ def is_held_out(prompt: str, fraction: float) -> bool:
 
 
 def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float, seed: int) -> Iterator[Query]:
-    """Draw queries by the task's level weights, from the held-out part or from the rest.
+    """Draw queries in exact proportion to the task's level weights, from the held-out part or from the rest.
 
     Raises:
         ValueError: a level has no query in the wanted part (its space is too small for `fraction`).
     """
     rng = random.Random(f"{seed}/{held_out}")
-    levels, weights = list(task.LEVELS), list(task.LEVELS.values())
-    for _ in range(num_queries):
-        level = rng.choices(levels, weights)[0]
+    cycle = [level for level, weight in task.LEVELS.items() for _ in range(weight)]
+    for index in range(num_queries):
+        level = cycle[index % len(cycle)]
         for _ in range(10_000):
             query = task.sample(level, rng)
             if is_held_out(query.prompt, fraction) == held_out:

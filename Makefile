@@ -1,0 +1,77 @@
+# The whole project from one place: `make help` lists what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+RECIPE ?= chain-sum                     # folder in recipes/
+ACCELERATE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+ARGS ?=                                 # more fields: ARGS="--max_steps 20 --report_to wandb"
+MARGINS ?= 0 0.2 0.6                    # of `make sweep`
+RECIPE := $(strip $(RECIPE))
+RUN := runs/$(RECIPE)
+CONFIG := recipes/$(RECIPE)
+
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(ACCELERATE)).yaml
+
+# One process per core pays for a model of a hundred thousand parameters; OpenMP threads only wait for each other.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install data train-hft train-hgpo evaluate report demo sweep test lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+install: $(INSTALLED)  ## virtual environment with everything for the demo and the tests
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+data: $(INSTALLED)  ## data sets of RECIPE (and, for an embedded task, the untrained model)
+	$(BIN)/hgpo-trl data --config $(CONFIG)/data.yaml $(ARGS)
+
+train-hft: $(INSTALLED)  ## Stage I; RECIPE=... ACCELERATE=... ARGS=...
+	$(LAUNCH) -m hgpo_trl.scripts.hft --config $(CONFIG)/hft.yaml $(ARGS)
+
+train-hgpo: $(INSTALLED)  ## Stage II; RECIPE=... ACCELERATE=... ARGS=...
+	$(LAUNCH) -m hgpo_trl.scripts.hgpo --config $(CONFIG)/hgpo.yaml $(ARGS)
+
+evaluate: $(INSTALLED)  ## evaluate RECIPE's HFT and HGPO models
+	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model $(RUN)/hft --output_dir $(RUN)/eval/hft $(ARGS)
+	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model $(RUN)/hgpo --output_dir $(RUN)/eval/hgpo $(ARGS)
+
+report: $(INSTALLED)  ## tables and figures of RECIPE's evaluations and training logs
+	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml $(ARGS)
+
+demo: $(INSTALLED)  ## the whole method on the embedded task: data, HFT, HGPO, evaluation, report
+	@for stage in data train-hft train-hgpo evaluate report; do \
+		printf '\n=== %s ===\n' "$$stage"; $(MAKE) --no-print-directory "$$stage"; \
+	done
+	@printf '\nRead %s\n' '$(RUN)/report/report.html'
+
+sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all of them in the report
+	@for margin in $(MARGINS); do \
+		printf '\n=== margin %s ===\n' "$$margin"; \
+		$(LAUNCH) -m hgpo_trl.scripts.hgpo --config $(CONFIG)/hgpo.yaml --margin "$$margin" --output_dir "$(RUN)/sweep/margin-$$margin" $(ARGS); \
+		$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model "$(RUN)/sweep/margin-$$margin" --output_dir "$(RUN)/sweep/margin-$$margin/eval"; \
+	done
+	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml --margin_sweep $(foreach m,$(MARGINS),$(m)=$(RUN)/sweep/margin-$(m)/eval)
+
+test: $(INSTALLED) lint  ## everything that proves it
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove runs and caches (not the virtual environment)
+	rm -rf runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

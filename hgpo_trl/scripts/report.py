@@ -1,0 +1,95 @@
+"""One readable report from evaluations and training logs: Markdown, HTML and figures.
+
+    hgpo-trl report --config recipes/chain-sum/report.yaml
+
+Names are the user's: `hft=runs/chain-sum/eval/hft` shows that evaluation as "hft". With `report_to: wandb` the report goes
+to a Weights & Biases run as well.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hgpo_trl.report import load_training_log, write_report
+from hgpo_trl.scripts.recipe import RecipeParser
+
+
+@dataclass
+class ReportArguments:
+    """What the report shows."""
+
+    evaluations: list[str] = field(metadata={"help": "NAME=FOLDER of `hgpo-trl evaluate`, in the order to show them."})
+    output_dir: str = field(metadata={"help": "Folder for report.md, report.html, report.json and the figures."})
+    training_runs: list[str] = field(default_factory=list, metadata={"help": "NAME=FOLDER of training runs."})
+    margin_sweep: list[str] = field(
+        default_factory=list, metadata={"help": "DELTA=FOLDER: evaluations of models trained with that margin."}
+    )
+    title: str = field(default="Hybrid reasoning report", metadata={"help": "Heading of the report."})
+    report_to: str = field(default="none", metadata={"help": "wandb: log the report there too; none."})
+
+    def __post_init__(self) -> None:
+        if self.report_to not in ("none", "wandb"):
+            raise ValueError(f"report_to must be none or wandb; got {self.report_to!r}.")
+
+
+def _pairs(name: str, entries: list[str]) -> dict[str, Path]:
+    """["hft=runs/eval/hft"] -> {"hft": Path("runs/eval/hft")}"""
+    pairs = {}
+    for entry in entries:
+        key, separator, folder = entry.partition("=")
+        if not (key and separator and folder):
+            raise ValueError(f"{name}: {entry!r} is not NAME=FOLDER.")
+        if key in pairs:
+            raise ValueError(f"{name}: the name {key!r} is given twice.")
+        pairs[key] = Path(folder)
+    return pairs
+
+
+def _load_evaluation(name: str, folder: Path) -> dict[str, Any]:
+    path = folder / "report.json"
+    if not path.is_file():
+        raise ValueError(f"{name}: there is no {path}. Run `hgpo-trl evaluate --output_dir {folder}` first.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]]) -> None:
+    """One run of job type "report": every figure of every evaluation in its summary, the pictures, the HTML page."""
+    import wandb
+
+    output_dir = Path(args.output_dir)
+    with wandb.init(job_type="report", name=os.environ.get("WANDB_NAME", args.title), config=vars(args)) as run:
+        for name, evaluation in evaluations.items():
+            figures = {key: value for key, value in evaluation.items() if key not in ("by_level", "intervals")}
+            run.summary.update({f"report/{name}": figures})
+            if levels := evaluation["by_level"]:
+                columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]
+                rows = [[level[column] for column in columns] for level in levels]
+                run.log({f"report/{name}/by_level": wandb.Table(columns=columns, data=rows)})
+        pictures = {f"report/{path.stem}": wandb.Image(str(path)) for path in sorted(output_dir.glob("*.png"))}
+        run.log({**pictures, "report/html": wandb.Html(str(output_dir / "report.html"), inject=False)})
+
+
+def main(argv: Sequence[str]) -> None:
+    (args,) = RecipeParser(ReportArguments, prog="hgpo-trl report").parse_recipe(argv)
+    evaluations = {
+        name: _load_evaluation("evaluations", folder) for name, folder in _pairs("evaluations", args.evaluations).items()
+    }
+    sweep = {
+        float(margin): _load_evaluation("margin_sweep", folder)
+        for margin, folder in _pairs("margin_sweep", args.margin_sweep).items()
+    }
+    logs = {
+        name: load_training_log(folder) for name, folder in _pairs("training_runs", args.training_runs).items()
+    }
+    path = write_report(evaluations, args.output_dir, training_logs=logs, margin_sweep=sweep, title=args.title)
+    if args.report_to == "wandb":
+        _log_to_wandb(args, evaluations)
+    print(f"Report: {path} and {path.with_suffix('.html')}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

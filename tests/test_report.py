@@ -1,0 +1,363 @@
+"""`hgpo_trl.report`: the files, what they say for numbers that exist and for those that do not; errors."""
+
+import copy
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hgpo_trl.report import load_training_log, write_report
+
+NO_BREAK = "\u00a0"
+PNG = b"\x89PNG\r\n\x1a\n"
+POLICIES = ("auto", "sampled", "think", "no_think", "oracle")
+ACCURACY = {"auto": 0.9617, "sampled": 0.9302, "think": 0.9812, "no_think": 0.7023, "oracle": 0.9851}
+TOKENS = {"auto": 1210.4, "sampled": 1302.5, "think": 2501.6, "no_think": 88.7, "oracle": 1190.8}
+
+Evaluation = dict[str, Any]
+
+
+def around(value: float, width: float) -> list[float]:
+    return [value - width, value + width]
+
+
+def figures(hybrid_accuracy: float = 0.8914, thinking_ratio: float = 0.4137) -> Evaluation:
+    """The part of an evaluation that is repeated for every level."""
+    return {
+        "num_prompts": 270,
+        "hybrid_accuracy": hybrid_accuracy,
+        "thinking_ratio": thinking_ratio,
+        "off_mode_mass": 0.0213,
+        "accuracy": dict(ACCURACY),
+        "mean_tokens": dict(TOKENS),
+        "intervals": {
+            "hybrid_accuracy": around(hybrid_accuracy, 0.0211),
+            "thinking_ratio": around(thinking_ratio, 0.0311),
+            "off_mode_mass": [0.0123, 0.0321],
+            "accuracy": {policy: around(ACCURACY[policy], 0.0111) for policy in POLICIES},
+            "mean_tokens": {policy: around(TOKENS[policy], 31.0) for policy in POLICIES},
+        },
+    }
+
+
+def evaluation(name: str = "hgpo", levels: tuple[Any, ...] = (1, 2, 3), **changes: Any) -> Evaluation:
+    by_level = [{"level": level, **figures(thinking_ratio=0.1 * (i + 1))} for i, level in enumerate(levels)]
+    return {
+        "model": f"runs/chain-sum/{name}",
+        "dataset": "runs/chain-sum/data/eval.parquet",
+        "samples_per_mode": 8,
+        "margin": 0.05,
+        "format_faults": {"think": 0.0471, "no_think": 0.0127},
+        "truncated": {"think": 0.0333, "no_think": 0.0},
+        "by_level": by_level,
+        **figures(),
+        **changes,
+    }
+
+
+def hgpo_log(steps: int = 60) -> list[dict[str, float]]:
+    metrics = ("reward", "length", "prob")
+    log: list[dict[str, float]] = []
+    for step in range(1, steps + 1):
+        entry = {f"hgpo/{metric}/{mode}": 0.5 for metric in metrics for mode in ("think", "no_think")}
+        entry |= {"hgpo/off_mode_mass": 0.01, "hgpo/think_win_rate": 0.4, "hgpo/no_signal": 0.1}
+        log.append({"step": step, "loss": 0.1, **entry})
+    return [*log, {"step": steps, "eval_hgpo/hybrid_accuracy": 0.9}, {"step": steps, "train_runtime": 3.0}]
+
+
+HFT_LOG = [{"step": step, "loss": 3.0 / step} for step in range(10, 500, 10)]
+
+
+def read(path: Path) -> tuple[str, str]:
+    """report.md, and report.html without its pictures."""
+    page = path.with_suffix(".html").read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8"), re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", page)
+
+
+def table(text: str, first_header: str) -> dict[str, list[str]]:
+    """A table of report.md: first cell of the row -> the others, with plain spaces."""
+    block = next(b for b in text.split("\n\n") if b.startswith(f"| {first_header}"))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+    return {row[0]: [cell.replace(NO_BREAK, " ") for cell in row[1:]] for row in rows}
+
+
+def null(entry: Evaluation) -> None:
+    """Every number that an evaluation without valid samples lacks becomes null, in place."""
+    for key, value in entry.items():
+        if key in ("accuracy", "mean_tokens"):
+            entry[key] = dict.fromkeys(value)
+        elif key == "intervals":
+            null(value)
+        elif key in ("hybrid_accuracy", "thinking_ratio", "off_mode_mass"):
+            entry[key] = None if isinstance(value, float) else [None, None]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with everything in it."""
+    return write_report(
+        {"hft": evaluation("hft", thinking_ratio=0.5001), "hgpo": evaluation()},
+        tmp_path_factory.mktemp("report"),
+        training_logs={"hft": HFT_LOG, "hgpo": hgpo_log()},
+        margin_sweep={
+            0.4: evaluation("d4", thinking_ratio=0.2222),
+            0.0: evaluation("d0", thinking_ratio=0.6666),
+        },
+        title="Chain sum",
+    )
+
+
+def test_files(full: Path) -> None:
+    names = ["accuracy_vs_tokens", "margin_sweep", "thinking_ratio_by_level", "training_curves"]
+    expected = {f"{name}.png" for name in names} | {"report.md", "report.html", "report.json"}
+    assert full.name == "report.md"
+    assert {path.name for path in full.parent.iterdir()} == expected
+    for name in names:
+        content = full.with_name(f"{name}.png").read_bytes()
+        assert content.startswith(PNG)
+        assert int.from_bytes(content[16:20]) == 1620  # pixels wide: 9 in at 180 per inch
+        assert f"({name}.png)" in full.read_text(encoding="utf-8")
+
+
+def test_page_is_self_contained_and_says_the_same(full: Path) -> None:
+    text, page = read(full)
+    assert "http" not in page
+    assert "<script" not in page
+    assert "<link" not in page
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert sources == ["data:image/png;base64,"] * 4
+    assert "<h1>Chain sum</h1>" in page
+    words = html.unescape(re.sub(r"<[^>]*>", "", page[page.index("<body>") :]))
+    text = re.sub(r"!\[.*|^\| :--.*|^(#+|>|-) |[|`\\]", "", text, flags=re.MULTILINE)
+    assert re.sub(r"\s", "", words) == re.sub(r"\s", "", text)
+
+
+def test_json_is_the_input_and_every_file_is_reproducible(full: Path, tmp_path: Path) -> None:
+    data = json.loads(full.with_name("report.json").read_text(encoding="utf-8"))
+    sweep = data.pop("margin_sweep")
+    assert data == {"hft": evaluation("hft", thinking_ratio=0.5001), "hgpo": evaluation()}
+    assert sweep == [
+        {"train_margin": 0.0, **evaluation("d0", thinking_ratio=0.6666)},
+        {"train_margin": 0.4, **evaluation("d4", thinking_ratio=0.2222)},
+    ]
+    again = write_report(
+        {name: data[name] for name in ("hft", "hgpo")},
+        tmp_path,
+        training_logs={"hft": HFT_LOG, "hgpo": hgpo_log()},
+        margin_sweep={e.pop("train_margin"): e for e in sweep},
+        title="Chain sum",
+    )
+    for path in full.parent.iterdir():
+        assert path.read_bytes() == again.with_name(path.name).read_bytes(), path.name
+
+
+def test_numbers_of_the_model_table(full: Path) -> None:
+    rows = table(read(full)[0], " |")
+    assert rows[""] == ["hft", "hgpo"]
+    assert rows["Hybrid accuracy"][1] == "89.1 % [87.0, 91.2]"
+    assert rows["Thinking ratio"] == ["50.0 % [38.3, 44.5]", "41.4 % [38.3, 44.5]"]
+    assert rows["Off-mode mass"][1] == "2.1 % [1.2, 3.2]"
+    assert rows["Format faults, thinking"][1] == "4.7 %"
+    assert rows["Format faults, not thinking"][1] == "1.3 %"
+    assert rows["Truncated, thinking"][1] == "3.3 %"
+    labels = ("own choice", "own choice, sampled", "always thinking", "never thinking", "oracle")
+    for label, policy in zip(labels, POLICIES, strict=True):
+        low, high = (f"{100 * bound:.1f}" for bound in around(ACCURACY[policy], 0.0111))
+        assert rows[f"Accuracy: {label}"][1] == f"{100 * ACCURACY[policy]:.1f} % [{low}, {high}]"
+    assert rows["Tokens: own choice"][1] == "1,210 [1,179, 1,241]"
+    assert rows["Tokens: never thinking"][1] == "88.7 [57.7, 119.7]"
+
+
+def test_tables_by_level_and_by_margin(full: Path) -> None:
+    text, _ = read(full)
+    lines = [line.replace(NO_BREAK, " ") for line in text.splitlines()]
+    level_rows = [line.split(" | ")[:5] for line in lines if re.match(r"\| \d \| h", line)]
+    assert [row[:2] for row in level_rows] == [
+        [f"| {k}", name] for k in (1, 2, 3) for name in ("hft", "hgpo")
+    ]
+    assert level_rows[4][2:] == ["270", "89.1 % [87.0, 91.2]", "30.0 % [26.9, 33.1]"]
+    rows = table(text, "Training margin")
+    assert list(rows)[2:] == ["0", "0.4"]
+    assert rows["0.4"][1].startswith("22.2 %")
+
+
+def test_sentences_are_computed(full: Path) -> None:
+    text = read(full)[0].replace(NO_BREAK, " ")
+    assert (
+        "> `hgpo` answers 96.2 % correctly with 48 % of the tokens of always thinking and picks the better "
+        "mode for 89.1 % [87.0, 91.2] of the prompts." in text
+    )
+    assert "against the same model always thinking: accuracy −1.9 points, tokens −52 %." in text
+    assert "against the same model never thinking: accuracy +25.9 points, tokens +1265 %." in text
+    assert "`hgpo` against `hft`, both by their own choice: hybrid accuracy +0.0 points" in text
+    assert (
+        "`hft` thinks with probability 10.0 % [6.9, 13.1] at level 1 and 30.0 % [26.9, 33.1] at level 3."
+        in text
+    )
+    assert "Note:" not in text
+
+
+def test_a_worse_model_is_not_praised(tmp_path: Path) -> None:
+    worse = evaluation("hgpo", hybrid_accuracy=0.5)
+    text = read(write_report({"hft": evaluation("hft"), "hgpo": worse}, tmp_path))[0].replace(NO_BREAK, " ")
+    assert "hybrid accuracy −39.1 points, accuracy +0.0 points, tokens +0 %." in text
+
+
+def test_one_evaluation_without_levels(tmp_path: Path) -> None:
+    path = write_report({"hgpo": evaluation(levels=())}, tmp_path)
+    text, page = read(path)
+    pictures = [file.name for file in tmp_path.glob("*.png")]
+    assert pictures == ["accuracy_vs_tokens.png"]
+    assert page.count("<img") == 1
+    assert "| Level" not in text
+    assert "at level" not in text
+    assert "margin_sweep" not in json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_null_is_a_dash(tmp_path: Path) -> None:
+    empty = evaluation(levels=(1, 2))
+    null(empty["by_level"][0])
+    text, page = read(write_report({"hgpo": empty}, tmp_path / "level"))
+    assert text.count("| 1 | hgpo | 270 | – | – | – | – | – | – | – | – |") == 1
+    assert "at level 1" not in text
+
+    null(empty)
+    text, page = read(
+        write_report({"hft": evaluation(), "hgpo": empty}, tmp_path / "all", margin_sweep={0.1: empty})
+    )
+    assert "> `hgpo` has no valid samples." in text
+    assert table(text, " |")["Hybrid accuracy"][1] == "–"
+    assert not re.search(r"\bnan\b|\bNone\b", text + page)
+
+
+def test_nan_is_written_as_null(tmp_path: Path) -> None:
+    write_report({"hgpo": evaluation(hybrid_accuracy=math.nan)}, tmp_path)
+    assert (
+        json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["hgpo"]["hybrid_accuracy"] is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        (
+            "accuracy",
+            "`hgpo` takes 48 % of the tokens of always thinking and picks the better mode for 89.1 % ",
+        ),
+        ("mean_tokens", "`hgpo` answers 96.2 % correctly and picks the better mode for 89.1 % "),
+        ("hybrid_accuracy", "`hgpo` answers 96.2 % correctly with 48 % of the tokens of always thinking."),
+    ],
+)
+def test_headline_leaves_out_what_is_null(tmp_path: Path, missing: str, sentence: str) -> None:
+    partial = evaluation()
+    partial[missing] = dict.fromkeys(POLICIES) if isinstance(partial[missing], dict) else None
+    assert sentence in read(write_report({"hgpo": partial}, tmp_path))[0].replace(NO_BREAK, " ")
+
+
+def test_levels_may_be_text_and_differ_between_evaluations(tmp_path: Path) -> None:
+    first = evaluation("hft", levels=("counting & probability", "algebra"))
+    text, page = read(write_report({"hft": first, "hgpo": evaluation(levels=(2, "algebra"))}, tmp_path))
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if "| 270 |" in line]
+    assert rows == [
+        ["| 2", "hgpo"],
+        ["| algebra", "hft"],
+        ["| algebra", "hgpo"],
+        ["| counting & probability", "hft"],
+    ]
+    assert "<td>counting &amp; probability</td>" in page
+
+
+def test_notes_say_where_evaluations_differ(tmp_path: Path) -> None:
+    other = evaluation("hft", dataset="math500", margin=0.2)
+    text, _ = read(write_report({"hft": other, "hgpo": evaluation()}, tmp_path))
+    notes = [line for line in text.splitlines() if line.startswith("Note:")]
+    assert len(notes) == 2
+    assert "data set (`hft` math500, `hgpo` runs/chain-sum/data/eval.parquet)" in notes[0]
+    assert "margin of hybrid accuracy (`hft` 0.2, `hgpo` 0.05)" in notes[1]
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    text, page = read(write_report({"a|b<i>$x_1$": evaluation()}, tmp_path, title="<b> & *c*"))
+    assert r"|  | a\|b\<i>$x_1$ |" in text
+    assert r"# \<b> & \*c\*" in text
+    assert '<th class="number">a|b&lt;i&gt;$x_1$</th>' in page
+    assert "<h1>&lt;b&gt; &amp; *c*</h1>" in page
+
+
+def test_logs_with_nothing_to_draw_give_no_figure(tmp_path: Path) -> None:
+    write_report(
+        {"hgpo": evaluation()}, tmp_path, training_logs={"empty": [], "summary": [{"step": 1, "epoch": 1.0}]}
+    )
+    assert not (tmp_path / "training_curves.png").exists()
+
+
+def test_no_temporary_file_is_left_when_writing_fails(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(OSError, match=r"report\.json"):
+        write_report({"hgpo": evaluation()}, tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_no_evaluations(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluations is empty.*hgpo-trl evaluate"):
+        write_report({}, tmp_path)
+
+
+def test_reserved_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'margin_sweep' is taken.*Choose another"):
+        write_report({"margin_sweep": evaluation()}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "dataset",
+        "accuracy.oracle",
+        "intervals.mean_tokens.auto",
+        "truncated.think",
+        "by_level",
+        "by_level[1].thinking_ratio",
+    ],
+)
+def test_missing_keys_are_named(tmp_path: Path, path: str) -> None:
+    broken = copy.deepcopy(evaluation())
+    *parents, last = re.findall(r"\w+", path)
+    part: Any = broken
+    for key in parents:
+        part = part[int(key) if key.isdigit() else key]
+    del part[last]
+    remedy = r"Pass the whole report\.json that `hgpo-trl evaluate` writes"
+    with pytest.raises(ValueError, match=rf"'hgpo' lacks '{re.escape(path)}'.*{remedy}"):
+        write_report({"hft": evaluation(), "hgpo": broken}, tmp_path)
+    with pytest.raises(ValueError, match=rf"margin_sweep\[0\.2\]' lacks '{re.escape(path)}'"):
+        write_report({"hft": evaluation()}, tmp_path, margin_sweep={0.2: broken})
+    assert not list(tmp_path.iterdir())
+
+
+def write_state(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True)
+    log = {"log_history": [{"step": step, "loss": 1.0}]}
+    (folder / "trainer_state.json").write_text(json.dumps(log), encoding="utf-8")
+
+
+def test_training_log_of_the_run_or_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    write_state(tmp_path / "checkpoint-900", 900)
+    write_state(tmp_path / "checkpoint-1200", 1200)
+    (tmp_path / "checkpoint-1500").mkdir()  # interrupted before its state was written
+    (tmp_path / "checkpoint-best").mkdir()
+    assert load_training_log(tmp_path) == [{"step": 1200, "loss": 1.0}]
+    (tmp_path / "trainer_state.json").write_text('{"log_history": []}', encoding="utf-8")
+    assert load_training_log(str(tmp_path)) == []
+
+
+def test_training_log_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"run_dir='.*nowhere' has no trainer_state.*Pass the output_dir"
+    ):
+        load_training_log(tmp_path / "nowhere")
