@@ -23,7 +23,8 @@ def main() -> None:
         print(f"{_USAGE}\n\n`hgpo-trl STAGE --help` lists a stage's fields.")
         return
     if stage not in STAGES:
-        sys.exit(f"{_USAGE}\n\nhgpo-trl: error: unknown stage {stage!r}")
+        print(f"{_USAGE}\n\nhgpo-trl: error: unknown stage {stage!r}", file=sys.stderr)
+        sys.exit(2)
     importlib.import_module(f"hgpo_trl.scripts.{stage}").main(rest)  # imports torch only now
 
 

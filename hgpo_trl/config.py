@@ -14,6 +14,7 @@ from hgpo_trl.advantages import (
     check_coefficients,
 )
 
+
 @dataclass
 class HGPOConfig(GRPOConfig):
     """Arguments of `HGPOTrainer`. Only the fields that HGPO adds or whose default differs from `GRPOConfig`'s are here.
@@ -36,6 +37,8 @@ class HGPOConfig(GRPOConfig):
             mode; "uniform" is the paper as printed, whose push on the decision token never ends (docs/method.md).
         off_mode_warning: warn, once per run, when the mean probability that the first token is neither mode exceeds
             this; between 0 and 1.
+        trim_micro_batches: sort the rows of an optimizer step by length into its micro-batches and trim each to its own
+            longest row. The gradient is the same; only the padding goes.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
 
     Raises:
@@ -47,7 +50,8 @@ class HGPOConfig(GRPOConfig):
         default="constant", metadata={"help": "Learning rate schedule (paper: constant)."}
     )
     num_generations: int | None = field(
-        default=4, metadata={"help": "N, responses per query, half of them in each mode. Even and at least 4 (paper: 4)."}
+        default=4,
+        metadata={"help": "N, responses per query, half of them in each mode. Even and at least 4 (paper: 4)."},
     )
     beta: float = field(default=0.001, metadata={"help": "KL coefficient towards the HFT model (paper: 0.001)."})
     epsilon: float = field(default=0.5, metadata={"help": "Clipping range of the probability ratio (paper: 0.5)."})
@@ -57,13 +61,18 @@ class HGPOConfig(GRPOConfig):
     )
 
     alpha: float = field(default=1.0, metadata={"help": "Weight of the inter-group advantage on the decision token."})
-    margin: float = field(default=0.2, metadata={"help": "Margin δ added to the no-think mean when modes are compared."})
+    margin: float = field(
+        default=0.2, metadata={"help": "Margin δ added to the no-think mean when modes are compared."}
+    )
     estimator: str = field(
         default="grpo", metadata={"help": f"Advantage estimator: {', '.join(ESTIMATORS)}.", "choices": ESTIMATORS}
     )
     intra_scope: str = field(
         default="mode",
-        metadata={"help": "Normalise r_intra over the mode's samples or over all N: mode, all.", "choices": INTRA_SCOPES},
+        metadata={
+            "help": "Normalise r_intra over the mode's samples or over all N: mode, all.",
+            "choices": INTRA_SCOPES,
+        },
     )
     ties: str = field(
         default="all",
@@ -81,6 +90,10 @@ class HGPOConfig(GRPOConfig):
     off_mode_warning: float = field(
         default=0.05,
         metadata={"help": "Warn once when the mean first-token probability of neither mode exceeds this."},
+    )
+    trim_micro_batches: bool = field(
+        default=True,
+        metadata={"help": "Sort rows by length into micro-batches and trim each one; same gradient, less padding."},
     )
     eval_margin: float = field(
         default=0.0, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy."}
@@ -111,8 +124,8 @@ class HGPOConfig(GRPOConfig):
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward function before "
-                "the sum, but HGPO compares the modes' raw mean rewards plus the margin. Use sum_then_normalize."
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward function "
+                "before the sum, but HGPO compares the modes' raw mean rewards plus the margin. Use sum_then_normalize."
             )
         super().__post_init__()
 
@@ -120,5 +133,6 @@ class HGPOConfig(GRPOConfig):
 def _check_group_size(name: str, value: int | None, minimum: int) -> None:
     if value is None or value < minimum or value % 2:
         raise ValueError(
-            f"{name} must be even and at least {minimum}, so that each mode gets half of a query's samples; got {value}."
+            f"{name} must be even and at least {minimum}, so that each mode gets half of a query's samples; "
+            f"got {value}."
         )

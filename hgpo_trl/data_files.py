@@ -22,9 +22,11 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise ValueError(f"{field}={name!r}: file type {path.suffix!r} is not one of {', '.join(_BUILDERS)}.")
-        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
     if path.is_dir():
         return load_dataset(str(path), split=split)
     if path.suffix in _BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"{field}={name!r}: there is no such file or folder. Build it with `hgpo-trl data`, or fix the path.")
+        raise ValueError(
+            f"{field}={name!r}: there is no such file or folder. Build it with `hgpo-trl data`, or fix the path."
+        )
     return load_dataset(name, split=split)

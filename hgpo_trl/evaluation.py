@@ -1,6 +1,7 @@
 """Evaluate a hybrid model: sample every prompt in both modes, score the samples, report what its own choice is worth.
 
-The mode that the model would pick is read from the logits at the end of the prompt, so no third set of samples is needed.
+The mode that the model would pick is read from the logits at the end of the prompt, so no third set of samples is
+needed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table, summarize, summarize_by
@@ -22,11 +23,14 @@ PROMPT_ID = "prompt_id"
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
     """Token ids of each prompt up to the point where the model decides."""
+    encoded: Any  # the tokenizer's return type depends on its arguments' values
     if isinstance(prompts[0], str):
-        return tokenizer(list(prompts))["input_ids"]
-    return tokenizer.apply_chat_template(
-        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"]
+        encoded = tokenizer(list(prompts))
+    else:
+        encoded = tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    return encoded["input_ids"]
 
 
 def _batches(ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
@@ -37,7 +41,7 @@ def _batches(ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
 
 
 def sample_both_modes(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Any],
     *,
@@ -51,19 +55,22 @@ def sample_both_modes(
     """Sample `samples_per_mode` responses in each mode for every prompt, and read the model's own decision.
 
     Args:
+        model: causal language model that can `generate`.
         prompts: all plain text or all conversations.
         max_new_tokens: per response, the decision token included.
-        temperature, top_p: of the sampling (paper: 0.6 and 0.95). The decision's probabilities are those at temperature 1.
+        temperature, top_p: of the sampling (paper: 0.6 and 0.95). The decision's probabilities are those at
+            temperature 1.
         batch_size: responses generated at a time.
 
     Returns:
-        One row per response: `prompt_id`, `mode`, `sample`, `completion` (text, tags included), `num_tokens`, `truncated`,
-        `faults`, and the prompt's `prob_think`, `prob_no_think`, `picked` (0 = think, 1 = no_think, -1 = neither).
+        One row per response: `prompt_id`, `mode`, `sample`, `completion` (text, tags included), `num_tokens`,
+        `truncated`, `faults`, and the prompt's `prob_think`, `prob_no_think`, `picked` (0 = think, 1 = no_think,
+        -1 = neither).
     """
     tokens = mode_tokens(tokenizer)
     device = model.device
     eos = model.generation_config.eos_token_id
-    eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    eos_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens - 1,
         do_sample=temperature > 0,
@@ -78,7 +85,7 @@ def sample_both_modes(
     model.eval()
     torch.manual_seed(seed)
 
-    def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    def padded(rows: list[list[int]]) -> BatchEncoding:
         return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
 
     decisions: dict[int, tuple[float, float, int]] = {}
@@ -101,7 +108,7 @@ def sample_both_modes(
                 row = rows[index // samples_per_mode]
                 end = next((i for i, token in enumerate(sequence) if token in eos_ids), None)
                 response = [forced, *(sequence if end is None else sequence[: end + 1])]
-                text = tokenizer.decode(response, skip_special_tokens=True)
+                text = str(tokenizer.decode(response, skip_special_tokens=True))
                 prob_think, prob_no_think, picked = decisions[row]
                 records.append(
                     {
@@ -133,8 +140,9 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
         ValueError: a reward function returns the wrong number of rewards.
     """
     rows = samples[PROMPT_ID].tolist()
-    columns = {name: [dataset[name][row] for row in rows] for name in dataset.column_names if name != "prompt"}
-    prompts = [dataset["prompt"][row] for row in rows]
+    columns = {name: list(dataset[name]) for name in dataset.column_names}  # a Column is decoded at every look
+    columns = {name: [column[row] for row in rows] for name, column in columns.items()}
+    prompts = columns.pop("prompt")
     completions = samples["completion"].tolist()
     if not isinstance(prompts[0], str):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
@@ -143,7 +151,9 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
         rewards = reward_func(prompts=prompts, completions=completions, **columns)
         if len(rewards) != len(samples):
             name = getattr(reward_func, "__name__", repr(reward_func))
-            raise ValueError(f"The reward function {name!r} returned {len(rewards)} rewards for {len(samples)} completions.")
+            raise ValueError(
+                f"The reward function {name!r} returned {len(rewards)} rewards for {len(samples)} completions."
+            )
         totals[index] = [np.nan if reward is None else reward for reward in rewards]
     scored = ~np.isnan(totals).all(axis=0)
     return samples.assign(reward=np.where(scored, np.nansum(totals, axis=0), np.nan))

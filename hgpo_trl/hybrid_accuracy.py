@@ -70,8 +70,9 @@ def per_prompt_table(
         `thinking_ratio`: π(think|q), the expected share of freely sampled responses that think.
         `off_mode_mass`: probability that the first token is neither mode.
         `accuracy/*` (score) and `mean_tokens/*` (tokens), where * is
-        `auto` (the mode picked greedily), `sampled` (expectation over the model's own first token; neither scores 0),
-        `think` (always), `no_think` (never), `oracle` (m_gt). Picking neither scores 0 and costs the longer mode's tokens.
+        `auto` (the mode picked greedily), `sampled` (expectation over the model's own first token), `think` (always),
+        `no_think` (never), `oracle` (m_gt). Picking neither scores 0 (NaN where the prompt has no valid sample at all)
+        and costs the longer mode's tokens.
     """
     mean_scores, mean_lengths = _mean(scores, axis=2), _mean(lengths.astype(np.float64), axis=2)  # [K, 2]
     target = better_mode(mean_scores, mean_lengths, margin)
@@ -83,8 +84,9 @@ def per_prompt_table(
         "thinking_ratio": prob_think.astype(np.float64),
         "off_mode_mass": neither.astype(np.float64),
     }
+    wrong = np.where(np.isnan(mean_scores).all(axis=1), np.nan, 0.0)
     for name, by_mode, fallback in (
-        ("accuracy", mean_scores, np.zeros(len(target))),
+        ("accuracy", mean_scores, wrong),
         ("mean_tokens", mean_lengths, mean_lengths.max(axis=1)),
     ):
         think, no_think = by_mode[:, THINK], by_mode[:, NO_THINK]
@@ -138,8 +140,8 @@ def summarize(table: Table, seed: int = 0) -> dict[str, Any]:
 
 
 def summarize_by(table: Table, labels: Sequence[Any], name: str, seed: int = 0) -> list[dict[str, Any]]:
-    """`summarize` for each distinct label, in sorted order (numbers before text): [{name: label, ...}, ...]."""
-    distinct = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+    """`summarize` for each distinct label but None, numbers before text: [{name: label, ...}, ...]."""
+    distinct = sorted(set(labels) - {None}, key=lambda label: (isinstance(label, str), label))
     groups = []
     for label in distinct:
         rows = np.array([other == label for other in labels])

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,9 +17,11 @@ def load_module(name: str) -> ModuleType:
         path = Path(name)
         if not path.is_file():
             raise ValueError(f"There is no file {name}.")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None  # a .py file has both
+        spec = importlib.util.spec_from_file_location(f"_hgpo_trl_{path.stem}", path)
+        assert spec is not None  # a .py file has one, and a loader
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for the module they stand in
         spec.loader.exec_module(module)
         return module
     try:

@@ -9,7 +9,7 @@ token would vanish before the rewards see it.
 """
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from enum import StrEnum
@@ -159,9 +159,8 @@ def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
             alone = tokenizer.encode(tag, add_special_tokens=False)
             raise ValueError(f"The tag {tag} is not a token of the tokenizer, it is encoded as {alone}. {_ADD}")
         if token_id in ids:
-            raise ValueError(
-                f"The tags {TAGS[ids.index(token_id)]} and {tag} share the token id {token_id}: give each its own token."
-            )
+            other = TAGS[ids.index(token_id)]
+            raise ValueError(f"The tags {other} and {tag} share the token id {token_id}: give each its own token.")
         ids.append(token_id)
     for tag, token_id in zip(TAGS, ids, strict=True):
         _check_tag(tokenizer, tag, token_id)
@@ -219,8 +218,9 @@ def add_mode_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel |
 
     A model with spare rows (Qwen's are padded) keeps its size; another grows to the next multiple of 64, and
     `config.vocab_size` with it. A new tag's rows, input and output, are the mean of the rows of the pieces that spell
-    it, `<` and `think>`, so that it starts inside the distribution of what the model knows. Rows of tags that the
-    tokenizer already had are left alone, unless the model lacked them.
+    it, `<` and `think>`, so that it starts inside the distribution of what the model knows; where the tokenizer
+    cannot spell it, of all rows in use. Rows of tags that the tokenizer already had are left alone, unless the model
+    lacked them.
 
     Returns:
         The number of tags added to the tokenizer.
@@ -266,11 +266,11 @@ def _add_rows(
                 tensor[token_id] = _mean_row(tensor, parts) if parts else mean
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, tag: str, used: Set[int]) -> list[int]:
-    """The known ids that spell a tag. In two parts, because the tokenizer may already know the whole as one token."""
-    parts = (tag[:1], tag[1:])
+def _pieces(tokenizer: PreTrainedTokenizerBase, tag: str, used: set[int]) -> list[int]:
+    """The ids that spell a tag, or none if the tokenizer cannot spell it without unknown pieces."""
+    parts = (tag[:1], tag[1:])  # in two, because it may already know the whole as one token
     ids = [token_id for part in parts for token_id in tokenizer.encode(part, add_special_tokens=False)]
-    return [token_id for token_id in ids if token_id != tokenizer.unk_token_id and token_id in used]
+    return ids if used.issuperset(ids) and tokenizer.unk_token_id not in ids else []
 
 
 def _per_token_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -236,9 +236,7 @@ def _thinking_ratio_by_level(evaluations: Mapping[str, Evaluation]) -> Figure | 
     for offset, (name, evaluation) in zip(offsets, drawn.items(), strict=True):
         entries = sorted(evaluation["by_level"], key=lambda entry: levels.index(entry["level"]))
         x = np.array([levels.index(entry["level"]) for entry in entries]) + offset
-        _draw_with_interval(
-            axes, x, entries, "thinking_ratio", label=name, **_look(list(evaluations).index(name))
-        )
+        _draw_with_interval(axes, x, entries, "thinking_ratio", label=name, **_look(list(evaluations).index(name)))
     axes.set(xlabel="difficulty level", xlim=(-0.4, len(levels) - 0.6))
     axes.set_xticks(range(len(levels)), [textwrap.fill(str(level), 14) for level in levels])
     axes.grid(visible=False, axis="x")
@@ -271,8 +269,7 @@ def _accuracy_vs_tokens(evaluations: Mapping[str, Evaluation]) -> Figure:
         shape = {"marker": marker, "markersize": size, "markerfacecolor": "none", "markeredgewidth": 1.8}
         mark(last, policy, color, label=label, zorder=4, **shape)
     tokens, accuracy = (
-        [_value(last, f"{metric}.{mode}") for mode in ("no_think", "think")]
-        for metric in ("mean_tokens", "accuracy")
+        [_value(last, f"{metric}.{mode}") for mode in ("no_think", "think")] for metric in ("mean_tokens", "accuracy")
     )
     style: dict[str, Any] = {"color": NEITHER, "linewidth": 1.2, "linestyle": "--"}
     axes.plot(tokens, accuracy, label="thinking at random", **style)
@@ -297,9 +294,7 @@ def _curve(axes: Axes, log: TrainingLog, key: str, color: str, label: str, **sty
     if not len(steps):
         return
     last, half = len(values) - 1, len(values) // 50
-    reach = [
-        min(half, i, last - i) for i in range(len(values))
-    ]  # narrower at the ends, so that they stay true
+    reach = [min(half, i, last - i) for i in range(len(values))]  # narrower at the ends, so that they stay true
     smooth = [values[i - r : i + r + 1].mean() for i, r in enumerate(reach)]
     if half:
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
@@ -469,9 +464,7 @@ def _markdown(blocks: Iterable[Block]) -> str:
                 cells.insert(1, rule)
                 parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
             case Picture(file, _, title, caption):
-                parts.append(
-                    f"![{_markdown_inline(title)}]({file})\n\n{_markdown_inline(f'{title}. {caption}')}"
-                )
+                parts.append(f"![{_markdown_inline(title)}]({file})\n\n{_markdown_inline(f'{title}. {caption}')}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -510,9 +503,7 @@ def _html(title: str, blocks: Iterable[Block]) -> str:
             case Paragraph(text):
                 parts.append(f"<p>{_html_inline(text)}</p>")
             case Bullets(items):
-                parts.append(
-                    "\n".join(["<ul>", *(f"<li>{_html_inline(item)}</li>" for item in items), "</ul>"])
-                )
+                parts.append("\n".join(["<ul>", *(f"<li>{_html_inline(item)}</li>" for item in items), "</ul>"]))
             case Table(header, rows, labels):
                 head = _html_row(header, "th", labels)
                 body = "\n".join(_html_row(row, "td", labels) for row in rows)
@@ -586,9 +577,7 @@ def _headline(name: str, evaluation: Evaluation) -> str:
     share = tokens / always if always > 0 else math.nan
     answers = "" if math.isnan(accuracy) else f"answers {_percent(accuracy)} correctly"
     cost = f"{'with' if answers else 'takes'} {_percent(share, 0)} of the tokens of always thinking"
-    picks = (
-        f"picks the better mode for {_with_interval(evaluation, 'hybrid_accuracy', _percent)} of the prompts"
-    )
+    picks = f"picks the better mode for {_with_interval(evaluation, 'hybrid_accuracy', _percent)} of the prompts"
     clauses = [
         _join([answers, "" if math.isnan(share) else cost], " "),
         "" if math.isnan(hybrid) else picks,
@@ -612,9 +601,7 @@ def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
     for other_name, other in others:
         changes = _join(
             [
-                _difference(
-                    "hybrid accuracy", _value(last, "hybrid_accuracy"), _value(other, "hybrid_accuracy")
-                ),
+                _difference("hybrid accuracy", _value(last, "hybrid_accuracy"), _value(other, "hybrid_accuracy")),
                 _difference("accuracy", accuracy, _value(other, "accuracy.auto")),
                 _difference("tokens", tokens, _value(other, "mean_tokens.auto"), relative=True),
             ]
@@ -639,9 +626,7 @@ def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
     for key, label in SETTINGS.items():
         if len({evaluation[key] for evaluation in evaluations.values()}) > 1:
             values = ", ".join(f"`{name}` {evaluation[key]}" for name, evaluation in evaluations.items())
-            notes.append(
-                f"Note: the evaluations differ in the {label} ({values}). Compare their numbers with care."
-            )
+            notes.append(f"Note: the evaluations differ in the {label} ({values}). Compare their numbers with care.")
     return notes
 
 
@@ -654,10 +639,7 @@ def _measured(name: str, evaluation: Evaluation) -> str:
 
 
 def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
-    rows = [
-        [label, *(_with_interval(e, path, form) for e in evaluations.values())]
-        for label, path, form in METRICS
-    ]
+    rows = [[label, *(_with_interval(e, path, form) for e in evaluations.values())] for label, path, form in METRICS]
     rows += [[label, *(form(_value(e, path)) for e in evaluations.values())] for label, path, form in FAULTS]
     return Table(["", *evaluations], rows)
 
@@ -740,11 +722,7 @@ def _pictures(
             "training_curves": _training_curves(training_logs),
             "margin_sweep": _margin_sweep(sweep),
         }
-        return [
-            Picture(f"{name}.png", _png(figure), *CAPTIONS[name])
-            for name, figure in figures.items()
-            if figure
-        ]
+        return [Picture(f"{name}.png", _png(figure), *CAPTIONS[name]) for name, figure in figures.items() if figure]
 
 
 def _blocks(
@@ -770,8 +748,7 @@ def _blocks(
         Bullets([_measured(name, evaluation) for name, evaluation in everything.items()]),
         Heading("Results"),
         Paragraph(
-            "Tokens are means per response. Brackets are 95 % intervals; a dash means that there is no "
-            "valid number."
+            "Tokens are means per response. Brackets are 95 % intervals; a dash means that there is no valid number."
         ),
         _model_table(evaluations),
     ]
@@ -829,13 +806,9 @@ def write_report(
         ValueError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep".
     """
     if not evaluations:
-        raise ValueError(
-            "evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written."
-        )
+        raise ValueError("evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written.")
     if "margin_sweep" in evaluations:
-        raise ValueError(
-            "evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one."
-        )
+        raise ValueError("evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one.")
     sweep = dict(sorted((margin_sweep or {}).items()))
     for name, evaluation in evaluations.items():
         _check(name, evaluation)
@@ -846,9 +819,7 @@ def write_report(
     blocks = _blocks(title, evaluations, sweep, pictures)
     data: dict[str, Any] = dict(evaluations)
     if sweep:
-        data["margin_sweep"] = [
-            {"train_margin": margin, **evaluation} for margin, evaluation in sweep.items()
-        ]
+        data["margin_sweep"] = [{"train_margin": margin, **evaluation} for margin, evaluation in sweep.items()]
 
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
 """Rewards: one scalar per response, from its answer part alone, 0 where the format is broken (Eq. 7, the rule).
 
-They are ordinary TRL reward functions and know nothing of what a mode costs: no length penalty and no format bonus, both
-of which a policy learns to exploit.
+They are ordinary TRL reward functions and know nothing of what a mode costs: no length penalty and no format bonus,
+both of which a policy learns to exploit.
 """
 
 import re
+import string
 import threading
 from collections.abc import Callable
-from fractions import Fraction
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from hgpo_trl.imports import load_module
 from hgpo_trl.modes import split_response
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+_GROUPED = re.compile(r"[+-]?\d{1,3}((,|\{,\}|,\\! ?)\d{3})+(\.\d+)?")  # with thousands separators, as text or LaTeX
+_IGNORED = f"{string.whitespace}$*"  # around an answer
+_DOLLAR_SIGN = re.compile(r"(?<!\\)\\\$")
+_MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # not a LaTeX command
+_MAX_EXPRESSION = 200  # characters
 _TIMEOUT_S = 5  # per parse and per comparison
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
@@ -32,14 +39,15 @@ def accuracy_reward(completions: list, answer: list[str | None], **kwargs: Any) 
 
     Args:
         completions: as TRL passes them, mode tags included.
-        answer: the data set's column of reference answers, one per completion. Rows without one (None) are not scored.
+        answer: the data set's column of reference answers, one per completion. Rows without one (None or blank) are not
+            scored.
 
     Returns:
         One of 1.0, 0.0 and None (no reference answer) per completion.
     """
     rewards: list[float | None] = []
     for completion, reference in zip(completions, answer, strict=True):
-        if reference is None:
+        if reference is None or not str(reference).strip():
             rewards.append(None)
             continue
         response = split_response(completion_text(completion))
@@ -49,18 +57,18 @@ def accuracy_reward(completions: list, answer: list[str | None], **kwargs: Any) 
 
 def answers_match(reference: str, answer: str) -> bool:
     """Whether two answers are equal: as text, as numbers, or, where neither settles it, for math-verify."""
-    reference, answer = _bare(reference), _bare(answer)
-    if reference == answer:
+    bare_reference, bare_answer = _bare(reference), _bare(answer)
+    if bare_reference == bare_answer:
         return True
-    if _NUMBER.fullmatch(reference) and _NUMBER.fullmatch(answer):
-        return Fraction(reference) == Fraction(answer)
-    return verify(_parse_reference(reference), _parse_answer(answer), timeout_seconds=_timeout())
+    if _NUMBER.fullmatch(bare_reference) and _NUMBER.fullmatch(bare_answer):
+        return Decimal(bare_reference) == Decimal(bare_answer)  # exact; Fraction refuses more than 4,300 digits
+    return verify(_parse_reference(bare_reference), _parse_answer(answer.strip()), timeout_seconds=_timeout())
 
 
 def _bare(text: str) -> str:
-    """Without what surrounds an answer and means nothing: blanks, dollar signs, thousands separators."""
-    text = text.strip().strip("$").strip()
-    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    """Without what means nothing around an answer: blanks, dollar signs, bold, full stop, thousands separators."""
+    text = text.strip(_IGNORED).removeprefix("\\$").rstrip(f"{_IGNORED}.")
+    return re.sub(r"[^\d.+-]", "", text) if _GROUPED.fullmatch(text) else text
 
 
 def _timeout() -> int | None:
@@ -68,25 +76,33 @@ def _timeout() -> int | None:
     return _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
 
 
+def _parse(text: str) -> list:
+    return parse(text, _EXTRACTION, parsing_timeout=_timeout())
+
+
 @lru_cache(maxsize=65_536)  # a query's reference answer is asked for N times a step, and again every epoch
 def _parse_reference(text: str) -> list:
-    return parse(f"${text}$", _EXTRACTION, parsing_timeout=_timeout())
+    return _parse(f"${text}$")
 
 
 def _parse_answer(text: str) -> list:
-    return parse(text, _EXTRACTION, parsing_timeout=_timeout()) or parse(
-        f"${text}$", _EXTRACTION, parsing_timeout=_timeout()
-    )
+    """What math-verify finds in prose; but a bare expression is read whole, not for a number that it contains."""
+    text = _DOLLAR_SIGN.sub("", text)
+    if len(text) <= _MAX_EXPRESSION and not _MARKED.search(text) and not _WORD.search(text):
+        return _parse(f"${text}$")
+    return _parse(text) or _parse(f"${text}$")
 
 
 def load_reward(name: str) -> Callable | str:
     """A reward function by "package.module.function" or "path/to/file.py:function"; else a reward model's id or path.
 
     Raises:
-        ValueError: the file, the module or the function does not exist.
+        ValueError: the file, the module or the function does not exist, or no function is named.
     """
+    if name.endswith(".py"):
+        raise ValueError(f"reward_funcs: {name!r} names a file but no function in it: write {name}:function.")
     source, separator, function = name.rpartition(":" if ".py:" in name else ".")
-    if "/" in name and ".py:" not in name or Path(name).exists():
+    if ("/" in name and ".py:" not in name) or Path(name).exists():
         return name
     if not separator:
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
@@ -17,6 +17,7 @@ from hgpo_trl.advantages import assign_rewards, compute_advantages
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table
+from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, check_embeddings, mode_tokens, split_response
 
 logger = get_logger(__name__)
@@ -25,23 +26,30 @@ logger = get_logger(__name__)
 class HGPOTrainer(GRPOTrainer):
     """Trainer for Hybrid Group Policy Optimization (arXiv 2505.14631, Algorithm 1).
 
-    Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the others
-    with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for the
-    intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10).
+    Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the
+    others with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for
+    the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10).
 
     What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
     `_calculate_rewards` keeps the rewards, `_generate_and_score_completions` replaces the advantages and logs both
-    modes. The loss and everything else is inherited.
+    modes, `_prepare_inputs` and `_get_per_token_logps_and_entropies` take the padding out of the micro-batches. The
+    loss and everything else is inherited.
 
     Args:
-        model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode tags
-            (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning sees to.
+        model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode
+            tags (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning sees to.
         args: `HGPOConfig`.
 
     Raises:
-        ValueError: the tokenizer, the data or an argument does not fit; checked before a model is loaded where possible.
+        ValueError: the tokenizer, the data or an argument does not fit; checked before a model is loaded where
+            possible.
         NotImplementedError: `tools`, `environment_factory`, `rollout_func` or images are asked for.
     """
+
+    args: HGPOConfig
+    model: PreTrainedModel
+    max_completion_length: int
+    _logs: dict[str, Any]
 
     _tag_names = ["trl", "hgpo"]
     _name = "HGPO"
@@ -123,7 +131,9 @@ class HGPOTrainer(GRPOTrainer):
     # ------------------------------------------------------------------------------------------ sampling (Eq. 5, 6)
 
     def _group_size(self) -> int:
-        return self.num_generations if self.model.training else self.num_generations_eval
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        assert size is not None  # HGPOConfig has seen to it
+        return size
 
     def _row_modes(self, num_rows: int) -> list[int]:
         """Mode (0 = think, 1 = no_think) of each local row, from its place in the global batch.
@@ -154,8 +164,9 @@ class HGPOTrainer(GRPOTrainer):
         per_mode = num_generations // 2
 
         batches = [list(range(len(forced)))]
-        # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones. More
-        # than half a group holds both modes wherever it begins: every process makes the same two calls (ZeRO-3, FSDP).
+        # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones.
+        # More than half a group holds both modes wherever it begins, so every process makes the same two calls, which
+        # ZeRO-3 and FSDP need.
         if not (self.use_vllm or self.use_transformers_continuous_batching) and len(forced) > per_mode:
             batches = [[i for i, mode in enumerate(modes) if mode == m] for m in range(len(MODES))]
 
@@ -200,12 +211,14 @@ class HGPOTrainer(GRPOTrainer):
         num_rows, group = len(prompt_ids), self._group_size()
         stride = math.gcd(num_rows, group)
         chunk = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), self.accelerator.autocast():
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with (
+            disable_gradient_checkpointing(self.model, checkpointing),
+            self.accelerator.autocast(),
+        ):
             parts = [
                 read_decision(self.model, ids, mask, self.mode_tokens, self.temperature)
-                for ids, mask in zip(
-                    prompt_ids[::stride].split(chunk), prompt_mask[::stride].split(chunk), strict=True
-                )
+                for ids, mask in zip(prompt_ids[::stride].split(chunk), prompt_mask[::stride].split(chunk), strict=True)
             ]
         local = Decision(*(torch.cat(field) for field in zip(*parts, strict=True)))
         return Decision(*(self.accelerator.gather(field)[:: group // stride] for field in local))
@@ -237,6 +250,57 @@ class HGPOTrainer(GRPOTrainer):
         self._log_group_metrics(grouped, decision)
         self._log_table(advantages)
         return output
+
+    # ------------------------------------------------------------------------------- micro-batches of like length
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batches, regrouped by length and trimmed when a new rollout has been cut into them."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.args.trim_micro_batches or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = sort_and_trim(
+            self._buffered_inputs,
+            self.args.gradient_accumulation_steps,
+            sort=self._rows_may_meet_any_others(),
+            multiple=self.pad_to_multiple_of,
+        )
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _rows_may_meet_any_others(self) -> bool:
+        """Whether the sum over an optimizer step is the same however its rows are grouped into micro-batches."""
+        return not (
+            self.loss_type == "bnpo"  # divides by the micro-batch's own tokens
+            or self.top_entropy_quantile < 1.0  # a quantile of the micro-batch
+            or self._entropy_bonus_enabled  # a mean over the micro-batch
+            or self.aux_loss_enabled
+        )
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Old and reference log-probabilities in chunks of like length, each trimmed; the loss's own pass as it is."""
+        score = super()._get_per_token_logps_and_entropies
+        options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **kwargs}
+        num_rows, width = input_ids.shape
+        whole = torch.is_grad_enabled() or compute_entropy or not self.args.trim_micro_batches
+        if whole or batch_size is None or batch_size >= num_rows:
+            return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **options)
+        log_probs = torch.zeros(num_rows, logits_to_keep, device=input_ids.device)
+        for rows, first, last in sorted_chunks(attention_mask, batch_size):
+            keep = max(1, last - (width - logits_to_keep))  # a masked response still has one column
+            first, last = min(first, width - logits_to_keep - 1), width - logits_to_keep + keep
+            chunk, _, _ = score(model, input_ids[rows, first:last], attention_mask[rows, first:last], keep, **options)
+            log_probs[rows, :keep] = chunk.to(log_probs.dtype)
+        return log_probs, None, None
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
@@ -281,12 +345,13 @@ class HGPOTrainer(GRPOTrainer):
             self._warned_off_mode = True
             logger.warning(
                 f"The first token is neither mode with a mean probability of {off_mode_mass:.3f} (off_mode_warning="
-                f"{self.args.off_mode_warning}). The policy is leaving the two modes: use decision_weighting=saturating, "
-                "raise beta, or lower the learning rate; if it was so from the first step, train HFT for longer."
+                f"{self.args.off_mode_warning}). The policy is leaving the two modes: use "
+                "decision_weighting=saturating, raise beta, or lower the learning rate; if it was so from the first "
+                "step, train HFT for longer."
             )
 
     def _log_table(self, advantages: Tensor) -> None:
-        """Show HGPO's own numbers in TRL's completion table: mode, advantage of the response, advantage of the decision."""
+        """Show HGPO's own numbers in TRL's completion table: mode, advantage of the response and of the decision."""
         num_rows, group = len(advantages), self._group_size()
         last = advantages.gather(1, self._lengths[:, None] - 1)[:, 0]  # beyond the decision it is norm(r_intra)
         for _ in range(min(num_rows, len(self._logs["advantages"]))):  # TRL has just appended its own
@@ -313,7 +378,9 @@ def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -
     if first is None:
         raise ValueError(f"{name} is empty. Give it at least one row with a `prompt`.")
     if "prompt" not in first:
-        raise ValueError(f"{name} has no column `prompt`; its columns are {sorted(first)}. Rename the one that holds it.")
+        raise ValueError(
+            f"{name} has no column `prompt`; its columns are {sorted(first)}. Rename the one that holds it."
+        )
     if "image" in first or "images" in first:
         raise NotImplementedError(f"{name} has images; HGPOTrainer trains text-only models. Remove the column.")
     prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [first["prompt"]]

@@ -685,7 +685,9 @@ def test_assign_rewards_of_another_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_mode_probs_out_of_range(value: float) -> None:
     with pytest.raises(ValueError, match="mode_probs must lie between 0 and 1"):
-        compute_advantages(torch.ones(1, 2, 2), torch.ones(4, dtype=torch.long), mode_probs=torch.tensor([[0.5, value]]))
+        compute_advantages(
+            torch.ones(1, 2, 2), torch.ones(4, dtype=torch.long), mode_probs=torch.tensor([[0.5, value]])
+        )
 
 
 def test_infinite_rewards_are_compared_like_any_other() -> None:

@@ -32,7 +32,9 @@ def constant(completions: list, **kwargs: Any) -> list[float]:
 def make_trainer(
     model_dir: str, tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path: Path
 ) -> Callable[..., HGPOTrainer]:
-    def make(reward_funcs: Any = lottery, dataset: Any = prompts, trainer: dict | None = None, **config: Any) -> HGPOTrainer:
+    def make(
+        reward_funcs: Any = lottery, dataset: Any = prompts, trainer: dict | None = None, **config: Any
+    ) -> HGPOTrainer:
         settings = {
             "output_dir": str(tmp_path),
             "per_device_train_batch_size": 8,
@@ -123,9 +125,7 @@ def test_rows_keep_their_order_when_the_modes_are_generated_apart(make_trainer: 
         assert alone[0, len(prompt) :].tolist() == response.tolist()
 
 
-def test_forced_token_has_no_sampling_log_probability(
-    make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forced_token_has_no_sampling_log_probability(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """None becomes an importance ratio of 1 in TRL; a number would scale the sequence by π(mode | q)."""
     trainer = make_trainer()
     trainer.model.train()
@@ -319,9 +319,7 @@ def test_metrics_of_both_modes(make_trainer: Callable, prompts: Dataset) -> None
     assert evaluation["eval_hgpo/accuracy/oracle"] >= max(means) - 1e-6
 
 
-def test_warns_once_when_the_policy_leaves_both_modes(
-    make_trainer: Callable, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warns_once_when_the_policy_leaves_both_modes(make_trainer: Callable, caplog: pytest.LogCaptureFixture) -> None:
     make_trainer(max_steps=3).train()  # an untrained model puts nearly all mass elsewhere
     warnings = [record.message for record in caplog.records if "neither mode" in record.message]
     assert len(warnings) == 1

@@ -1,1 +1,1 @@
-"""Entry points, one per stage: `hgpo-trl STAGE --config recipe.yaml`, or `accelerate launch -m hgpo_trl.scripts.STAGE`."""
+"""Entry points, one per stage: `hgpo-trl STAGE --config recipe.yaml`, `accelerate launch -m hgpo_trl.scripts.STAGE`."""

@@ -21,12 +21,16 @@ class DataArguments:
     """What to build."""
 
     output_dir: str = field(metadata={"help": "Folder to write to."})
-    task: str = field(default="hgpo_trl.tasks.chain_sum", metadata={"help": "Module, or path to a .py file, of the task."})
+    task: str = field(
+        default="hgpo_trl.tasks.chain_sum", metadata={"help": "Module, or path to a .py file, of the task."}
+    )
     num_hft: int = field(default=40_000, metadata={"help": "Stage I examples."})
     think_share: float = field(default=0.6, metadata={"help": "Share of Stage I examples that think (paper: 0.60)."})
     num_hgpo: int = field(default=4_000, metadata={"help": "Stage II prompts."})
     num_eval: int = field(default=300, metadata={"help": "Held-out prompts for evaluation."})
-    held_out_fraction: float = field(default=0.2, metadata={"help": "Share of the distinct queries kept for evaluation."})
+    held_out_fraction: float = field(
+        default=0.2, metadata={"help": "Share of the distinct queries kept for evaluation."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of queries and initial weights."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the model; its feed-forward is 4 times that."})
     num_layers: int = field(default=2, metadata={"help": "Layers of the model."})

@@ -1,13 +1,13 @@
 """Evaluate a model in both modes: hybrid accuracy, thinking ratio, accuracy and tokens.
 
-    hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hgpo --output_dir runs/chain-sum/eval/hgpo
+    hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hft --output_dir runs/eval/hft
 
 Writes `report.json` (the figures) and `samples.parquet` (every response with its score) into `output_dir`.
 """
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,25 @@ class EvaluateArguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.max_new_tokens < 2:
-            raise ValueError(f"max_new_tokens must be at least 2, the decision token and one more; got {self.max_new_tokens}.")
+            raise ValueError(
+                f"max_new_tokens must be at least 2, the decision token and one more; got {self.max_new_tokens}."
+            )
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, which is greedy; got {self.temperature}.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if not 0.0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
+
+
+def _load_function(name: str) -> Callable:
+    reward = load_reward(name)
+    if isinstance(reward, str):
+        raise ValueError(
+            f"reward_funcs: {name!r} is a reward model; evaluation takes functions only. Name a function "
+            "(package.module.function or file.py:function), which may call the model."
+        )
+    return reward
 
 
 def _without_nan(value: Any) -> Any:
@@ -67,15 +83,15 @@ def _without_nan(value: Any) -> Any:
 
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(EvaluateArguments, prog="hgpo-trl evaluate").parse_recipe(argv)
-    rewards = [load_reward(name) for name in args.reward_funcs]
+    rewards = [_load_function(name) for name in args.reward_funcs]
     dataset = load_data("data", args.data, args.split)
     if args.num_prompts is not None:
         dataset = dataset.select(range(min(args.num_prompts, len(dataset))))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_dataset("data", dataset, tokenizer)
     tokens = mode_tokens(tokenizer)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
     check_embeddings(model, tokens)
 
     samples = sample_both_modes(
@@ -95,10 +111,12 @@ def main(argv: Sequence[str]) -> None:
     samples.to_parquet(output_dir / "samples.parquet", index=False)
     report = report_on(samples, args.margin, dataset["level"] if "level" in dataset.column_names else None)
     write_json(output_dir / "report.json", _without_nan({"model": args.model, "dataset": args.data, **report}))
+    accuracy, length = report["accuracy"], report["mean_tokens"]
     print(
-        f"{args.model}: hybrid accuracy {report['hybrid_accuracy']:.3f}, thinking ratio {report['thinking_ratio']:.3f}, "
-        f"accuracy {report['accuracy']['auto']:.3f} (always thinking {report['accuracy']['think']:.3f}), tokens "
-        f"{report['mean_tokens']['auto']:.1f} (always thinking {report['mean_tokens']['think']:.1f}) -> {output_dir}"
+        f"{args.model}: hybrid accuracy {report['hybrid_accuracy']:.3f}, "
+        f"thinking ratio {report['thinking_ratio']:.3f}, "
+        f"accuracy {accuracy['auto']:.3f} (always thinking {accuracy['think']:.3f}), "
+        f"tokens {length['auto']:.1f} (always thinking {length['think']:.1f}) -> {output_dir}"
     )
 
 

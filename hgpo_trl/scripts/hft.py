@@ -3,13 +3,15 @@
     hgpo-trl hft --config recipes/chain-sum/hft.yaml
     accelerate launch --config_file recipes/accelerate/zero3.yaml -m hgpo_trl.scripts.hft --config recipes/.../hft.yaml
 
-The model gets the four mode tags and a chat template that knows the modes, if it has none; TRL's SFTTrainer does the rest.
+The model gets the four mode tags and a chat template that knows the modes, if it has none; TRL's SFTTrainer does the
+rest.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
@@ -32,13 +34,23 @@ class HFTArguments:
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
 
 
+def _load(field: str, name: str, split: str) -> Dataset:
+    dataset = load_data(field, name, split)
+    if missing := {"prompt", "completion"}.difference(dataset.column_names):
+        raise ValueError(
+            f"{field}={name!r} lacks the column {' and '.join(sorted(missing))}; its columns are "
+            f"{dataset.column_names}. Rename or add what is missing: the loss is on the completion only."
+        )
+    return dataset
+
+
 def main(argv: Sequence[str]) -> None:
     data_args, training_args, model_args = RecipeParser(
         (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft"
     ).parse_recipe(argv)
     checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
-    train_dataset = load_data("train_data", data_args.train_data, data_args.train_split)
-    eval_dataset = load_data("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
+    train_dataset = _load("train_data", data_args.train_data, data_args.train_split)
+    eval_dataset = _load("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
 
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,

@@ -2,8 +2,8 @@
 
     hgpo-trl report --config recipes/chain-sum/report.yaml
 
-Names are the user's: `hft=runs/chain-sum/eval/hft` shows that evaluation as "hft". With `report_to: wandb` the report goes
-to a Weights & Biases run as well.
+Names are the user's: `hft=runs/chain-sum/eval/hft` shows that evaluation as "hft". With `report_to: wandb` the report
+goes to a Weights & Biases run as well.
 """
 
 import json
@@ -34,6 +34,9 @@ class ReportArguments:
     def __post_init__(self) -> None:
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f"report_to must be none or wandb; got {self.report_to!r}.")
+        for name in ("evaluations", "training_runs"):
+            _pairs(name, getattr(self, name))
+        _sweep(self.margin_sweep)
 
 
 def _pairs(name: str, entries: list[str]) -> dict[str, Path]:
@@ -47,6 +50,14 @@ def _pairs(name: str, entries: list[str]) -> dict[str, Path]:
             raise ValueError(f"{name}: the name {key!r} is given twice.")
         pairs[key] = Path(folder)
     return pairs
+
+
+def _sweep(entries: list[str]) -> dict[float, Path]:
+    """["0.2=runs/eval"] -> {0.2: Path("runs/eval")}"""
+    try:
+        return {float(margin): folder for margin, folder in _pairs("margin_sweep", entries).items()}
+    except ValueError as error:
+        raise ValueError(f"margin_sweep: every entry must be DELTA=FOLDER with a number; {error}") from None
 
 
 def _load_evaluation(name: str, folder: Path) -> dict[str, Any]:
@@ -66,7 +77,13 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
             figures = {key: value for key, value in evaluation.items() if key not in ("by_level", "intervals")}
             run.summary.update({f"report/{name}": figures})
             if levels := evaluation["by_level"]:
-                columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]
+                columns: list[str | int] = [
+                    "level",
+                    "num_prompts",
+                    "hybrid_accuracy",
+                    "thinking_ratio",
+                    "off_mode_mass",
+                ]
                 rows = [[level[column] for column in columns] for level in levels]
                 run.log({f"report/{name}/by_level": wandb.Table(columns=columns, data=rows)})
         pictures = {f"report/{path.stem}": wandb.Image(str(path)) for path in sorted(output_dir.glob("*.png"))}
@@ -76,15 +93,11 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(ReportArguments, prog="hgpo-trl report").parse_recipe(argv)
     evaluations = {
-        name: _load_evaluation("evaluations", folder) for name, folder in _pairs("evaluations", args.evaluations).items()
+        name: _load_evaluation("evaluations", folder)
+        for name, folder in _pairs("evaluations", args.evaluations).items()
     }
-    sweep = {
-        float(margin): _load_evaluation("margin_sweep", folder)
-        for margin, folder in _pairs("margin_sweep", args.margin_sweep).items()
-    }
-    logs = {
-        name: load_training_log(folder) for name, folder in _pairs("training_runs", args.training_runs).items()
-    }
+    sweep = {margin: _load_evaluation("margin_sweep", folder) for margin, folder in _sweep(args.margin_sweep).items()}
+    logs = {name: load_training_log(folder) for name, folder in _pairs("training_runs", args.training_runs).items()}
     path = write_report(evaluations, args.output_dir, training_logs=logs, margin_sweep=sweep, title=args.title)
     if args.report_to == "wandb":
         _log_to_wandb(args, evaluations)

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 RUN_FILE = "run.json"
 
-# What a resumed run may change: where it runs and what it reports, not what it computes.
+# What a resumed run may change: where it runs, what it saves, measures and reports, not what it learns from.
+_FREE_PREFIXES = ("ddp_", "eval_", "hub_", "log_", "logging_", "save_", "trackio_", "vllm_server_")
 _FREE = {
-    "dataloader_num_workers", "ddp_backend", "deepspeed", "disable_tqdm", "eval_steps", "eval_strategy", "hub_token",
-    "log_completions", "logging_dir", "logging_first_step", "logging_steps", "num_completions_to_print", "push_to_hub",
-    "report_to", "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit", "use_cpu",
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "deepspeed", "disable_tqdm", "do_eval", "local_rank", "num_completions_to_print", "num_generations_eval",
+    "off_mode_warning", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "run_name", "use_cpu", "vllm_gpu_memory_utilization",
 }  # fmt: skip
 
 
@@ -24,7 +27,7 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
@@ -36,38 +39,55 @@ def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
     return json.loads(json.dumps(run, default=str))
 
 
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest complete checkpoint: the Trainer writes its state last, so a checkpoint without one was cut short."""
+    states = directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    steps = {int(step): path.parent for path in states if (step := path.parent.name.rpartition("-")[2]).isdecimal()}
+    return str(steps[max(steps)]) if steps else None
+
+
 def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -> str | None:
     """Take `output_dir` for this run, before anything is loaded, and note there what is run (`run.json`).
 
     Returns:
-        The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the last one of `output_dir` if
-        this very run has left it; None to start afresh.
+        The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the last complete one of
+        `output_dir` if this very run has left it; None to start afresh.
 
     Raises:
-        ValueError: `output_dir` holds another run's checkpoints or model; the message lists what differs.
+        ValueError: `output_dir` holds another run's checkpoints or model (the message lists what differs), or
+            `resume_from_checkpoint` names no folder.
     """
-    directory = Path(training_args.output_dir)
+    directory = Path(str(training_args.output_dir))  # TrainingArguments has filled in a default
     run = describe_run(stage, *configs, training_args)
-    last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
-    if last is not None or (directory / "config.json").exists():
+    requested = training_args.resume_from_checkpoint
+    if requested in ("True", "true", True):
+        requested = None  # what happens anyway
+    if requested is not None and not Path(requested).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={requested!r} is not a folder. Leave it out to resume from the last checkpoint of "
+            "output_dir, or name one of its checkpoint-STEP folders."
+        )
+    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json")
+    if any(any(directory.glob(pattern)) for pattern in results):
         _check_same_run(directory, run)
     if training_args.process_index == 0:
         write_json(directory / RUN_FILE, run)
-    requested = training_args.resume_from_checkpoint
-    return requested if isinstance(requested, str) and requested not in ("True", "true") else last
+    return requested or last_checkpoint(directory)
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE or key.startswith(_FREE_PREFIXES)
 
 
 def _check_same_run(directory: Path, run: dict[str, Any]) -> None:
     remedy = "Choose another output_dir, remove this one, or use the recipe it was made with to resume it."
     path = directory / RUN_FILE
     if not path.is_file():
-        raise ValueError(f"output_dir={str(directory)!r} holds a model or checkpoints of an unknown run (no {RUN_FILE}). {remedy}")
+        raise ValueError(
+            f"output_dir={str(directory)!r} holds a model or checkpoints of an unknown run (no {RUN_FILE}). {remedy}"
+        )
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(
-        key for key in before.keys() | run.keys() if key not in _FREE and before.get(key) != run.get(key)
-    )
+    changed = sorted(key for key in before.keys() | run.keys() if not _is_free(key) and before.get(key) != run.get(key))
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed)
         raise ValueError(f"output_dir={str(directory)!r} holds another run's results. Changed: {listing}. {remedy}")
-
-

@@ -2,18 +2,19 @@
 
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
-from trl import ModelConfig
+from transformers import Trainer
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 
-def model_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig) -> dict[str, Any]:
+def model_init_kwargs(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a recipe's model fields. Master weights are float32 by default."""
+    extra: Any = training_args.model_init_kwargs or {}  # a mapping by now: the parser has read it
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype or "float32",
         "trust_remote_code": training_args.trust_remote_code,
-        **(training_args.model_init_kwargs or {}),
+        **extra,
     }
 
 

@@ -4,8 +4,8 @@
     think:     <think> let me add step by step : a + 3 = 3 b + 6 = 9 c + 0 = 9 d + 5 = 4 </think> 4
     no think:  <no_think> 4 </no_think>
 
-Small enough that a model of 141k parameters learns it on a CPU in minutes, hard enough that answering at once fails from
-four operands on: exactly what makes the choice of a mode worth learning. The level is the number of operands.
+Small enough that a model of 134k parameters learns it on a CPU in minutes, hard enough that answering at once fails
+from four operands on: exactly what makes the choice of a mode worth learning. The level is the number of operands.
 """
 
 import random

@@ -9,7 +9,7 @@ A task is one small Python file with three names (`hgpo_trl/tasks/chain_sum.py` 
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -38,12 +38,19 @@ def load_task(name: str) -> ModuleType:
     """Import a task by module name ("hgpo_trl.tasks.chain_sum") or by path ("examples/my_task.py").
 
     Raises:
-        ValueError: there is no such module or file, or it lacks one of the three names.
+        ValueError: there is no such module or file, it lacks one of the three names, or its weights are no weights.
     """
     task = load_module(name)
     missing = [attribute for attribute in ("LEVELS", "VOCABULARY", "sample") if not hasattr(task, attribute)]
     if missing:
-        raise ValueError(f"task={name!r} lacks {', '.join(missing)}; hgpo_trl/tasks/embedded.py says what a task needs.")
+        raise ValueError(
+            f"task={name!r} lacks {', '.join(missing)}; hgpo_trl/tasks/embedded.py says what a task needs."
+        )
+    levels = task.LEVELS
+    if not isinstance(levels, dict) or not levels or not all(isinstance(w, int) and w > 0 for w in levels.values()):
+        raise ValueError(
+            f"task={name!r}: LEVELS must map at least one level to a whole number above 0; got {levels!r}."
+        )
     return task
 
 
@@ -53,26 +60,38 @@ def is_held_out(prompt: str, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
+def _check_words(query: Query, vocabulary: Set[str]) -> None:
+    """ValueError if a query uses a word that would become `<unk>`."""
+    if unknown := set(f"{query.prompt} {query.reasoning} {query.answer}".split()) - vocabulary:
+        raise ValueError(
+            f"VOCABULARY lacks {sorted(unknown)}, of the query {query.prompt!r}. Add every word of prompt, reasoning "
+            "and answer, as blanks separate them."
+        )
+
+
 def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float, seed: int) -> Iterator[Query]:
     """Draw queries in exact proportion to the task's level weights, from the held-out part or from the rest.
 
     Raises:
-        ValueError: a level has no query in the wanted part (its space is too small for `fraction`).
+        ValueError: a level has no query in the wanted part (its space is too small for `fraction`), or a query uses a
+            word that is not in the task's vocabulary.
     """
     rng = random.Random(f"{seed}/{held_out}")
     cycle = [level for level, weight in task.LEVELS.items() for _ in range(weight)]
+    vocabulary = set(task.VOCABULARY)
     for index in range(num_queries):
         level = cycle[index % len(cycle)]
         for _ in range(10_000):
             query = task.sample(level, rng)
             if is_held_out(query.prompt, fraction) == held_out:
+                _check_words(query, vocabulary)
                 yield query
                 break
         else:
             part = "held-out" if held_out else "training"
             raise ValueError(
-                f"held_out_fraction={fraction}: level {level} has no {part} query. Choose another fraction, or give the "
-                "level more distinct queries."
+                f"held_out_fraction={fraction}: level {level} has no {part} query. Choose another fraction, or give "
+                "the level more distinct queries."
             )
 
 

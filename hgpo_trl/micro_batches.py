@@ -1,0 +1,104 @@
+"""Micro-batches of like length, each as narrow as its longest row.
+
+TRL pads all completions of a generation batch to the longest one and computes every micro-batch at that width. With
+half of the responses short that is mostly padding. Here rows are sorted by length before they are cut into
+micro-batches, and each micro-batch is trimmed to its own longest prompt and response.
+
+Shapes: `B` rows in a generation batch on this process, `P` prompt tokens (padded left), `T` completion tokens (padded
+right).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Any]
+
+_PROMPT_KEYS = ("prompt_ids", "prompt_mask")
+
+
+def _round_up(width: int, multiple: int | None) -> int:
+    return width if multiple is None else math.ceil(width / multiple) * multiple
+
+
+def trim(batch: Batch, multiple: int | None = None) -> Batch:
+    """Cut a batch to its own longest prompt (on the left) and completion (on the right), at least one token each.
+
+    Args:
+        batch: TRL's rollout dict: `[B, P]` under the prompt keys; every other `[B, T]` tensor runs along the
+            completion.
+        multiple: keep widths at a multiple of this (`pad_to_multiple_of`), as far as the batch is that wide.
+    """
+    prompt_width, completion_width = batch["prompt_mask"].shape[1], batch["completion_mask"].shape[1]
+    longest = torch.stack([batch["prompt_mask"].sum(dim=1).amax(), batch["completion_mask"].sum(dim=1).amax()]).tolist()
+    prompt, completion = (_round_up(max(1, int(length)), multiple) for length in longest)
+    prompt, completion = min(prompt, prompt_width), min(completion, completion_width)
+
+    def cut(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            return value
+        if name in _PROMPT_KEYS:
+            return value[:, prompt_width - prompt :]
+        return value[:, :completion] if value.shape[1] == completion_width else value
+
+    return {name: cut(name, value) for name, value in batch.items()}
+
+
+def _select(batch: Batch, rows: Tensor) -> Batch:
+    """The given rows of everything that has rows; the rest (counts, None) as it is."""
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.dim() > 0 else value for name, value in batch.items()
+    }
+
+
+def sort_and_trim(
+    batches: list[Batch], batches_per_step: int, *, sort: bool = True, multiple: int | None = None
+) -> list[Batch]:
+    """Regroup micro-batches by length and trim each one. Their number and row counts stay as they are.
+
+    Rows are only exchanged between micro-batches of the same optimizer step, so the sum over a step, and with it the
+    gradient, is that of the untrimmed batches. Within a step the order of the micro-batches is shuffled.
+
+    Args:
+        batches: the micro-batches of one generation batch, of equal row counts and widths, in the order of their use.
+        batches_per_step: micro-batches that one optimizer step accumulates.
+        sort: False trims only; for losses whose normaliser depends on which rows share a micro-batch.
+        multiple: see `trim`.
+    """
+    window = math.gcd(len(batches), batches_per_step)  # a multiple of the step, a part of it, or out of phase with it
+    if not sort or window == 1:
+        return [trim(batch, multiple) for batch in batches]
+    result = []
+    for start in range(0, len(batches), window):
+        group = batches[start : start + window]
+        merged = {
+            name: torch.cat([batch[name] for batch in group])
+            if isinstance(value, Tensor) and value.dim() > 0
+            else value
+            for name, value in group[0].items()
+        }
+        lengths = merged["prompt_mask"].sum(dim=1) + merged["completion_mask"].sum(dim=1)
+        chunks = lengths.argsort(stable=True).chunk(window)
+        order = torch.randperm(window).tolist()
+        result += [trim(_select(merged, chunks[index]), multiple) for index in order]
+    return result
+
+
+def sorted_chunks(attention_mask: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Chunks of rows of like length, for a pass without gradients.
+
+    Args:
+        attention_mask: `[B, W]`, prompts padded left and completions right.
+
+    Yields:
+        `(rows, first, last)`: row numbers and the columns `[first, last)` outside which all of them are padding.
+    """
+    width = attention_mask.shape[1]
+    first = attention_mask.argmax(dim=1)
+    last = width - attention_mask.flip(1).argmax(dim=1)
+    for rows in (last - first).argsort(stable=True).split(chunk_size):
+        low, high = torch.stack([first[rows].amin(), last[rows].amax()]).tolist()
+        yield rows, low, high

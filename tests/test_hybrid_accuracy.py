@@ -1,0 +1,327 @@
+"""`hgpo_trl.hybrid_accuracy` by hand, against a loop-by-loop reference, and its intervals in a simulation."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hgpo_trl.hybrid_accuracy import (
+    Table,
+    better_mode,
+    bootstrap_intervals,
+    per_prompt_table,
+    summarize,
+    summarize_by,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")  # NaN is an ordinary value here: numpy must not complain
+
+NAN = math.nan
+THINK, NO_THINK, NEITHER = 0, 1, -1
+POLICIES = ("auto", "sampled", "think", "no_think", "oracle")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One scored prompt, in plain Python: `scores[mode][sample]`, `lengths[mode][sample]`."""
+
+    scores: tuple[list[float], list[float]]
+    lengths: tuple[list[int], list[int]]
+    prob_think: float = 0.5
+    prob_no_think: float = 0.5
+    picked: int = THINK
+
+
+def table_of(prompts: list[Prompt], margin: float = 0.0) -> Table:
+    """Call the code under test."""
+    return per_prompt_table(
+        np.array([prompt.scores for prompt in prompts], dtype=np.float64),
+        np.array([prompt.lengths for prompt in prompts], dtype=np.float64),
+        np.array([prompt.prob_think for prompt in prompts]),
+        np.array([prompt.prob_no_think for prompt in prompts]),
+        np.array([prompt.picked for prompt in prompts]),
+        margin,
+    )
+
+
+def row_of(prompt: Prompt, margin: float = 0.0) -> dict[str, float]:
+    return {name: float(column[0]) for name, column in table_of([prompt], margin).items()}
+
+
+# --- The reference ------------------------------------------------------------
+
+
+def mean(values: list[float]) -> float:
+    """Over the values that are not NaN; NaN if there are none."""
+    valid = [value for value in values if not math.isnan(value)]
+    return math.fsum(valid) / len(valid) if valid else NAN
+
+
+def reference_target(scores: list[float], lengths: list[float], margin: float) -> int | None:
+    """m_gt (paper.md, section 4) from mode means; None where a mode has no valid sample."""
+    if math.isnan(scores[THINK]) or math.isnan(scores[NO_THINK]):
+        return None
+    difference = abs(scores[THINK] - scores[NO_THINK])
+    if difference < 1e-9 or difference < margin - 1e-9:  # equal, or closer than the margin
+        return THINK if lengths[THINK] < lengths[NO_THINK] else NO_THINK
+    return THINK if scores[THINK] > scores[NO_THINK] else NO_THINK
+
+
+def reference_row(prompt: Prompt, margin: float) -> dict[str, float]:
+    scores = [mean(list(samples)) for samples in prompt.scores]
+    lengths = [mean([float(length) for length in samples]) for samples in prompt.lengths]
+    target = reference_target(scores, lengths, margin)
+    neither = min(max(1.0 - prompt.prob_think - prompt.prob_no_think, 0.0), 1.0)
+    row = {
+        "hybrid_accuracy": NAN if target is None else float(prompt.picked == target),
+        "thinking_ratio": prompt.prob_think,
+        "off_mode_mass": neither,
+    }
+    wrong = NAN if all(math.isnan(score) for score in scores) else 0.0
+    for name, by_mode, of_neither in (("accuracy", scores, wrong), ("mean_tokens", lengths, max(lengths))):
+        row[f"{name}/auto"] = of_neither if prompt.picked == NEITHER else by_mode[prompt.picked]
+        row[f"{name}/sampled"] = (
+            prompt.prob_think * by_mode[THINK] + prompt.prob_no_think * by_mode[NO_THINK] + neither * of_neither
+        )
+        row[f"{name}/think"] = by_mode[THINK]
+        row[f"{name}/no_think"] = by_mode[NO_THINK]
+        row[f"{name}/oracle"] = NAN if target is None else by_mode[target]
+    return row
+
+
+@st.composite
+def probabilities(draw: st.DrawFn) -> tuple[float, float]:
+    think = draw(st.floats(0.0, 1.0))
+    return think, draw(st.floats(0.0, 1.0)) * (1.0 - think)
+
+
+@st.composite
+def prompt_lists(draw: st.DrawFn, binary: bool = False) -> list[Prompt]:
+    num_samples = draw(st.integers(1, 4))
+    score = st.sampled_from([0.0, 1.0]) if binary else st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(-2.0, 2.0))
+    scores = st.lists(score | st.just(NAN), min_size=num_samples, max_size=num_samples)
+    lengths = st.lists(st.integers(1, 5), min_size=num_samples, max_size=num_samples)
+    prompts = []
+    for _ in range(draw(st.integers(1, 6))):
+        prob_think, prob_no_think = draw(probabilities())
+        prompts.append(
+            Prompt(
+                (draw(scores), draw(scores)),
+                (draw(lengths), draw(lengths)),
+                prob_think,
+                prob_no_think,
+                draw(st.sampled_from([THINK, NO_THINK, NEITHER])),
+            )
+        )
+    return prompts
+
+
+# --- Eq. 13 by hand -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "lengths", "margin", "expected"),
+    [
+        pytest.param((0.9, 0.4), (50, 5), 0.0, THINK, id="higher mean wins, think"),
+        pytest.param((0.4, 0.9), (5, 50), 0.0, NO_THINK, id="higher mean wins, no think, though longer"),
+        pytest.param((0.5, 0.5), (50, 5), 0.0, NO_THINK, id="tie, no think shorter"),
+        pytest.param((0.5, 0.5), (5, 50), 0.0, THINK, id="tie, think shorter"),
+        pytest.param((0.5, 0.5), (7, 7), 0.0, NO_THINK, id="tie, equal lengths"),
+        pytest.param((0.1 + 0.2, 0.3), (50, 5), 0.0, NO_THINK, id="tie but for the last bit"),
+        pytest.param((0.6, 0.5), (50, 5), 0.2, NO_THINK, id="think better within the margin, no think shorter"),
+        pytest.param((0.5, 0.6), (5, 50), 0.2, THINK, id="no think better within the margin, think shorter"),
+        pytest.param((0.6, 0.5), (7, 7), 0.2, NO_THINK, id="within the margin, equal lengths"),
+        pytest.param((0.75, 0.5), (50, 5), 0.25, THINK, id="exactly at the margin, think"),
+        pytest.param((0.5, 0.75), (5, 50), 0.25, NO_THINK, id="exactly at the margin, no think"),
+        pytest.param((0.8, 0.6), (50, 5), 0.2, THINK, id="at the margin but for the last bit"),
+        pytest.param((0.9, 0.5), (50, 5), 0.2, THINK, id="beyond the margin"),
+        pytest.param((0.5, 0.5), (50, 5), 0.2, NO_THINK, id="tie with a margin"),
+        pytest.param((NAN, 0.5), (50, 5), 0.0, -1, id="no valid think sample"),
+        pytest.param((0.5, NAN), (50, 5), 0.2, -1, id="no valid no-think sample"),
+        pytest.param((NAN, NAN), (50, 5), 0.0, -1, id="no valid sample"),
+    ],
+)
+def test_better_mode(scores: tuple, lengths: tuple, margin: float, expected: int) -> None:
+    assert better_mode(np.array([scores]), np.array([lengths], dtype=float), margin).tolist() == [expected]
+
+
+def test_a_row_by_hand() -> None:
+    prompt = Prompt(([1.0, 1.0, 0.0, NAN], [0.0, 1.0, 0.0, 0.0]), ([8, 10, 12, 10], [2, 2, 3, 1]), 0.5, 0.25, THINK)
+    expected = {
+        "hybrid_accuracy": 1.0,
+        "thinking_ratio": 0.5,
+        "off_mode_mass": 0.25,
+        "accuracy/auto": 2 / 3,
+        "accuracy/sampled": 0.5 * 2 / 3 + 0.25 * 0.25,
+        "accuracy/think": 2 / 3,
+        "accuracy/no_think": 0.25,
+        "accuracy/oracle": 2 / 3,
+        "mean_tokens/auto": 10.0,  # a sample without a score was still paid for
+        "mean_tokens/sampled": 0.5 * 10 + 0.25 * 2 + 0.25 * 10,
+        "mean_tokens/think": 10.0,
+        "mean_tokens/no_think": 2.0,
+        "mean_tokens/oracle": 10.0,
+    }
+    assert row_of(prompt) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("picked", "expected"), [(THINK, 1.0), (NO_THINK, 0.0), (NEITHER, 0.0)])
+def test_the_pick_is_right_or_wrong(picked: int, expected: float) -> None:
+    prompt = Prompt(([1.0, 1.0], [0.0, 0.0]), ([9, 9], [2, 2]), picked=picked)
+    assert row_of(prompt)["hybrid_accuracy"] == expected
+
+
+def test_picking_neither_scores_nothing_and_costs_the_longer_mode() -> None:
+    row = row_of(Prompt(([1.0, 1.0], [1.0, 1.0]), ([3, 3], [8, 10]), 0.1, 0.2, NEITHER))
+    assert row["accuracy/auto"] == 0.0
+    assert row["mean_tokens/auto"] == 9.0
+    assert row["accuracy/sampled"] == pytest.approx(0.3)
+    assert row["mean_tokens/sampled"] == pytest.approx(0.1 * 3 + 0.2 * 9 + 0.7 * 9)
+
+
+@pytest.mark.parametrize("picked", [THINK, NO_THINK, NEITHER])
+def test_a_mode_without_valid_samples_leaves_the_prompt_out(picked: int) -> None:
+    lost = Prompt(([NAN, NAN], [1.0, 0.0]), ([9, 9], [2, 2]), picked=picked)
+    kept = Prompt(([1.0, 1.0], [0.0, 0.0]), ([9, 9], [2, 2]), picked=THINK)
+    row = row_of(lost)
+    for name in ("hybrid_accuracy", "accuracy/oracle", "accuracy/think", "mean_tokens/oracle"):
+        assert math.isnan(row[name])
+    assert row["accuracy/no_think"] == 0.5
+    assert row["mean_tokens/think"] == 9.0
+    summary = summarize(table_of([lost, kept]))
+    assert summary["num_prompts"] == 2
+    assert summary["hybrid_accuracy"] == 1.0
+    assert summary["accuracy"]["oracle"] == 1.0
+
+
+@pytest.mark.parametrize("picked", [THINK, NO_THINK, NEITHER])
+def test_a_prompt_without_valid_samples_counts_for_no_policy(picked: int) -> None:
+    row = row_of(Prompt(([NAN], [NAN]), ([9], [2]), picked=picked))
+    assert all(math.isnan(row[f"accuracy/{policy}"]) for policy in POLICIES)
+
+
+def test_nothing_valid_at_all() -> None:
+    summary = summarize(table_of([Prompt(([NAN], [NAN]), ([9], [2]))] * 3, margin=0.1))
+    assert math.isnan(summary["hybrid_accuracy"])
+    assert all(math.isnan(bound) for bound in summary["intervals"]["hybrid_accuracy"])
+    assert summary["thinking_ratio"] == 0.5
+
+
+# --- Against the reference ----------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompts=prompt_lists(), margin=st.sampled_from([0.0, 0.2, 0.25, 0.5]))
+def test_matches_the_reference(prompts: list[Prompt], margin: float) -> None:
+    table = table_of(prompts, margin)
+    rows = [reference_row(prompt, margin) for prompt in prompts]
+    assert list(table) == list(rows[0])
+    for name, column in table.items():
+        assert column.shape == (len(prompts),)
+        assert column.tolist() == pytest.approx([row[name] for row in rows], nan_ok=True), name
+    summary = summarize(table)
+    assert summary["num_prompts"] == len(prompts)
+    for name in table:
+        head, _, tail = name.partition("/")
+        value = summary[head][tail] if tail else summary[head]
+        assert value == pytest.approx(mean([row[name] for row in rows]), nan_ok=True), name
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompts=prompt_lists(binary=True))
+def test_bounds(prompts: list[Prompt]) -> None:
+    table = table_of(prompts)
+    auto, oracle, sampled = (table[f"accuracy/{policy}"] for policy in ("auto", "oracle", "sampled"))
+    defined = ~np.isnan(oracle)
+    assert (oracle[defined] >= auto[defined]).all()
+    best = np.fmax(table["accuracy/think"], table["accuracy/no_think"])
+    assert (oracle[defined] == best[defined]).all()
+    worst = np.fmin(table["accuracy/think"], table["accuracy/no_think"])
+    on_mode = 1.0 - table["off_mode_mass"][defined]
+    assert (sampled[defined] <= (on_mode * best[defined]) + 1e-9).all()
+    assert (sampled[defined] >= (on_mode * worst[defined]) - 1e-9).all()
+    tokens = [table[f"mean_tokens/{mode}"] for mode in ("think", "no_think")]
+    for policy in ("auto", "sampled"):
+        cost = table[f"mean_tokens/{policy}"]
+        assert (cost >= np.minimum(*tokens) - 1e-9).all()
+        assert (cost <= np.maximum(*tokens) + 1e-9).all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(prompts=prompt_lists(), margins=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)))
+def test_a_larger_margin_never_makes_the_oracle_longer(prompts: list[Prompt], margins: tuple[float, float]) -> None:
+    small, large = (table_of(prompts, margin)["mean_tokens/oracle"] for margin in sorted(margins))
+    defined = ~np.isnan(small)
+    assert (large[defined] <= small[defined]).all()
+
+
+# --- Intervals ----------------------------------------------------------------
+
+
+def example_table(num_prompts: int = 60, seed: int = 0) -> Table:
+    rng = np.random.default_rng(seed)
+    column = rng.random(num_prompts)
+    column[::7] = NAN
+    return {"hybrid_accuracy": column, "accuracy/auto": rng.integers(0, 2, num_prompts).astype(float)}
+
+
+def test_intervals_depend_on_the_seed_alone() -> None:
+    table = example_table()
+    first = bootstrap_intervals(table, seed=3)
+    assert first == bootstrap_intervals(table, seed=3)
+    assert first != bootstrap_intervals(table, seed=4)
+    assert summarize(table, seed=3)["intervals"]["accuracy"]["auto"] == first["accuracy/auto"]
+
+
+def test_intervals_contain_the_mean() -> None:
+    table = example_table()
+    for name, (low, high) in bootstrap_intervals(table).items():
+        assert low < np.nanmean(table[name]) < high
+
+
+def test_interval_of_one_prompt_is_a_point() -> None:
+    assert bootstrap_intervals({"x": np.array([0.25])}) == {"x": (0.25, 0.25)}
+
+
+def test_columns_are_resampled_together() -> None:
+    column = np.random.default_rng(0).random(50)
+    intervals = bootstrap_intervals({"x": column, "y": 2 * column})
+    assert np.array(intervals["y"]) == pytest.approx(2 * np.array(intervals["x"]))
+
+
+def test_intervals_cover() -> None:
+    """The 95 % interval of 100 prompts' mean holds the true mean in about 95 of 100 evaluations."""
+    rng = np.random.default_rng(0)
+    true_mean, hits, simulations = 0.7, 0, 300
+    for seed in range(simulations):
+        low, high = bootstrap_intervals({"x": (rng.random(100) < true_mean).astype(float)}, 400, seed)["x"]
+        hits += low <= true_mean <= high
+    assert 0.90 <= hits / simulations <= 0.98
+
+
+# --- Groups -------------------------------------------------------------------
+
+
+def test_summarize_by_sorts_numbers_before_text() -> None:
+    labels: list[Any] = ["hard", 10, 2, "easy", 2, None]
+    table = {"hybrid_accuracy": np.array([0.0, 1.0, 1.0, 1.0, 0.0, 1.0]), "accuracy/auto": np.arange(6.0)}
+    groups = summarize_by(table, labels, "level")
+    assert [group["level"] for group in groups] == [2, 10, "easy", "hard"]  # without a label, in no group
+    assert [group["num_prompts"] for group in groups] == [2, 1, 1, 1]
+    assert [group["hybrid_accuracy"] for group in groups] == [0.5, 1.0, 1.0, 0.0]
+    assert [group["accuracy"]["auto"] for group in groups] == [3.0, 1.0, 3.0, 0.0]
+    assert all(set(group["intervals"]) == {"hybrid_accuracy", "accuracy"} for group in groups)
+
+
+@settings(deadline=None, max_examples=30)
+@given(prompts=prompt_lists(), data=st.data())
+def test_a_group_is_summarized_as_if_alone(prompts: list[Prompt], data: st.DataObject) -> None:
+    labels = data.draw(st.lists(st.sampled_from([1, 2, "x"]), min_size=len(prompts), max_size=len(prompts)))
+    for group in summarize_by(table_of(prompts), labels, "level", seed=1):
+        label = group.pop("level")
+        alone = summarize(table_of([p for p, other in zip(prompts, labels, strict=True) if other == label]), seed=1)
+        assert repr(group) == repr(alone)  # NaN is not equal to itself

@@ -1,0 +1,194 @@
+"""Length-sorted, trimmed micro-batches: the same rows, the same gradient, less padding."""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hgpo_trl.config import HGPOConfig
+from hgpo_trl.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
+from hgpo_trl.trainer import HGPOTrainer
+
+
+def rollout(prompt_lengths: list[int], completion_lengths: list[int]) -> Batch:
+    """A rollout dict as TRL makes it; token values name their row and place."""
+    rows, p, t = len(prompt_lengths), max(prompt_lengths), max(completion_lengths)
+    prompt_mask = torch.tensor([[0] * (p - n) + [1] * n for n in prompt_lengths])
+    completion_mask = torch.tensor([[1] * n + [0] * (t - n) for n in completion_lengths])
+    prompt_ids = (torch.arange(rows)[:, None] * 100 + torch.arange(p) + 1) * prompt_mask
+    completion_ids = (torch.arange(rows)[:, None] * 100 + torch.arange(t) + 50) * completion_mask
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": completion_ids.float(),
+        "importance_sampling_ratio": torch.arange(rows)[:, None].float(),
+        "num_items_in_batch": completion_mask.sum(),
+        "old_per_token_logps": None,
+    }
+
+
+def contents(batches: list[Batch]) -> list[tuple]:
+    """Each row's real tokens, its advantages and ratio: what must survive regrouping."""
+    rows = []
+    for batch in batches:
+        for i in range(len(batch["prompt_ids"])):
+            real = batch["completion_mask"][i].bool()
+            rows.append(
+                (
+                    batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist(),
+                    batch["completion_ids"][i][real].tolist(),
+                    batch["advantages"][i][real].tolist(),
+                    batch["importance_sampling_ratio"][i].item(),
+                )
+            )
+    return rows
+
+
+def cut(batch: Batch, num_batches: int) -> list[Batch]:
+    size = len(batch["prompt_ids"]) // num_batches
+    return [
+        {
+            name: value[i * size : (i + 1) * size] if isinstance(value, torch.Tensor) and value.dim() else value
+            for name, value in batch.items()
+        }
+        for i in range(num_batches)
+    ]
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_regrouping_keeps_every_row_within_its_optimizer_step(data: st.DataObject) -> None:
+    num_batches = data.draw(st.integers(1, 6))
+    rows = num_batches * data.draw(st.integers(1, 3))
+    per_step = data.draw(st.integers(1, 8))
+    lengths = st.lists(st.integers(1, 9), min_size=rows, max_size=rows)
+    batches = cut(rollout(data.draw(lengths), data.draw(lengths)), num_batches)
+    result = sort_and_trim(batches, per_step)
+    assert [len(batch["prompt_ids"]) for batch in result] == [rows // num_batches] * num_batches
+    for step in range(0, num_batches, per_step):
+        if num_batches % per_step == 0 or per_step % num_batches == 0:
+            assert sorted(contents(result[step : step + per_step])) == sorted(contents(batches[step : step + per_step]))
+    assert sorted(contents(result)) == sorted(contents(batches))
+    for batch in result:
+        assert batch["prompt_mask"][:, 0].any(), "no column of padding on the left"
+        assert batch["completion_mask"][:, -1].any(), "none on the right"
+        assert batch["num_items_in_batch"] == batches[0]["num_items_in_batch"]
+
+
+def test_like_lengths_meet() -> None:
+    batches = cut(rollout([3] * 8, [9, 1, 9, 1, 9, 1, 9, 1]), 4)
+    widths = sorted(batch["completion_ids"].shape[1] for batch in sort_and_trim(batches, 4))
+    assert widths == [1, 1, 9, 9]
+    assert [batch["completion_ids"].shape[1] for batch in sort_and_trim(batches, 4, sort=False)] == [9] * 4
+
+
+def test_trim_keeps_multiples_and_one_token() -> None:
+    batch = rollout([2, 5], [3, 7])
+    batch["completion_mask"].zero_()  # all responses truncated and masked
+    assert trim(batch)["completion_ids"].shape[1] == 1
+    batch = trim(
+        {name: v[:1] if torch.is_tensor(v) and v.dim() else v for name, v in rollout([2, 9], [3, 9]).items()}, 4
+    )
+    assert (batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]) == (4, 4)
+
+
+def test_sorted_chunks_cover_all_real_tokens() -> None:
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0]])
+    seen = torch.zeros_like(mask)
+    for rows, first, last in sorted_chunks(mask, 2):
+        assert not mask[rows][:, :first].any()
+        assert not mask[rows][:, last:].any()
+        seen[rows] += 1
+    assert (seen == 1).all()
+
+
+# --- in the trainer -------------------------------------------------------------------------------------------------
+
+
+def lottery(completions: list, **kwargs: Any) -> list[float]:
+    return [float(zlib.crc32(completion[0]["content"].encode()) % 3) for completion in completions]
+
+
+@pytest.fixture
+def gradient(
+    model_dir: str, prompts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, torch.Tensor]]:
+    """The accumulated gradient of one optimizer step on one rollout, trimmed or as stock TRL computes it."""
+
+    def measure(trim_micro_batches: bool, **config: Any) -> dict[str, torch.Tensor]:
+        settings = {
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 4,
+            "num_generations": 8,
+            "max_completion_length": 12,
+            "max_steps": 1,
+            "learning_rate": 0.0,
+            "max_grad_norm": 0.0,
+            "weight_decay": 0.0,
+            "beta": 0.1,
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
+        args = HGPOConfig(**(settings | config), trim_micro_batches=trim_micro_batches)
+        trainer = HGPOTrainer(model_dir, lottery, args, prompts)
+        generate = GENERATE
+
+        def short_and_long(self: HGPOTrainer, prompt_ids: list, *rest: Any) -> tuple[list[list[int]], None]:
+            """Fixed completions of very different lengths, the same for both runs."""
+            completions, _ = generate(self, prompt_ids, *rest)
+            mixed = [ids[: 1 + (7 * row) % 12] for row, ids in enumerate(completions)]
+            return mixed, None
+
+        monkeypatch.setattr(HGPOTrainer, "_generate_single_turn", short_and_long)
+        gradients: dict[str, torch.Tensor] = {}
+
+        def keep(*_: Any, **__: Any) -> None:
+            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+        trainer.create_optimizer()
+        trainer.optimizer.register_step_pre_hook(keep)
+        trainer.train()
+        return gradients
+
+    return measure
+
+
+GENERATE = HGPOTrainer._generate_single_turn
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+def test_gradient_is_that_of_the_padded_batch(gradient: Callable, loss_type: str) -> None:
+    stock, trimmed = gradient(False, loss_type=loss_type), gradient(True, loss_type=loss_type)
+    assert stock.keys() == trimmed.keys()
+    assert any(value.abs().max() > 0 for value in stock.values())
+    for name, value in stock.items():
+        torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"mask_truncated_completions": True},
+        {"pad_to_multiple_of": 8},
+        {"top_entropy_quantile": 0.5},
+        {"entropy_coef": 0.01},
+        {"num_iterations": 1, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
+    ],
+)
+def test_gradient_under_other_settings(gradient: Callable, config: dict[str, Any]) -> None:
+    stock, trimmed = gradient(False, **config), gradient(True, **config)
+    for name, value in stock.items():
+        torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
