@@ -1,0 +1,22 @@
+"""Hybrid Group Policy Optimization for TRL: language models that learn when to think (arXiv 2505.14631)."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hgpo_trl.config import HGPOConfig
+    from hgpo_trl.trainer import HGPOTrainer
+
+__all__ = ["HGPOConfig", "HGPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer only when it is asked for: `hgpo-trl --help` need not load torch."""
+    if name == "HGPOConfig":
+        from hgpo_trl.config import HGPOConfig
+
+        return HGPOConfig
+    if name == "HGPOTrainer":
+        from hgpo_trl.trainer import HGPOTrainer
+
+        return HGPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

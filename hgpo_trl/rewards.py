@@ -23,7 +23,8 @@ _GROUPED = re.compile(r"[+-]?\d{1,3}((,|\{,\}|,\\! ?)\d{3})+(\.\d+)?")  # with t
 _IGNORED = f"{string.whitespace}$*"  # around an answer
 _DOLLAR_SIGN = re.compile(r"(?<!\\)\\\$")
 _MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # not a LaTeX command
+_COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
+_WORD = re.compile(r"[A-Za-z]{2,}")
 _MAX_EXPRESSION = 200  # characters
 _TIMEOUT_S = 5  # per parse and per comparison
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
@@ -88,7 +89,7 @@ def _parse_reference(text: str) -> list:
 def _parse_answer(text: str) -> list:
     """What math-verify finds in prose; but a bare expression is read whole, not for a number that it contains."""
     text = _DOLLAR_SIGN.sub("", text)
-    if len(text) <= _MAX_EXPRESSION and not _MARKED.search(text) and not _WORD.search(text):
+    if len(text) <= _MAX_EXPRESSION and not _MARKED.search(text) and not _WORD.search(_COMMAND.sub("", text)):
         return _parse(f"${text}$")
     return _parse(text) or _parse(f"${text}$")
 

@@ -77,15 +77,9 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
             figures = {key: value for key, value in evaluation.items() if key not in ("by_level", "intervals")}
             run.summary.update({f"report/{name}": figures})
             if levels := evaluation["by_level"]:
-                columns: list[str | int] = [
-                    "level",
-                    "num_prompts",
-                    "hybrid_accuracy",
-                    "thinking_ratio",
-                    "off_mode_mass",
-                ]
+                columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]
                 rows = [[level[column] for column in columns] for level in levels]
-                run.log({f"report/{name}/by_level": wandb.Table(columns=columns, data=rows)})
+                run.log({f"report/{name}/by_level": wandb.Table(columns=[*columns], data=rows)})
         pictures = {f"report/{path.stem}": wandb.Image(str(path)) for path in sorted(output_dir.glob("*.png"))}
         run.log({**pictures, "report/html": wandb.Html(str(output_dir / "report.html"), inject=False)})
 

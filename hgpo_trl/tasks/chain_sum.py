@@ -15,7 +15,7 @@ from hgpo_trl.tasks.embedded import Query
 
 MODULUS = 10
 DIGITS = range(7)  # 0 to 6: with larger digits, answering at once hits a cliff instead of a slope
-LEVELS = {1: 2, 2: 2, 3: 2, 4: 1, 5: 1, 6: 1}  # operands -> weight
+LEVELS = {1: 2, 2: 2, 3: 2, 4: 1, 6: 1, 8: 1}  # operands -> weight
 
 _PREFIX = "let me add step by step :"
 VOCABULARY = [

@@ -1,0 +1,494 @@
+"""Sampling in both modes, the decision, scoring, the report, and `hgpo-trl evaluate` from end to end."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from hgpo_trl.decision import OFF_MODE, Decision, read_decision
+from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
+from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
+from hgpo_trl.scripts.evaluate import main
+
+NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 6, 3, 24
+MODE_NAMES = [mode.value for mode in MODES]
+
+Messages = list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(model_dir: str) -> Qwen2ForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer: PreTrainedTokenizerFast) -> ModeTokens:
+    return mode_tokens(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def few(prompts: Dataset) -> Dataset:
+    return prompts.select(range(NUM_PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def sample(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Callable[..., pd.DataFrame]:
+    """Sample the untrained model."""
+
+    def run(prompts: Any = few["prompt"], **changes: Any) -> pd.DataFrame:
+        settings = {"samples_per_mode": SAMPLES, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0, "top_p": 1.0}
+        return sample_both_modes(model, tokenizer, prompts, **(settings | changes))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def samples(sample: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+    return sample()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: Messages) -> list[int]:
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+
+
+# --- The decision -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_read_decision_is_a_full_forward_pass(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: ModeTokens,
+    few: Dataset,
+    temperature: float,
+) -> None:
+    ids = [prompt_ids(tokenizer, prompt) for prompt in few["prompt"]]
+    assert len({len(row) for row in ids}) > 2  # so that most rows are padded
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    decision = read_decision(model, batch["input_ids"], batch["attention_mask"], tokens, temperature)
+    for row, prompt in enumerate(ids):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, -1].double() / temperature
+        weights = [math.exp(logit) for logit in logits.tolist()]
+        probs = [weight / math.fsum(weights) for weight in weights]
+        think, no_think = probs[tokens.think], probs[tokens.no_think]
+        entropy = -math.fsum(p * math.log(p) for p in probs)
+        expected = (think, no_think, 1 - think - no_think, entropy)
+        assert [float(values[row]) for values in decision[:4]] == pytest.approx(expected, rel=1e-4)
+        best = probs.index(max(probs))
+        assert decision.picked[row] == {tokens.think: 0, tokens.no_think: 1}.get(best, OFF_MODE)
+    assert torch.equal(decision.mode_probs, torch.stack([decision.think, decision.no_think], dim=1))
+
+
+class Fixed(nn.Module):
+    """A model whose first token depends on the prompt's last one alone."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        self.logits = logits  # [V, V]
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int, **kwargs: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[input_ids[:, -logits_to_keep:]])
+
+
+def test_read_decision_names_the_pick(tokens: ModeTokens) -> None:
+    size = max(tokens.decision) + 10
+    logits = torch.full((size, size), -math.inf)
+    for last, first in enumerate((tokens.think, tokens.no_think, 0)):
+        logits[last, first] = 0.0
+    logits[3, list(tokens.decision)] = torch.tensor([math.log(0.3), math.log(0.7)])
+    batch = torch.tensor([[0], [1], [2], [3]])
+    decision: Decision = read_decision(Fixed(logits), batch, torch.ones_like(batch), tokens)
+    assert decision.picked.tolist() == [0, 1, OFF_MODE, 1]
+    assert decision.think.tolist() == pytest.approx([1, 0, 0, 0.3])
+    assert decision.no_think.tolist() == pytest.approx([0, 1, 0, 0.7])
+    assert decision.neither.tolist() == pytest.approx([0, 0, 1, 0], abs=1e-6)
+    entropy = -(0.3 * math.log(0.3) + 0.7 * math.log(0.7))
+    assert decision.entropy.tolist() == pytest.approx([0, 0, 0, entropy])
+
+
+# --- Sampling -----------------------------------------------------------------
+
+
+def test_every_prompt_is_sampled_in_both_modes(samples: pd.DataFrame) -> None:
+    keys = list(samples[["prompt_id", "mode", "sample"]].itertuples(index=False, name=None))
+    expected = {(row, mode, index) for row in range(NUM_PROMPTS) for mode in MODE_NAMES for index in range(SAMPLES)}
+    assert set(keys) == expected
+    assert len(keys) == len(expected)
+    for mode, completion in zip(samples["mode"], samples["completion"], strict=True):
+        assert completion.startswith(f"<{mode}>")
+    assert samples.groupby("prompt_id")[["prob_think", "prob_no_think", "picked"]].nunique().eq(1).all(axis=None)
+
+
+def test_responses_end_or_are_truncated(samples: pd.DataFrame) -> None:
+    assert (samples["num_tokens"] <= MAX_NEW_TOKENS).all()
+    assert (samples.loc[samples["truncated"], "num_tokens"] == MAX_NEW_TOKENS).all()
+    assert set(samples["truncated"]) == {True, False}
+    assert (samples["completion"].groupby([samples["prompt_id"], samples["mode"]]).nunique() > 1).any()
+
+
+def test_what_is_counted(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: ModeTokens,
+    few: Dataset,
+    sample: Callable[..., pd.DataFrame],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The decision token and the end token count; what comes after the end is padding."""
+    four, eos, pad = tokenizer.convert_tokens_to_ids("4"), tokenizer.eos_token_id, tokenizer.pad_token_id
+    generated = [[four, tokens.end_no_think, eos, pad], [eos, pad, pad, pad], [four, four, four, four]]
+    seen = []
+
+    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
+        assert generation_config.max_new_tokens == 4
+        seen.extend(zip(input_ids.tolist(), attention_mask.tolist(), strict=True))
+        return torch.cat([input_ids, torch.tensor(generated * (len(input_ids) // 3))], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    samples = sample(max_new_tokens=5, batch_size=6)
+    for mode, tag in zip(MODE_NAMES, ("<think>", "<no_think>"), strict=True):
+        part = samples[samples["mode"] == mode]
+        assert part["completion"].tolist() == [f"{tag} 4 </no_think>", tag, f"{tag} 4 4 4 4"] * NUM_PROMPTS
+        assert part["num_tokens"].tolist() == [4, 2, 5] * NUM_PROMPTS
+        assert part["truncated"].tolist() == [False, False, True] * NUM_PROMPTS
+    no_think = samples[samples["mode"] == "no_think"]
+    assert no_think["faults"].tolist() == [[], ["unclosed"], ["unclosed"]] * NUM_PROMPTS
+
+    unpadded = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in seen]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in few["prompt"]]
+    assert sorted(unpadded) == sorted([*row, tag] for row in ids for tag in tokens.decision for _ in range(SAMPLES))
+    assert all(mask == sorted(mask) for _, mask in seen)  # padded on the left
+
+
+def test_the_seed_decides(sample: Callable[..., pd.DataFrame], samples: pd.DataFrame) -> None:
+    torch.rand(1)
+    pd.testing.assert_frame_equal(sample(), samples)
+    other = sample(seed=1)
+    assert not other["completion"].equals(samples["completion"])
+    pd.testing.assert_series_equal(other["prob_think"], samples["prob_think"])
+
+
+def test_the_decision_depends_on_the_prompt_alone(sample: Callable[..., pd.DataFrame], samples: pd.DataFrame) -> None:
+    other = sample(batch_size=2, samples_per_mode=SAMPLES, temperature=0.5, max_new_tokens=4)
+    for name in ("prob_think", "prob_no_think"):
+        assert other[name].tolist() == pytest.approx(samples[name].tolist(), rel=1e-4)
+    assert other["picked"].equals(samples["picked"])
+
+
+def test_plain_text_prompts_are_conversations_already_rendered(
+    tokenizer: PreTrainedTokenizerFast, few: Dataset, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame
+) -> None:
+    texts = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in few["prompt"]
+    ]
+    pd.testing.assert_frame_equal(sample(texts), samples)
+
+
+def test_temperature_zero_is_greedy(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset, sample: Callable[..., pd.DataFrame]
+) -> None:
+    samples = sample(temperature=0, max_new_tokens=6)
+    assert samples.groupby(["prompt_id", "mode"])["completion"].nunique().eq(1).all()
+    for row, prompt in enumerate(few["prompt"]):
+        for mode in MODE_NAMES:
+            response = [tokenizer.convert_tokens_to_ids(f"<{mode}>")]
+            while len(response) < 6 and response[-1] != tokenizer.eos_token_id:
+                with torch.no_grad():
+                    logits = model(torch.tensor([prompt_ids(tokenizer, prompt) + response])).logits[0, -1]
+                response.append(int(logits.argmax()))
+            part = samples[(samples["prompt_id"] == row) & (samples["mode"] == mode)]
+            assert part["completion"].iloc[0] == tokenizer.decode(response, skip_special_tokens=True)
+            assert part["num_tokens"].iloc[0] == len(response)
+
+
+def test_a_model_without_an_end_token(
+    model: Qwen2ForCausalLM, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer's is enough."""
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    pd.testing.assert_frame_equal(sample(), samples)
+
+
+# --- Scoring ------------------------------------------------------------------
+
+
+def by_length(completions: list, **kwargs: Any) -> list[float]:
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def long_ones(completions: list, level: list[int], **kwargs: Any) -> list[float | None]:
+    return [1000.0 if n >= 3 else None for n in level]
+
+
+def test_scores_are_summed(few: Dataset, samples: pd.DataFrame) -> None:
+    levels = [few[row]["level"] for row in samples["prompt_id"]]
+    assert {level >= 3 for level in levels} == {True, False}
+    scored = score_samples(samples, few, [by_length, long_ones])
+    expected = [len(text) + 1000 * (level >= 3) for text, level in zip(samples["completion"], levels, strict=True)]
+    assert scored["reward"].tolist() == expected
+    alone = score_samples(samples, few, [long_ones])["reward"]
+    assert alone.isna().tolist() == [level < 3 for level in levels]
+    assert set(alone.dropna()) == {1000.0}
+    assert "reward" not in samples.columns
+
+
+def test_reward_functions_get_what_they_get_in_training(few: Dataset, samples: pd.DataFrame) -> None:
+    shuffled = samples.sample(frac=1, random_state=0)
+    seen: dict[str, Any] = {}
+
+    def spy(**kwargs: Any) -> list[float]:
+        seen.update(kwargs)
+        return [0.0] * len(kwargs["completions"])
+
+    score_samples(shuffled, few, [spy])
+    assert set(seen) == {"prompts", "completions", "answer", "level"}
+    assert seen["prompts"] == [few[row]["prompt"] for row in shuffled["prompt_id"]]
+    assert seen["answer"] == [few[row]["answer"] for row in shuffled["prompt_id"]]
+    assert seen["completions"] == [[{"role": "assistant", "content": text}] for text in shuffled["completion"]]
+
+    text_prompts = few.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+    score_samples(shuffled, text_prompts, [spy])
+    assert seen["prompts"] == [few[row]["prompt"][0]["content"] for row in shuffled["prompt_id"]]
+    assert seen["completions"] == shuffled["completion"].tolist()
+
+
+def test_a_wrong_number_of_rewards_is_named(few: Dataset, samples: pd.DataFrame) -> None:
+    def forgetful(completions: list, **kwargs: Any) -> list[float]:
+        return [0.0] * (len(completions) - 1)
+
+    count = len(samples)
+    with pytest.raises(ValueError, match=rf"'forgetful' returned {count - 1} rewards for {count} completions"):
+        score_samples(samples, few, [by_length, forgetful])
+
+
+def test_scoring_many_samples_is_quick() -> None:
+    num_prompts, num_samples = 2_000, 32
+    dataset = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": str(i)}], "answer": str(i), "level": i % 6} for i in range(num_prompts)]
+    )
+    rows = [row for row in range(num_prompts) for _ in range(num_samples)]
+    samples = pd.DataFrame({"prompt_id": rows, "completion": "<no_think> 4 </no_think>"})
+    start = time.perf_counter()
+    score_samples(samples, dataset, [by_length])
+    assert time.perf_counter() - start < 20  # about 1 s; 90 s when each sample decodes its row of the data set
+
+
+# --- The report ---------------------------------------------------------------
+
+
+def scored_samples() -> pd.DataFrame:
+    """Two prompts, two samples in each mode, and a third prompt that has no reference answer."""
+    prompts = [(0, 0.7, 0.2, 0), (1, 0.1, 0.9, 1), (2, 0.3, 0.3, -1)]
+    responses = {
+        (0, "think"): [(1.0, 10, False, []), (1.0, 14, False, [])],
+        (0, "no_think"): [(0.0, 3, False, ["unclosed", "nested"]), (1.0, 5, False, [])],
+        (1, "think"): [(1.0, 20, True, ["unclosed"]), (0.0, 20, True, ["unclosed"])],
+        (1, "no_think"): [(1.0, 4, False, []), (0.0, 4, False, [])],
+        (2, "think"): [(math.nan, 7, False, []), (math.nan, 9, False, [])],
+        (2, "no_think"): [(math.nan, 2, False, []), (math.nan, 4, True, ["unclosed"])],
+    }
+    return pd.DataFrame.from_records(
+        {
+            "prompt_id": row,
+            "mode": mode,
+            "sample": index,
+            "completion": "",
+            "num_tokens": num_tokens,
+            "truncated": truncated,
+            "faults": faults,
+            "prob_think": prob_think,
+            "prob_no_think": prob_no_think,
+            "picked": picked,
+            "reward": reward,
+        }
+        for row, prob_think, prob_no_think, picked in prompts
+        for mode in MODE_NAMES
+        for index, (reward, num_tokens, truncated, faults) in enumerate(responses[row, mode])
+    )
+
+
+def test_report_by_hand() -> None:
+    report = report_on(scored_samples(), levels=[3, 1, 3])
+    assert report["num_prompts"] == 3
+    assert report["samples_per_mode"] == 2
+    assert report["margin"] == 0.0
+    assert report["hybrid_accuracy"] == 1.0  # think is better at prompt 0; a tie at prompt 1; prompt 2 does not count
+    assert report["thinking_ratio"] == pytest.approx((0.7 + 0.1 + 0.3) / 3)
+    assert report["off_mode_mass"] == pytest.approx((0.1 + 0.0 + 0.4) / 3)
+    assert report["accuracy"] == pytest.approx(
+        {
+            "auto": (1.0 + 0.5) / 2,
+            "sampled": (0.7 * 1.0 + 0.2 * 0.5 + 0.1 * 0.5 + 0.9 * 0.5) / 2,
+            "think": (1.0 + 0.5) / 2,
+            "no_think": (0.5 + 0.5) / 2,
+            "oracle": (1.0 + 0.5) / 2,
+        }
+    )
+    assert report["mean_tokens"] == pytest.approx(
+        {
+            "auto": (12 + 4 + 8) / 3,
+            "sampled": (0.7 * 12 + 0.2 * 4 + 0.1 * 12 + 0.1 * 20 + 0.9 * 4 + 0.3 * 8 + 0.3 * 3 + 0.4 * 8) / 3,
+            "think": (12 + 20 + 8) / 3,
+            "no_think": (4 + 4 + 3) / 3,
+            "oracle": (12 + 4) / 2,
+        }
+    )
+    assert report["format_faults"] == pytest.approx({"think": 2 / 6, "no_think": 2 / 6})
+    assert report["truncated"] == pytest.approx({"think": 2 / 6, "no_think": 1 / 6})
+    easy, hard = report["by_level"]
+    assert (easy["level"], easy["num_prompts"], easy["hybrid_accuracy"], easy["thinking_ratio"]) == (1, 1, 1.0, 0.1)
+    assert (hard["level"], hard["num_prompts"], hard["hybrid_accuracy"], hard["accuracy"]["auto"]) == (3, 2, 1.0, 1.0)
+
+
+def test_the_margin_counts() -> None:
+    report = report_on(scored_samples(), margin=0.6)
+    assert report["margin"] == 0.6
+    assert report["hybrid_accuracy"] == 0.5  # thinking no longer gains enough at prompt 0
+    assert report["mean_tokens"]["oracle"] == 4.0
+    assert report["by_level"] == []
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    samples, levels = scored_samples(), ["hard", "easy", "hard"]
+    expected = repr(report_on(samples, levels=levels))
+    for seed in range(5):
+        assert repr(report_on(samples.sample(frac=1, random_state=seed), levels=levels)) == expected
+
+
+# --- The command --------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def nan_as_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: nan_as_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nan_as_none(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+@pytest.fixture
+def evaluate(model_dir: str, prompts: Dataset, tmp_path: Path) -> Callable[..., Path]:
+    """Run the command; a field of None is left out."""
+    prompts.to_parquet(tmp_path / "eval.parquet")
+
+    def run(**changes: Any) -> Path:
+        fields = {
+            "model": model_dir,
+            "data": tmp_path / "eval.parquet",
+            "output_dir": tmp_path / "eval",
+            "num_prompts": 8,
+            "samples_per_mode": 2,
+            "max_new_tokens": 8,
+            "dtype": "float32",
+        }
+        main([word for key, value in (fields | changes).items() for word in (f"--{key}", str(value))])
+        return tmp_path / "eval"
+
+    return run
+
+
+def test_evaluate_writes_a_report_that_its_samples_reproduce(
+    evaluate: Callable[..., Path], model_dir: str, prompts: Dataset, capsys: pytest.CaptureFixture
+) -> None:
+    output_dir = evaluate(margin=0.2)
+    report = read_json(output_dir / "report.json")
+    samples = pd.read_parquet(output_dir / "samples.parquet")
+    assert len(samples) == 8 * 2 * 2
+    assert set(samples["reward"]) <= {0.0, 1.0}
+    assert {"model": model_dir, "margin": 0.2, "num_prompts": 8, "samples_per_mode": 2}.items() <= report.items()
+    assert [group["level"] for group in report["by_level"]] == sorted(set(prompts["level"][:8]))
+    recomputed = report_on(samples, margin=0.2, levels=prompts["level"])
+    assert nan_as_none(recomputed) == {key: report[key] for key in report.keys() - {"model", "dataset"}}
+    assert f"thinking ratio {report['thinking_ratio']:.3f}" in capsys.readouterr().out
+
+
+def test_evaluate_again_gives_the_same_files(evaluate: Callable[..., Path]) -> None:
+    names = ("report.json", "samples.parquet")
+    first, second = ([(evaluate() / name).read_bytes() for name in names] for _ in range(2))
+    assert first == second
+
+
+def test_evaluate_with_own_reward_without_levels(
+    evaluate: Callable[..., Path], prompts: Dataset, tmp_path: Path
+) -> None:
+    """A function that scores nothing: null in the report, not NaN, which is not JSON."""
+    (tmp_path / "mine.py").write_text("def unscored(completions, **kwargs):\n    return [None] * len(completions)\n")
+    prompts.remove_columns("level").to_parquet(tmp_path / "plain.parquet")
+    output_dir = evaluate(data=tmp_path / "plain.parquet", reward_funcs=f"{tmp_path / 'mine.py'}:unscored")
+    report = read_json(output_dir / "report.json")
+    assert report["hybrid_accuracy"] is None
+    assert set(report["accuracy"].values()) == {None}
+    assert report["by_level"] == []
+    assert pd.read_parquet(output_dir / "samples.parquet")["reward"].isna().all()
+
+
+def test_a_model_without_tags_is_refused(
+    evaluate: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "User:": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
+    plain.chat_template = tokenizer.chat_template
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"The tag <think> is not a token of the tokenizer.*add_mode_tokens"):
+        evaluate(model=tmp_path / "plain")
+
+
+def test_missing_data_is_refused(evaluate: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data=.*missing\.parquet.*there is no such file"):
+        evaluate(data=tmp_path / "missing.parquet")
+
+
+def test_empty_data_is_refused(evaluate: Callable[..., Path], prompts: Dataset, tmp_path: Path) -> None:
+    prompts.select([]).to_parquet(tmp_path / "empty.parquet")
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("empty.parquet", "empty.jsonl"):
+        with pytest.raises(ValueError, match=rf"data=.*{name}' has no rows"):
+            evaluate(data=tmp_path / name)
+    with pytest.raises(ValueError, match="data is empty"):
+        evaluate(num_prompts=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("margin", -0.1, "margin must be a finite number of at least 0; got -0.1"),
+        ("margin", "inf", "margin must be a finite number of at least 0; got inf"),
+        ("samples_per_mode", 0, "samples_per_mode must be at least 1; got 0"),
+        ("batch_size", 0, "batch_size must be at least 1; got 0"),
+        ("max_new_tokens", 1, "max_new_tokens must be at least 2"),
+        ("temperature", -1, "temperature must be at least 0"),
+        ("top_p", 0, "top_p must lie in"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    evaluate: Callable[..., Path], field: str, value: Any, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate(**{field: value})
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_reward_model_is_refused(evaluate: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"'some/reward-model' is a reward model"):
+        evaluate(reward_funcs="some/reward-model")

@@ -1,0 +1,319 @@
+"""Recipes: every one in the repository loads through its stage, and what is wrong with one is said in one message."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from hgpo_trl.cli import STAGES
+from hgpo_trl.scripts.recipe import RecipeParser
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
+ACCELERATE = sorted(ROOT.glob("recipes/accelerate/*.yaml"))
+BASE = {"model_name_or_path": "m", "train_data": "d.parquet", "output_dir": "out", "bf16": False}
+
+Parse = Callable[..., tuple[Any, ...]]
+
+
+class Parsed(Exception):  # noqa: N818 (no error: it ends a stage's main once its arguments are parsed)
+    """Carries what a stage has parsed."""
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
+    """Run a stage's own main up to the point where its recipe is parsed."""
+    parse_recipe = RecipeParser.parse_recipe
+
+    def stop(self: RecipeParser, args: list[str]) -> None:
+        raise Parsed(parse_recipe(self, args))
+
+    monkeypatch.setattr(RecipeParser, "parse_recipe", stop)
+
+    def run(stage: str, *argv: str) -> tuple[Any, ...]:
+        with pytest.raises(Parsed) as caught:
+            importlib.import_module(f"hgpo_trl.scripts.{stage}").main(argv)
+        return caught.value.args[0]
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., str]:
+    """Write a recipe: keyword arguments as YAML, or text as it is."""
+
+    def write(text: str | None = None, **fields: Any) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(fields) if text is None else text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def hgpo(recipe: Callable[..., str], text: str = "") -> str:
+    """An HGPO recipe: what it needs, and further lines of YAML."""
+    return recipe(yaml.safe_dump(BASE) + text)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a stage says of bad arguments; it has to leave with status 2 and a single message."""
+
+    def run(stage: str, *argv: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            importlib.import_module(f"hgpo_trl.scripts.{stage}").main(argv)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert error.startswith(f"hgpo-trl {stage}: error: ")
+        return error
+
+    return run
+
+
+# --- the repository's own recipes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_loads_through_its_stage(path: Path, parse: Parse) -> None:
+    assert path.stem in STAGES, f"{path.name} is named after none of the stages {', '.join(STAGES)}"
+    on_cpu = ["--use_cpu", "true"] if path.stem in ("hft", "hgpo") else []  # else bf16 asks for a GPU
+    parsed = parse(path.stem, "--config", str(path), *on_cpu)
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        if isinstance(value, (int, float)) and key in values:
+            assert values[key] == value
+            assert type(values[key]) in (type(value), float)
+
+
+def test_every_folder_of_recipes_is_tested() -> None:
+    assert {path.parent.name for path in RECIPES} >= {"chain-sum"}
+    assert {path.stem for path in ACCELERATE} >= {"cpu", "gpu"}
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_config_loads(path: Path) -> None:
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    assert config.num_processes >= 1
+    assert config.mixed_precision in ("no", "bf16", "fp16")
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "1.0e-4", "0.0001", "+1E-4"])
+def test_learning_rate_reaches_the_dataclass_as_a_float(text: str, recipe: Callable, parse: Parse) -> None:
+    """PyYAML alone reads 1e-4 as text."""
+    _, training_args, _ = parse("hgpo", "--config", hgpo(recipe, f"learning_rate: {text}\n"))
+    assert type(training_args.learning_rate) is float
+    assert training_args.learning_rate == 1e-4
+
+
+def test_numbers_inside_lists_and_mappings_are_numbers(recipe: Callable, parse: Parse) -> None:
+    text = "reward_weights: [1e-1, 2]\nlr_scheduler_kwargs: {min_lr: 1e-7, power: 2}\n"
+    _, training_args, _ = parse("hgpo", "--config", hgpo(recipe, text))
+    assert training_args.reward_weights == [0.1, 2.0]
+    assert all(type(weight) is float for weight in training_args.reward_weights)
+    assert training_args.lr_scheduler_kwargs == {"min_lr": 1e-7, "power": 2}
+
+
+def test_values_take_the_type_of_their_field(recipe: Callable, parse: Parse) -> None:
+    text = "num_generations: 8.0\nmax_steps: '12'\ngradient_checkpointing: 'false'\nnum_generations_eval: null\n"
+    _, training_args, _ = parse("hgpo", "--config", hgpo(recipe, text))
+    assert (training_args.num_generations, type(training_args.num_generations)) == (8, int)
+    assert (training_args.max_steps, type(training_args.max_steps)) == (12, int)
+    assert training_args.gradient_checkpointing is False
+    assert training_args.num_generations_eval is None
+
+
+def test_names_that_look_like_numbers_stay_names(recipe: Callable, parse: Parse) -> None:
+    (args,) = parse("data", "--config", recipe("output_dir: run-1e-4\ntask: 1e4x\n"))
+    assert (args.output_dir, args.task) == ("run-1e-4", "1e4x")
+
+
+def test_mapping_field_from_yaml_and_from_the_command_line(recipe: Callable, parse: Parse) -> None:
+    path = hgpo(recipe, "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 3}\n")
+    assert parse("hgpo", "--config", path)[1].lr_scheduler_kwargs == {"num_decay_steps": 3}
+    argv = ("--lr_scheduler_kwargs", '{"num_decay_steps": 5, "min_lr_ratio": 0.1}')
+    assert parse("hgpo", "--config", path, *argv)[1].lr_scheduler_kwargs == {"num_decay_steps": 5, "min_lr_ratio": 0.1}
+
+
+def test_command_line_overrides_the_recipe(recipe: Callable, parse: Parse) -> None:
+    path = hgpo(recipe, "margin: 0.4\nalpha: 2\nseed: 3\nreward_funcs: [a.b]\n")
+    argv = ("--margin", "-0.1", "--config", path, "--seed=7", "--reward_funcs", "c.d", "e.f")
+    script_args, training_args, model_args = parse("hgpo", *argv)
+    assert (training_args.margin, training_args.alpha, training_args.seed) == (-0.1, 2.0, 7)
+    assert script_args.reward_funcs == ["c.d", "e.f"]
+    assert model_args.model_name_or_path == "m"
+
+
+def test_config_with_an_equals_sign(recipe: Callable, parse: Parse) -> None:
+    assert parse("hgpo", f"--config={hgpo(recipe, 'margin: 0.3')}")[1].margin == 0.3
+
+
+def test_no_recipe_at_all(parse: Parse) -> None:
+    assert parse("data", "--output_dir", "out", "--seed", "5")[0].seed == 5
+
+
+def test_env_sets_environment_variables(recipe: Callable, parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HGPO_TEST_VARIABLE", "before")
+    parse("data", "--config", recipe("output_dir: out\nenv: {HGPO_TEST_VARIABLE: 1}\n"))
+    import os
+
+    assert os.environ["HGPO_TEST_VARIABLE"] == "1"
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "nearest"),
+    [
+        ("data", "num_hftt", "num_hft"),
+        ("hft", "lerning_rate", "learning_rate"),
+        ("hgpo", "num_generation", "num_generations"),
+        ("hgpo", "margins", "margin"),
+        ("evaluate", "sample_per_mode", "samples_per_mode"),
+        ("report", "evaluation", "evaluations"),
+    ],
+)
+def test_unknown_key_names_the_nearest(
+    stage: str, key: str, nearest: str, recipe: Callable, refused: Callable[..., str]
+) -> None:
+    path = recipe(**{key: 1})
+    assert f"{path}: unknown key {key!r}; did you mean {nearest!r}?" in refused(stage, "--config", path)
+    required = {"evaluate": ("--model", "m", "--data", "d"), "report": ("--evaluations", "a=b")}
+    needed = required.get(stage, ("--train_data", "d", "--model_name_or_path", "m", "--use_cpu", "true"))
+    argv = () if stage == "data" else needed
+    error = refused(stage, "--output_dir", "out", *argv, f"--{key}", "1")
+    assert f"unknown argument '--{key}'; did you mean '--{nearest}'?" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("num_generations: four", "num_generations"),
+        ("num_generations: true", "num_generations"),
+        ("num_generations: 4.5", "num_generations"),
+        ("learning_rate: [1]", "learning_rate"),
+        ("learning_rate: true", "learning_rate"),
+        ("learning_rate: fast", "learning_rate"),
+        ("max_steps: 1.5", "max_steps"),
+        ("max_steps: true", "max_steps"),
+        ("per_device_train_batch_size: {a: 1}", "per_device_train_batch_size"),
+        ("reward_funcs: hgpo_trl.rewards.accuracy_reward", "reward_funcs"),
+        ("reward_weights: [much]", "reward_weights"),
+        ("gradient_checkpointing: 2", "gradient_checkpointing"),
+        ("estimator: 3", "estimator"),
+        ("lr_scheduler_kwargs: [1]", "lr_scheduler_kwargs"),
+        ("output_dir: 7", "output_dir"),
+    ],
+)
+def test_value_of_the_wrong_type(text: str, key: str, recipe: Callable, refused: Callable[..., str]) -> None:
+    path = recipe(f"{text}\n")
+    assert f"{path}: {key}=" in (error := refused("hgpo", "--config", path))
+    assert "has the wrong type: " in error
+
+
+def test_boolean_where_text_belongs_says_how_yaml_reads_it(recipe: Callable, refused: Callable[..., str]) -> None:
+    error = refused("hgpo", "--config", recipe("save_strategy: no\n"))
+    assert "save_strategy=False has the wrong type" in error
+    assert "text needs quotes" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("margin: .nan", "margin must be a finite number; got nan"),
+        ("alpha: .inf", "alpha must be a finite number; got inf"),
+        ("num_generations: 5", "num_generations must be even and at least 4"),
+        ("num_generations: 2", "num_generations must be even and at least 4"),
+        ("estimator: ppo", "estimator must be one of grpo, rloo"),
+        ("discount: 1.5", "discount must lie in (0, 1]"),
+        ("per_device_train_batch_size: 6", "must be divisible by num_generations"),
+    ],
+)
+def test_value_that_hgpo_refuses(text: str, words: str, recipe: Callable, refused: Callable[..., str]) -> None:
+    assert words in refused("hgpo", "--config", hgpo(recipe, f"{text}\n"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "argv", "words"),
+    [
+        ("data", ("--output_dir", "o", "--num_hft", "0"), "num_hft must be at least 1; got 0"),
+        ("data", ("--output_dir", "o", "--think_share", "1"), "think_share must lie between 0 and 1; got 1.0"),
+        ("data", ("--output_dir", "o", "--hidden_size", "30"), "hidden_size=30 must be divisible by num_heads=4"),
+        ("evaluate", ("--samples_per_mode", "0"), "samples_per_mode must be at least 1; got 0"),
+        ("evaluate", ("--max_new_tokens", "1"), "max_new_tokens must be at least 2"),
+        ("evaluate", ("--margin", "nan"), "margin must be a finite number of at least 0; got nan"),
+        ("evaluate", ("--temperature", "-1"), "temperature must be at least 0"),
+        ("evaluate", ("--top_p", "0"), "top_p must lie in (0, 1]; got 0.0"),
+        ("report", ("--evaluations", "runs/eval"), "evaluations: 'runs/eval' is not NAME=FOLDER"),
+        ("report", ("--evaluations", "a=b", "a=c"), "evaluations: the name 'a' is given twice"),
+        ("report", ("--margin_sweep", "a=b"), "margin_sweep: every entry must be DELTA=FOLDER with a number"),
+        ("report", ("--report_to", "tensorboard"), "report_to must be none or wandb; got 'tensorboard'"),
+    ],
+)
+def test_value_that_another_stage_refuses(
+    stage: str, argv: tuple[str, ...], words: str, refused: Callable[..., str]
+) -> None:
+    required = {
+        "data": (),
+        "evaluate": ("--model", "m", "--data", "d", "--output_dir", "o"),
+        "report": ("--evaluations", "x=y", "--output_dir", "o"),
+    }
+    assert words in refused(stage, *required[stage], *argv)
+
+
+def test_wrong_type_and_missing_field_on_the_command_line(recipe: Callable, refused: Callable[..., str]) -> None:
+    assert "argument --num_generations" in refused("hgpo", "--config", hgpo(recipe), "--num_generations", "four")
+    assert "the following arguments are required: --output_dir" in refused("data")
+
+
+def test_shortened_option_is_not_guessed(refused: Callable[..., str]) -> None:
+    assert "unknown argument '--num_hf'; did you mean '--num_hft'?" in refused(
+        "data", "--output_dir=o", "--num_hf", "3"
+    )
+
+
+def test_missing_recipe_names_the_nearest(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    error = refused("data", "--config", "recipes/chainsum/data.yaml")
+    assert "--config recipes/chainsum/data.yaml: there is no such recipe" in error
+    assert f"did you mean '{Path('recipes/chain-sum/data.yaml')}'?" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "must be a mapping of keys to values; it is NoneType"),
+        ("- output_dir\n", "must be a mapping of keys to values; it is list"),
+        ("output_dir\n", "must be a mapping of keys to values; it is str"),
+        ("output_dir: [a\n", "is not valid YAML"),
+        ("output_dir: a\nseed: 1\noutput_dir: b\n", "the key 'output_dir' is there twice"),
+        ("1: 2\n", "unknown key 1"),
+        ("env: [A]\n", "env=['A'] must be a mapping"),
+    ],
+)
+def test_what_is_not_a_recipe(text: str, words: str, recipe: Callable, refused: Callable[..., str]) -> None:
+    assert words in refused("data", "--config", recipe(text))
+
+
+def test_config_without_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module("hgpo_trl.scripts.data").main(["--config"])
+    assert caught.value.code == 2
+    assert "--config: expected one argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_the_fields(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"hgpo_trl.scripts.{stage}").main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config RECIPE.yaml" in text
+    assert "--output_dir" in text

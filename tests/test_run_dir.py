@@ -1,0 +1,184 @@
+"""Whose results an output directory holds, and where a run goes on."""
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import SFTConfig
+
+from hgpo_trl.scripts.run_dir import RUN_FILE, claim_run_dir, describe_run, last_checkpoint, write_json
+
+
+@dataclass
+class DataArguments:
+    train_data: str = "train.parquet"
+    eval_data: str | None = None
+
+
+def claim(directory: Path, stage: str = "hft", data: DataArguments | None = None, **fields: Any) -> str | None:
+    config = SFTConfig(output_dir=str(directory), bf16=False, use_cpu=True, **fields)
+    return claim_run_dir(stage, config, data or DataArguments())
+
+
+def checkpoint(directory: Path, step: int, complete: bool = True) -> str:
+    path = directory / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"half")
+    if complete:
+        (path / "trainer_state.json").write_text("{}", encoding="utf-8")
+    return str(path)
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def test_fresh_directory_is_claimed(tmp_path: Path) -> None:
+    directory = tmp_path / "deep" / "run"
+    assert claim(directory, learning_rate=3e-4) is None
+    run = read_run(directory)
+    assert (run["stage"], run["learning_rate"], run["train_data"]) == ("hft", 3e-4, "train.parquet")
+
+
+def test_claim_without_results_can_be_changed(tmp_path: Path) -> None:
+    """A run that ended before its first checkpoint has left nothing to protect."""
+    claim(tmp_path, learning_rate=1e-3)
+    assert claim(tmp_path, learning_rate=2e-3) is None
+    assert read_run(tmp_path)["learning_rate"] == 2e-3
+
+
+def test_same_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    claim(tmp_path)
+    checkpoint(tmp_path, 9)
+    last = checkpoint(tmp_path, 100)  # by number, not by name
+    checkpoint(tmp_path, 20)
+    assert claim(tmp_path) == last
+
+
+def test_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    claim(tmp_path)
+    complete = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 20, complete=False)
+    (tmp_path / "checkpoint-30").mkdir()
+    (tmp_path / "checkpoint-40").write_text("a file", encoding="utf-8")
+    Path(checkpoint(tmp_path, 50)).rename(tmp_path / "checkpoint-best")
+    assert claim(tmp_path) == last_checkpoint(tmp_path) == complete
+
+
+def test_only_a_torn_checkpoint_starts_afresh(tmp_path: Path) -> None:
+    claim(tmp_path)
+    checkpoint(tmp_path, 10, complete=False)
+    assert claim(tmp_path) is None
+
+
+@pytest.mark.parametrize("result", ["checkpoint-10", "config.json", "adapter_config.json"])
+def test_another_runs_results_are_kept(tmp_path: Path, result: str) -> None:
+    claim(tmp_path, learning_rate=1e-3)
+    before = read_run(tmp_path)
+    (tmp_path / result).mkdir()
+    with pytest.raises(ValueError) as caught:
+        claim(tmp_path, data=DataArguments(train_data="other.parquet"), learning_rate=2e-3)
+    message = str(caught.value)
+    assert f"output_dir={str(tmp_path)!r} holds another run's results" in message
+    assert "learning_rate: 0.001 -> 0.002" in message
+    assert "train_data: 'train.parquet' -> 'other.parquet'" in message
+    assert "Choose another output_dir" in message
+    assert "seed" not in message
+    assert read_run(tmp_path) == before
+
+
+def test_another_stages_results_are_kept(tmp_path: Path) -> None:
+    claim(tmp_path, stage="hft")
+    checkpoint(tmp_path, 1)
+    with pytest.raises(ValueError, match="Changed: stage: 'hft' -> 'hgpo'"):
+        claim(tmp_path, stage="hgpo")
+
+
+@pytest.mark.parametrize("result", ["checkpoint-10", "config.json"])
+def test_results_of_unknown_origin_are_kept(tmp_path: Path, result: str) -> None:
+    (tmp_path / result).mkdir()
+    with pytest.raises(ValueError, match=rf"unknown run \(no {RUN_FILE}\)\. Choose another output_dir"):
+        claim(tmp_path)
+    assert not (tmp_path / RUN_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"report_to": "wandb", "run_name": "again", "logging_steps": 3},
+        {"save_steps": 7, "save_total_limit": 1},
+        {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 2},
+        {"dataloader_num_workers": 2, "disable_tqdm": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_does_not_change_the_training_may_change(tmp_path: Path, fields: dict[str, Any]) -> None:
+    claim(tmp_path)
+    last = checkpoint(tmp_path, 4)
+    assert claim(tmp_path, data=DataArguments(eval_data="held_out.parquet"), **fields) == last
+    assert read_run(tmp_path)["eval_data"] == "held_out.parquet"
+
+
+def test_another_spelling_of_the_directory_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path / "run")
+    checkpoint(tmp_path / "run", 4)
+    monkeypatch.chdir(tmp_path)
+    assert claim(Path("run")) == str(Path("run/checkpoint-4"))
+
+
+def test_named_checkpoint_wins_over_the_last(tmp_path: Path) -> None:
+    claim(tmp_path)
+    first, last = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    assert claim(tmp_path, resume_from_checkpoint=first) == first
+    assert claim(tmp_path, resume_from_checkpoint="true") == last
+
+
+def test_named_checkpoint_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint='nowhere' is not a folder\. Leave it out"):
+        claim(tmp_path, resume_from_checkpoint="nowhere")
+
+
+def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SFTConfig, "process_index", 1)
+    claim(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_are_not_written(tmp_path: Path) -> None:
+    claim(tmp_path, hub_token="secret")
+    assert "secret" not in (tmp_path / RUN_FILE).read_text(encoding="utf-8")
+
+
+def test_a_run_is_described_in_json(tmp_path: Path) -> None:
+    run = describe_run("hft", DataArguments(), SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True))
+    assert json.loads(json.dumps(run)) == run
+    assert run["lr_scheduler_type"] == "linear"
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_json(path, {"b": 1, "a": "ü"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ü", "b": 1}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_json(path, {"a": "new"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ü", "b": 1}
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    path, seen = tmp_path / "run.json", set()
+    contents = [{"step": step, "padding": "x" * 200_000} for step in range(20)]
+    write_json(path, contents[0])
+    writer = threading.Thread(target=lambda: [write_json(path, content) for content in contents])
+    writer.start()
+    while writer.is_alive():
+        seen.add(json.loads(path.read_text(encoding="utf-8"))["step"])
+    writer.join()
+    assert seen <= set(range(20))
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
