@@ -5,7 +5,6 @@ both of which a policy learns to exploit.
 """
 
 import re
-import string
 import threading
 from collections.abc import Callable
 from decimal import Decimal
@@ -19,8 +18,7 @@ from hgpo_trl.imports import load_module
 from hgpo_trl.modes import split_response
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
-_GROUPED = re.compile(r"[+-]?\d{1,3}((,|\{,\}|,\\! ?)\d{3})+(\.\d+)?")  # with thousands separators, as text or LaTeX
-_IGNORED = f"{string.whitespace}$*"  # around an answer
+_IGNORED = "$*" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # around an answer; the blanks of Unicode too
 _DOLLAR_SIGN = re.compile(r"(?<!\\)\\\$")
 _MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
 _COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
@@ -63,13 +61,12 @@ def answers_match(reference: str, answer: str) -> bool:
         return True
     if _NUMBER.fullmatch(bare_reference) and _NUMBER.fullmatch(bare_answer):
         return Decimal(bare_reference) == Decimal(bare_answer)  # exact; Fraction refuses more than 4,300 digits
-    return verify(_parse_reference(bare_reference), _parse_answer(answer.strip()), timeout_seconds=_timeout())
+    return verify(_parse_reference(bare_reference), _parse_answer(answer), timeout_seconds=_timeout())
 
 
 def _bare(text: str) -> str:
-    """Without what means nothing around an answer: blanks, dollar signs, bold, full stop, thousands separators."""
-    text = text.strip(_IGNORED).removeprefix("\\$").rstrip(f"{_IGNORED}.")
-    return re.sub(r"[^\d.+-]", "", text) if _GROUPED.fullmatch(text) else text
+    """Without what means nothing around an answer: blanks, dollar signs, bold, a full stop."""
+    return text.strip(_IGNORED).rstrip(f"{_IGNORED}.")
 
 
 def _timeout() -> int | None:
@@ -88,10 +85,11 @@ def _parse_reference(text: str) -> list:
 
 def _parse_answer(text: str) -> list:
     """What math-verify finds in prose; but a bare expression is read whole, not for a number that it contains."""
-    text = _DOLLAR_SIGN.sub("", text)
-    if len(text) <= _MAX_EXPRESSION and not _MARKED.search(text) and not _WORD.search(_COMMAND.sub("", text)):
-        return _parse(f"${text}$")
-    return _parse(text) or _parse(f"${text}$")
+    bare = _bare(text)
+    short = len(bare) <= _MAX_EXPRESSION  # LaTeX without end takes math-verify minutes
+    if short and not _MARKED.search(bare) and not _WORD.search(_COMMAND.sub("", bare)):
+        return _parse(f"${bare}$")
+    return _parse(_DOLLAR_SIGN.sub("", text.strip())) or (_parse(f"${bare}$") if short else [])
 
 
 def load_reward(name: str) -> Callable | str:

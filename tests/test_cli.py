@@ -19,12 +19,12 @@ import pytest
 import wandb
 import yaml
 from datasets import Dataset
+from tokenizers_zoo import word_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from wandb.proto.wandb_internal_pb2 import Record
 
 from hgpo_trl.cli import STAGES, main
 from hgpo_trl.tasks import chain_sum
-from tests.tokenizers_zoo import word_level
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("hft", "hgpo", "eval")
@@ -58,7 +58,9 @@ def run(stage: str, config: Config, *argv: str) -> None:
 def no_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep data sets and Weights & Biases out of the user's own folders."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        cache = tmp_path_factory.mktemp("datasets")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", str(cache))  # for subprocesses
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
         patch.setenv("WANDB_MODE", "offline")
@@ -274,8 +276,8 @@ def hgpo_config(root: Path) -> Config:
 
 
 def wandb_records(path: Path) -> list[Record]:
-    """An offline run's file is a log in LevelDB's format: records in pieces, each after seven bytes of header (checksum,
-    length, kind), in blocks of 32 KiB."""
+    """An offline run's file is a log in LevelDB's format: records in pieces, in blocks of 32 KiB; before each piece its
+    checksum, length and kind."""
     content, position, record, records = path.read_bytes(), 7, b"", []
     assert content.startswith(b":W&B")
     while position + 7 < len(content):
@@ -339,7 +341,7 @@ def test_report_names_every_evaluation(whole_run: Path) -> None:
 def test_training_is_logged_to_wandb(whole_run: Path) -> None:
     records, _ = wandb_run(whole_run, job_type="")
     runs = [record.run for record in records if record.HasField("run")]
-    assert runs[-1].display_name == "mini"
+    assert (runs[-1].display_name, runs[-1].project) == ("mini", "huggingface")
     updates = [run.config.update for run in runs] + [r.config.update for r in records if r.HasField("config")]
     config = values(itertools.chain(*updates))
     assert (config["margin"], config["num_generations"], config["estimator"]) == (0.25, 4, "grpo")
@@ -359,14 +361,15 @@ def test_training_is_logged_to_wandb(whole_run: Path) -> None:
 
 def test_report_is_logged_to_wandb(whole_run: Path) -> None:
     records, run_files = wandb_run(whole_run, job_type="report")
+    report_run = next(record.run for record in records if record.HasField("run"))
+    assert (report_run.display_name, report_run.project) == ("Miniature", "huggingface")
     history = values(item for record in records for item in record.history.item)
     pictures = {f"report/{path.stem}" for path in (whole_run / "report").glob("*.png")}
-    assert pictures <= history.keys()
-    assert {history[name]["_type"] for name in pictures} == {"image-file"}
-    assert history["report/html"]["_type"] == "html-file"
-    assert history["report/hgpo/by_level"]["_type"] == "table-file"
-    for entry in (history[name] for name in (*pictures, "report/html", "report/hgpo/by_level")):
-        assert (run_files / entry["path"]).stat().st_size == entry["size"]
+    kinds = dict.fromkeys(pictures, "image-file") | {"report/html": "html-file", "report/hgpo/by_level": "table-file"}
+    assert len(pictures) == 4
+    for name, kind in kinds.items():
+        assert history[f"{name}/_type"] == kind
+        assert (run_files / history[f"{name}/path"]).stat().st_size == history[f"{name}/size"] > 0
 
     summary: dict[str, Any] = values(item for record in records for item in record.summary.update)
     for stage in ("hft", "hgpo"):
@@ -506,6 +509,26 @@ def test_output_dir_of_another_run(whole_run: Path, config: Config) -> None:
     with pytest.raises(ValueError, match=r"holds another run's results\. Changed: margin: 0\.25 -> 0\.5"):
         run("hgpo", config | {"output_dir": str(whole_run / "hgpo"), "margin": 0.5})
     assert files(whole_run / "hgpo") == before
+
+
+@pytest.mark.parametrize("stage", ["hft", "hgpo", "evaluate"])
+@pytest.mark.parametrize("name", ["runs/chain-sum/not-trained-yet", None])
+@pytest.mark.usefixtures("no_model")
+def test_model_that_is_not_there(
+    stage: str, name: str | None, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    field = "model" if stage == "evaluate" else "model_name_or_path"
+    configs = {"hft": hft_config(whole_run), "hgpo": hgpo_config(whole_run)}
+    config = configs.get(stage, {"data": f"{whole_run}/data/eval.parquet"}) | {"output_dir": f"{tmp_path}/out"}
+    config.pop(field, None)
+    if stage == "evaluate" and name is None:
+        with pytest.raises(SystemExit):
+            run(stage, config)
+        assert "the following arguments are required: --model" in capsys.readouterr().err
+        return
+    words = f"{field}={name!r}: there is no such folder" if name else f"{field} is missing: name a model"
+    with pytest.raises(ValueError, match=words):
+        run(stage, config | ({field: name} if name else {}))
 
 
 @pytest.mark.parametrize("stage", ["hgpo", "evaluate"])

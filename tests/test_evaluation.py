@@ -276,7 +276,10 @@ def test_a_wrong_number_of_rewards_is_named(few: Dataset, samples: pd.DataFrame)
 def test_scoring_many_samples_is_quick() -> None:
     num_prompts, num_samples = 2_000, 32
     dataset = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": str(i)}], "answer": str(i), "level": i % 6} for i in range(num_prompts)]
+        [
+            {"prompt": [{"role": "user", "content": str(i)}], "answer": str(i), "level": i % 6}
+            for i in range(num_prompts)
+        ]
     )
     rows = [row for row in range(num_prompts) for _ in range(num_samples)]
     samples = pd.DataFrame({"prompt_id": rows, "completion": "<no_think> 4 </no_think>"})
@@ -358,6 +361,11 @@ def test_the_margin_counts() -> None:
     assert report["hybrid_accuracy"] == 0.5  # thinking no longer gains enough at prompt 0
     assert report["mean_tokens"]["oracle"] == 4.0
     assert report["by_level"] == []
+
+
+def test_levels_are_looked_up_by_prompt() -> None:
+    samples = scored_samples().query("prompt_id != 1")
+    assert [group["level"] for group in report_on(samples, levels=["a", "b", "c"])["by_level"]] == ["a", "c"]
 
 
 def test_the_order_of_rows_does_not_matter() -> None:

@@ -102,7 +102,11 @@ def probabilities(draw: st.DrawFn) -> tuple[float, float]:
 @st.composite
 def prompt_lists(draw: st.DrawFn, binary: bool = False) -> list[Prompt]:
     num_samples = draw(st.integers(1, 4))
-    score = st.sampled_from([0.0, 1.0]) if binary else st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(-2.0, 2.0, width=16))
+    score = (
+        st.sampled_from([0.0, 1.0])
+        if binary
+        else st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(-2.0, 2.0, width=16))
+    )
     scores = st.lists(score | st.just(NAN), min_size=num_samples, max_size=num_samples)
     lengths = st.lists(st.integers(1, 5), min_size=num_samples, max_size=num_samples)
     prompts = []

@@ -21,6 +21,7 @@ from hgpo_trl.modes import check_embeddings, mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import write_json
+from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.trainer import check_dataset
 
 
@@ -87,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
     dataset = load_data("data", args.data, args.split)
     if args.num_prompts is not None:
         dataset = dataset.select(range(min(args.num_prompts, len(dataset))))
+    check_model_path("model", args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_dataset("data", dataset, tokenizer)
     tokens = mode_tokens(tokenizer)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -21,7 +20,7 @@ from hgpo_trl.data_files import load_data
 from hgpo_trl.modes import add_mode_tokens
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import model_init_kwargs, train_and_save
+from hgpo_trl.scripts.training import load_tokenizer, model_init_kwargs, train_and_save
 
 
 @dataclass
@@ -52,11 +51,7 @@ def main(argv: Sequence[str]) -> None:
     train_dataset = _load("train_data", data_args.train_data, data_args.train_split)
     eval_dataset = _load("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    tokenizer = load_tokenizer(training_args, model_args)
     model = create_model_from_path(
         model_args.model_name_or_path,
         quantization_config=get_quantization_config(model_args),

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hgpo_trl.config import HGPOConfig
@@ -19,7 +18,7 @@ from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import model_init_kwargs, train_and_save
+from hgpo_trl.scripts.training import load_tokenizer, model_init_kwargs, train_and_save
 from hgpo_trl.trainer import HGPOTrainer, check_dataset
 
 
@@ -45,13 +44,7 @@ def main(argv: Sequence[str]) -> None:
     rewards = [load_reward(name) for name in script_args.reward_funcs]
     checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args)
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-        truncation_side="left",
-        padding_side="left",
-    )
+    tokenizer = load_tokenizer(training_args, model_args, truncation_side="left", padding_side="left")
     mode_tokens(tokenizer)
     train_dataset = load_data("train_data", script_args.train_data, script_args.train_split)
     check_dataset("train_data", train_dataset, tokenizer)

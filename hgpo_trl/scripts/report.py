@@ -72,7 +72,9 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
     import wandb
 
     output_dir = Path(args.output_dir)
-    with wandb.init(job_type="report", name=os.environ.get("WANDB_NAME", args.title), config=vars(args)) as run:
+    project = os.environ.get("WANDB_PROJECT", "huggingface")  # the Trainer's default too
+    run_name = os.environ.get("WANDB_NAME", args.title)
+    with wandb.init(project=project, job_type="report", name=run_name, config=vars(args)) as run:
         for name, evaluation in evaluations.items():
             figures = {key: value for key, value in evaluation.items() if key not in ("by_level", "intervals")}
             run.summary.update({f"report/{name}": figures})

@@ -1,8 +1,9 @@
 """What both training stages share: how a model is loaded, and how a trainer is run and its result kept."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import AutoTokenizer, Trainer
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
 
@@ -16,6 +17,25 @@ def model_init_kwargs(training_args: SFTConfig | GRPOConfig, model_args: ModelCo
         "trust_remote_code": training_args.trust_remote_code,
         **extra,
     }
+
+
+def check_model_path(field: str, name: str | None) -> None:
+    """ValueError if a recipe's field names no model, or a folder that is not there."""
+    if name is None:
+        raise ValueError(f"{field} is missing: name a model, by path or hub id.")
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"{field}={name!r}: there is no such folder. Train that model first, or fix the path.")
+
+
+def load_tokenizer(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig, **kwargs: Any) -> Any:
+    """The tokenizer of a recipe's model."""
+    check_model_path("model_name_or_path", model_args.model_name_or_path)
+    return AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        **kwargs,
+    )
 
 
 def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:

@@ -1,0 +1,134 @@
+"""docs/configuration.md says of every field what the code says."""
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trl import ModelConfig, SFTConfig
+
+from hgpo_trl.config import HGPOConfig
+from hgpo_trl.scripts.data import DataArguments
+from hgpo_trl.scripts.evaluate import EvaluateArguments
+from hgpo_trl.scripts.hft import HFTArguments
+from hgpo_trl.scripts.hgpo import HGPOArguments
+from hgpo_trl.scripts.report import ReportArguments
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+OURS = (DataArguments, HFTArguments, HGPOArguments, HGPOConfig, EvaluateArguments, ReportArguments)
+INHERITED = "Inherited fields that matter most"
+
+Row = dict[str, str]
+
+
+def tables(heading: str) -> list[list[Row]]:
+    """The tables below a heading, up to the next one: rows as {column: cell}."""
+    (section,) = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    found: list[list[Row]] = []
+    header: list[str] = []
+    for line in section.splitlines():
+        cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if not cells:
+            header = []
+        elif not header:
+            header = cells
+            found.append([])
+        elif not set(cells[0]) <= {"-"}:
+            found[-1].append(dict(zip(header, cells, strict=True)))
+    return found
+
+
+def unquote(cell: str) -> str:
+    assert re.fullmatch(r"`[^`]+`", cell), f"{cell} should be one piece of code"
+    return cell[1:-1]
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "required" if field.default is dataclasses.MISSING else field.default
+
+
+def documented_default(cell: str) -> Any:
+    """A default as YAML, in which 1e-6 needs no dot here."""
+    if cell == "required":
+        return cell
+    value = yaml.safe_load(unquote(cell))
+    return float(value) if isinstance(value, str) and re.fullmatch(r"\d+e-\d+", value) else value
+
+
+def type_name(annotation: Any) -> str:
+    if isinstance(annotation, types.UnionType):
+        arguments = typing.get_args(annotation)
+        if types.NoneType in arguments:
+            (inner,) = set(arguments) - {types.NoneType}
+            return f"{type_name(inner)} or null"
+        assert str in arguments  # an enumeration, or its value
+        return "str"
+    if typing.get_origin(annotation) is list:
+        return f"list of {typing.get_args(annotation)[0].__name__}"
+    return annotation.__name__
+
+
+def own_fields(dataclass_type: type) -> dict[str, dataclasses.Field]:
+    """What a dataclass itself declares: new fields and those whose default it changes."""
+    own = inspect.get_annotations(dataclass_type)
+    return {field.name: field for field in dataclasses.fields(dataclass_type) if field.name in own}
+
+
+@pytest.mark.parametrize("dataclass_type", OURS, ids=lambda dataclass_type: dataclass_type.__name__)
+def test_every_field_is_documented_with_its_type_and_default(dataclass_type: type) -> None:
+    (rows,) = tables(dataclass_type.__name__)
+    documented = {unquote(row["field"]): row for row in rows}
+    assert len(documented) == len(rows)
+    fields, hints = own_fields(dataclass_type), typing.get_type_hints(dataclass_type)
+    assert documented.keys() == fields.keys()
+    for name, row in documented.items():
+        assert documented_default(row["default"]) == default_of(fields[name]), name
+        assert row["type"] == type_name(hints[name]), name
+        assert row["meaning"], name
+
+
+def test_inherited_defaults() -> None:
+    training, model = tables(INHERITED)
+    configs = {
+        config: {f.name: f for f in dataclasses.fields(config)} for config in (SFTConfig, HGPOConfig, ModelConfig)
+    }
+    for row in training:
+        name, value = unquote(row["field"]), documented_default(row["default"])
+        assert default_of(configs[HGPOConfig][name]) == value, name
+        if not row["meaning"].startswith("HGPO"):
+            assert default_of(configs[SFTConfig][name]) == value, name
+    for row in model:
+        assert default_of(configs[ModelConfig][unquote(row["field"])]) == documented_default(row["default"])
+
+
+@pytest.mark.parametrize("row", tables("Refused")[0], ids=lambda row: row["field"])
+def test_what_is_said_to_be_refused_is(row: Row) -> None:
+    name, value = unquote(row["field"]), yaml.safe_load(unquote(row["for example"]))
+    with pytest.raises(ValueError, match=name):
+        HGPOConfig("out", bf16=False, **{name: value})
+
+
+def test_fields_named_in_the_text_exist() -> None:
+    """Every `name: value` in code is a field of some stage."""
+    known = {field.name for config in (*OURS, SFTConfig, ModelConfig) for field in dataclasses.fields(config)}
+    named = re.findall(r"`(\w+): [^`]+`", TEXT)
+    assert named
+    assert set(named) <= known
+
+
+def test_links_and_recipes_exist() -> None:
+    headings = {
+        re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert target[1:] in headings if target.startswith("#") else (ROOT / "docs" / target).is_file(), target
+    for recipe in re.findall(r"recipes/[\w./-]+\.yaml", TEXT):
+        assert (ROOT / recipe).is_file(), recipe
