@@ -109,6 +109,7 @@ EQUAL = {
         ("\\text{(C)}", "C"),
         ("\\text{(C)}", "\\boxed{C}"),
         ("Paris", "**Paris**."),
+        ("\\text{Evelyn}", "**Evelyn**"),
         ("Paris", "$\u00a0Paris\u3000$"),
     ],
     "intervals": [
@@ -156,7 +157,7 @@ EQUAL = {
         ("4", "First I get $5$, but then \\(9 - 5 = 4\\)."),
         ("4", "The answer is $\\boxed{4}$, not 5."),
         ("4", "The final answer is $5$. I hope it is correct. No: \\boxed{4}"),
-        ("4", "\\[ 4 \\]"),
+        ("4", "\\[4\\]"),
         ("4", "$a = 3$\n$b = 4$"),
         ("4", "3\n4"),
     ],
