@@ -179,7 +179,7 @@ def compare(name: str, lengths: Lengths, rows: int, repeats: int, hidden_size: i
     with TemporaryDirectory() as directory:
         trainers = {kind: build(kind, rows, max(drawn), directory, hidden_size, layers) for kind in ("stock", "ours")}
         times: dict[str, list[dict[str, float]]] = {kind: [] for kind in trainers}
-        for kind, trainer in trainers.items():
+        for trainer in trainers.values():
             words = len(trainer.processing_class) - 5
             trainer.completions = [[7 + (i + j) % (words - 7) for j in range(n)] for i, n in enumerate(drawn)]
             step(trainer, rows)  # warm-up

@@ -128,6 +128,12 @@ class HGPOConfig(GRPOConfig):
                 "before the sum, but HGPO compares the modes' raw mean rewards plus the margin. Use sum_then_normalize."
             )
         super().__post_init__()
+        forced = {"thinking_mode", "enable_thinking"} & set(self.chat_template_kwargs or {})
+        if forced:
+            raise ValueError(
+                f"chat_template_kwargs sets {' and '.join(sorted(forced))}, but HGPO itself forces each response's "
+                "mode. Leave it out."
+            )
 
 
 def _check_group_size(name: str, value: int | None, minimum: int) -> None:

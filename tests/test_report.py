@@ -176,9 +176,7 @@ def test_tables_by_level_and_by_margin(full: Path) -> None:
     text, _ = read(full)
     lines = [line.replace(NO_BREAK, " ") for line in text.splitlines()]
     level_rows = [line.split(" | ")[:5] for line in lines if re.match(r"\| \d \| h", line)]
-    assert [row[:2] for row in level_rows] == [
-        [f"| {k}", name] for k in (1, 2, 3) for name in ("hft", "hgpo")
-    ]
+    assert [row[:2] for row in level_rows] == [[f"| {k}", name] for k in (1, 2, 3) for name in ("hft", "hgpo")]
     assert level_rows[4][2:] == ["270", "89.1 % [87.0, 91.2]", "30.0 % [26.9, 33.1]"]
     rows = table(text, "Training margin")
     assert list(rows)[2:] == ["0", "0.4"]
@@ -194,10 +192,7 @@ def test_sentences_are_computed(full: Path) -> None:
     assert "against the same model always thinking: accuracy −1.9 points, tokens −52 %." in text
     assert "against the same model never thinking: accuracy +25.9 points, tokens +1265 %." in text
     assert "`hgpo` against `hft`, both by their own choice: hybrid accuracy +0.0 points" in text
-    assert (
-        "`hft` thinks with probability 10.0 % [6.9, 13.1] at level 1 and 30.0 % [26.9, 33.1] at level 3."
-        in text
-    )
+    assert "`hft` thinks with probability 10.0 % [6.9, 13.1] at level 1 and 30.0 % [26.9, 33.1] at level 3." in text
     assert "Note:" not in text
 
 
@@ -227,9 +222,7 @@ def test_null_is_a_dash(tmp_path: Path) -> None:
     assert "at level 1" not in text
 
     null(empty)
-    text, page = read(
-        write_report({"hft": evaluation(), "hgpo": empty}, tmp_path / "all", margin_sweep={0.1: empty})
-    )
+    text, page = read(write_report({"hft": evaluation(), "hgpo": empty}, tmp_path / "all", margin_sweep={0.1: empty}))
     assert "> `hgpo` has no valid samples." in text
     assert table(text, " |")["Hybrid accuracy"][1] == "–"
     assert not re.search(r"\bnan\b|\bNone\b", text + page)
@@ -237,9 +230,7 @@ def test_null_is_a_dash(tmp_path: Path) -> None:
 
 def test_nan_is_written_as_null(tmp_path: Path) -> None:
     write_report({"hgpo": evaluation(hybrid_accuracy=math.nan)}, tmp_path)
-    assert (
-        json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["hgpo"]["hybrid_accuracy"] is None
-    )
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["hgpo"]["hybrid_accuracy"] is None
 
 
 @pytest.mark.parametrize(
@@ -290,9 +281,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 def test_logs_with_nothing_to_draw_give_no_figure(tmp_path: Path) -> None:
-    write_report(
-        {"hgpo": evaluation()}, tmp_path, training_logs={"empty": [], "summary": [{"step": 1, "epoch": 1.0}]}
-    )
+    write_report({"hgpo": evaluation()}, tmp_path, training_logs={"empty": [], "summary": [{"step": 1, "epoch": 1.0}]})
     assert not (tmp_path / "training_curves.png").exists()
 
 
@@ -357,7 +346,5 @@ def test_training_log_of_the_run_or_of_its_newest_checkpoint(tmp_path: Path) -> 
 
 
 def test_training_log_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"run_dir='.*nowhere' has no trainer_state.*Pass the output_dir"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"run_dir='.*nowhere' has no trainer_state.*Pass the output_dir"):
         load_training_log(tmp_path / "nowhere")

@@ -345,6 +345,7 @@ def test_warns_once_when_the_policy_leaves_both_modes(make_trainer: Callable, ca
         ({"max_completion_length": 1}, "max_completion_length must be at least 2"),
         ({"off_mode_warning": 2.0}, "off_mode_warning must lie between 0 and 1"),
         ({"eval_margin": -0.1}, "eval_margin must be a finite number of at least 0"),
+        ({"chat_template_kwargs": {"thinking_mode": "think"}}, "chat_template_kwargs sets thinking_mode"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch' has no effect"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
         ({"per_device_train_batch_size": 6}, "divisible by num_generations"),

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hgpo_trl.data_files import load_data
-from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
-from hgpo_trl.modes import check_embeddings, mode_tokens
+from hgpo_trl.evaluation import PROMPT_ID, report_on, sample_both_modes, score_samples
+from hgpo_trl.modes import Mode, check_embeddings, format_response, mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import write_json
@@ -73,6 +75,15 @@ def _load_function(name: str) -> Callable:
     return reward
 
 
+def _try_rewards(rewards: Sequence[Callable], dataset: Dataset) -> None:
+    """Score one made-up response, so that a reward function that does not fit the data fails before the sampling."""
+    response = pd.DataFrame({PROMPT_ID: [0], "completion": [format_response(Mode.NO_THINK, "0")]})
+    try:
+        score_samples(response, dataset.select([0]), rewards)
+    except TypeError as error:  # a column that the function takes is not there
+        raise ValueError(f"reward_funcs: {error}. The columns of data are {dataset.column_names}.") from error
+
+
 def _without_nan(value: Any) -> Any:
     """NaN as None, which JSON can hold."""
     if isinstance(value, dict):
@@ -91,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
     check_model_path("model", args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_dataset("data", dataset, tokenizer)
+    _try_rewards(rewards, dataset)
     tokens = mode_tokens(tokenizer)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
@@ -107,9 +119,10 @@ def main(argv: Sequence[str]) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    samples = score_samples(samples, dataset, rewards)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    samples.to_parquet(output_dir / "samples.parquet", index=False)  # whatever becomes of the scoring
+    samples = score_samples(samples, dataset, rewards)
     samples.to_parquet(output_dir / "samples.parquet", index=False)
     report = report_on(samples, args.margin, dataset["level"] if "level" in dataset.column_names else None)
     write_json(output_dir / "report.json", _without_nan({"model": args.model, "dataset": args.data, **report}))
