@@ -157,7 +157,11 @@ class HGPOTrainer(GRPOTrainer):
         importance ratio of exactly 1.
         """
         if images is not None or multimodal_fields:
-            raise NotImplementedError("HGPOTrainer trains text-only models; this batch has images or other modalities.")
+            fields = ", ".join(["images"] * (images is not None) + list(multimodal_fields))
+            raise NotImplementedError(
+                f"HGPOTrainer trains text-only models; this batch has {fields}. A tokenizer that returns more than "
+                "input_ids and attention_mask can be told not to (tokenizer.model_input_names)."
+            )
         modes = self._row_modes(len(prompt_ids))
         decisions = [self.mode_tokens.decision[mode] for mode in modes]
         forced = [[*ids, token] for ids, token in zip(prompt_ids, decisions, strict=True)]
