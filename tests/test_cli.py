@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from wandb.proto.wandb_internal_pb2 import Record
 
 from hgpo_trl.cli import STAGES, main
+from hgpo_trl.scripts import data
 from hgpo_trl.tasks import chain_sum
 
 ROOT = Path(__file__).parents[1]
@@ -578,3 +579,11 @@ def test_parameter_types(whole_run: Path) -> None:
     """A miniature run trains in float32 throughout."""
     model = AutoModelForCausalLM.from_pretrained(whole_run / "hgpo")
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("examples/*.py")), ids=lambda path: path.stem)
+def test_example_tasks_build(path: Path, tmp_path: Path) -> None:
+    """Each file in examples/ is a whole task: data sets, tokenizer and model follow from it."""
+    sizes = ["--num_hft", "70", "--num_hgpo", "35", "--num_eval", "35", "--hidden_size", "16"]
+    data.main(["--task", str(path), "--output_dir", str(tmp_path), *sizes])
+    assert {"hft.parquet", "hgpo.parquet", "eval.parquet", "base"} <= {entry.name for entry in tmp_path.iterdir()}
