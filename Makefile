@@ -57,11 +57,12 @@ demo: $(INSTALLED)  ## the whole method on the embedded task: data, HFT, HGPO, e
 	done
 	@printf '\nRead %s\n' '$(RUN)/report/report.html'
 
+# N = 16: with binary rewards a mode's mean is a multiple of 2/N, and any margin below that acts like 0.
 sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all of them in the report
 	@for margin in $(MARGINS); do \
 		printf '\n=== margin %s ===\n' "$$margin"; \
 		$(LAUNCH) -m hgpo_trl.scripts.hgpo --config $(CONFIG)/hgpo.yaml --margin "$$margin" \
-			--output_dir "$(RUN)/sweep/margin-$$margin" $(ARGS); \
+			--num_generations 16 --output_dir "$(RUN)/sweep/margin-$$margin" $(ARGS); \
 		$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model "$(RUN)/sweep/margin-$$margin" --output_dir "$(RUN)/sweep/margin-$$margin/eval"; \
 	done
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml --margin_sweep $(foreach m,$(MARGINS),$(m)=$(RUN)/sweep/margin-$(m)/eval)
