@@ -80,7 +80,7 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
             run.summary.update({f"report/{name}": figures})
             if levels := evaluation["by_level"]:
                 columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]
-                rows = [[level[column] for column in columns] for level in levels]
+                rows: Any = [[level[column] for column in columns] for level in levels]
                 run.log({f"report/{name}/by_level": wandb.Table(columns=[*columns], data=rows)})
         pictures = {f"report/{path.stem}": wandb.Image(str(path)) for path in sorted(output_dir.glob("*.png"))}
         run.log({**pictures, "report/html": wandb.Html(str(output_dir / "report.html"), inject=False)})
