@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The embedded task on several seeds (data, initial weights, sampling), with both decision weightings:
 #
-#     VENV=.venv HGPO_ARGS="--num_generations 8" benchmarks/chain_sum_seeds.sh 0 1 2
+#     VENV=.venv benchmarks/chain_sum_seeds.sh 0 1 2
 #
 # Writes runs/seeds/SEED/{data,hft,saturating,uniform,eval/...} and one report on all of them, runs/seeds/report.
 set -euo pipefail
@@ -18,7 +18,7 @@ for seed in "${@:-0}"; do
     --model_name_or_path "$run/data/base" --train_data "$run/data/hft.parquet"
   for weighting in saturating uniform; do
     "$bin/hgpo-trl" hgpo --config $recipes/hgpo.yaml --seed "$seed" --output_dir "$run/$weighting" \
-      --model_name_or_path "$run/hft" --train_data "$run/data/hgpo.parquet" --decision_weighting $weighting ${HGPO_ARGS:-}
+      --model_name_or_path "$run/hft" --train_data "$run/data/hgpo.parquet" --decision_weighting $weighting
   done
   for model in hft saturating uniform; do
     "$bin/hgpo-trl" evaluate --config $recipes/evaluate.yaml --model "$run/$model" \
