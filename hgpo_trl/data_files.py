@@ -4,6 +4,8 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
+from hgpo_trl.files import looks_like_path
+
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -30,7 +32,7 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
         if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
             raise
         raise ValueError(f"{field}={name!r} has no rows. Give it at least one.") from None
-    if path.suffix in _BUILDERS or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.suffix in _BUILDERS or looks_like_path(name):
         raise ValueError(
             f"{field}={name!r}: there is no such file or folder. Build it with `hgpo-trl data`, or fix the path."
         )

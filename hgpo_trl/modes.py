@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from enum import StrEnum
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tokenizers import AddedToken
@@ -70,6 +70,11 @@ class Response:
     @property
     def well_formed(self) -> bool:
         return not self.faults
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion as TRL passes it: a string, or a conversation of one assistant message."""
+    return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def split_response(text: str) -> Response:

@@ -25,6 +25,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from hgpo_trl.files import nan_to_null, write_atomically
+
 Array = NDArray[np.float64]
 Evaluation = Mapping[str, Any]  # report.json of `hgpo-trl evaluate`
 TrainingLog = Sequence[Mapping[str, Any]]  # `log_history` of a Trainer
@@ -760,27 +762,6 @@ def _blocks(
     return [*blocks, Heading("Figures"), *pictures, Heading("Glossary"), glossary]
 
 
-def _nan_to_null(value: Any) -> Any:
-    match value:
-        case Mapping():
-            return {key: _nan_to_null(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_nan_to_null(item) for item in value]
-        case float() if math.isnan(value):
-            return None
-    return value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a whole file or none: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_report(
     evaluations: Mapping[str, Evaluation],
     output_dir: str | os.PathLike[str],
@@ -824,9 +805,9 @@ def write_report(
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        _write(output / picture.file, picture.png)
-    text = json.dumps(_nan_to_null(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    _write(output / "report.json", f"{text}\n".encode())
-    _write(output / "report.html", _html(title, blocks).encode())
-    _write(output / "report.md", _markdown(blocks).encode())
+        write_atomically(output / picture.file, picture.png)
+    text = json.dumps(nan_to_null(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_atomically(output / "report.json", f"{text}\n".encode())
+    write_atomically(output / "report.html", _html(title, blocks).encode())
+    write_atomically(output / "report.md", _markdown(blocks).encode())
     return output / "report.md"

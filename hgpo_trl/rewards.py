@@ -15,7 +15,7 @@ from typing import Any
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
 from hgpo_trl.imports import load_module
-from hgpo_trl.modes import split_response
+from hgpo_trl.modes import completion_text, split_response
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 _IGNORED = "$*" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # around an answer; the blanks of Unicode too
@@ -26,11 +26,6 @@ _WORD = re.compile(r"[A-Za-z]{2,}")
 _MAX_EXPRESSION = 200  # characters
 _TIMEOUT_S = 5  # per parse and per comparison
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-
-
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion as TRL passes it: a string, or a conversation of one assistant message."""
-    return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def accuracy_reward(completions: list, answer: list[str | None], **kwargs: Any) -> list[float | None]:

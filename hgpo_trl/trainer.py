@@ -18,7 +18,7 @@ from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
-from hgpo_trl.modes import MODES, check_embeddings, mode_tokens, split_response
+from hgpo_trl.modes import MODES, check_embeddings, completion_text, mode_tokens, split_response
 
 logger = get_logger(__name__)
 
@@ -135,13 +135,14 @@ class HGPOTrainer(GRPOTrainer):
         assert size is not None  # HGPOConfig has seen to it
         return size
 
-    def _row_modes(self, num_rows: int) -> list[int]:
-        """Mode (0 = think, 1 = no_think) of each local row, from its place in the global batch.
+    def _row_modes(self, num_rows: int, first: int | None = None) -> list[int]:
+        """Mode (0 = think, 1 = no_think) of rows of the global batch, from `first` on; by default the local ones.
 
-        A group can straddle two processes, so the place in it is global: process_index · num_rows + i, modulo N.
+        A group can straddle two processes, so a local row's place is global: process_index · num_rows + i, modulo N.
         """
-        group, first = self._group_size(), self.accelerator.process_index * num_rows
-        return [int((first + i) % group >= group // 2) for i in range(num_rows)]
+        group = self._group_size()
+        first = self.accelerator.process_index * num_rows if first is None else first
+        return [int(place % group >= group // 2) for place in range(first, first + num_rows)]
 
     def _generate_single_turn(
         self,
@@ -193,12 +194,11 @@ class HGPOTrainer(GRPOTrainer):
     ) -> Tensor:
         """TRL's rewards, kept for the advantages, together with what the per-mode metrics need of the responses."""
         device = self.accelerator.device
-        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         facts = torch.tensor(
             [
-                (not split_response(text).well_formed, len(ids), ids[-1] not in ends)
-                for text, ids in zip(texts, completion_ids_list, strict=True)
+                (not split_response(completion_text(completion)).well_formed, len(ids), ids[-1] not in ends)
+                for completion, ids in zip(completions, completion_ids_list, strict=True)
             ],
             device=device,
         )
@@ -356,13 +356,13 @@ class HGPOTrainer(GRPOTrainer):
 
     def _log_table(self, advantages: Tensor) -> None:
         """Show HGPO's own numbers in TRL's completion table: mode, advantage of the response and of the decision."""
-        num_rows, group = len(advantages), self._group_size()
+        num_rows = len(advantages)
         last = advantages.gather(1, self._lengths[:, None] - 1)[:, 0]  # beyond the decision it is norm(r_intra)
         for _ in range(min(num_rows, len(self._logs["advantages"]))):  # TRL has just appended its own
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(last.tolist())
         self._logs["extra"]["decision_advantage"].extend(advantages[:, 0].tolist())
-        self._logs["extra"]["mode"].extend(MODES[i % group >= group // 2].value for i in range(num_rows))
+        self._logs["extra"]["mode"].extend(MODES[mode].value for mode in self._row_modes(num_rows, first=0))
 
 
 def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from trl import SFTConfig
 
-from hgpo_trl.scripts.run_dir import RUN_FILE, claim_run_dir, describe_run, last_checkpoint, write_json
+from hgpo_trl.files import write_json
+from hgpo_trl.scripts.run_dir import RUN_FILE, claim_run_dir, describe_run, last_checkpoint
 
 
 @dataclass

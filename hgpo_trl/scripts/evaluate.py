@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -19,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hgpo_trl.data_files import load_data
 from hgpo_trl.evaluation import PROMPT_ID, report_on, sample_both_modes, score_samples
+from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.modes import Mode, check_embeddings, format_response, mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.run_dir import write_json
 from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.trainer import check_dataset
 
@@ -84,15 +83,6 @@ def _try_rewards(rewards: Sequence[Callable], dataset: Dataset) -> None:
         raise ValueError(f"reward_funcs: {error}. The columns of data are {dataset.column_names}.") from error
 
 
-def _without_nan(value: Any) -> Any:
-    """NaN as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(EvaluateArguments, prog="hgpo-trl evaluate").parse_recipe(argv)
     rewards = [_load_function(name) for name in args.reward_funcs]
@@ -125,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     samples = score_samples(samples, dataset, rewards)
     samples.to_parquet(output_dir / "samples.parquet", index=False)
     report = report_on(samples, args.margin, dataset["level"] if "level" in dataset.column_names else None)
-    write_json(output_dir / "report.json", _without_nan({"model": args.model, "dataset": args.data, **report}))
+    write_json(output_dir / "report.json", nan_to_null({"model": args.model, "dataset": args.data, **report}))
     accuracy, length = report["accuracy"], report["mean_tokens"]
     print(
         f"{args.model}: hybrid accuracy {report['hybrid_accuracy']:.3f}, "

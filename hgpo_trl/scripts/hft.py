@@ -1,7 +1,7 @@
 """Stage I, Hybrid Fine-Tuning (Eq. 4): supervised fine-tuning on responses of both modes, loss on the response only.
 
     hgpo-trl hft --config recipes/chain-sum/hft.yaml
-    accelerate launch --config_file recipes/accelerate/zero3.yaml -m hgpo_trl.scripts.hft --config recipes/.../hft.yaml
+    accelerate launch --config_file recipes/accelerate/gpu.yaml -m hgpo_trl.scripts.hft --config recipes/x/hft.yaml
 
 The model gets the four mode tags and a chat template that knows the modes, if it has none; TRL's SFTTrainer does the
 rest.

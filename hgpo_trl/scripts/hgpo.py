@@ -1,7 +1,7 @@
 """Stage II, Hybrid Group Policy Optimization (Algorithm 1), starting from an HFT model.
 
     hgpo-trl hgpo --config recipes/chain-sum/hgpo.yaml
-    accelerate launch --config_file recipes/accelerate/zero3.yaml -m hgpo_trl.scripts.hgpo --config recipes/x/hgpo.yaml
+    accelerate launch --config_file recipes/accelerate/gpu.yaml -m hgpo_trl.scripts.hgpo --config recipes/x/hgpo.yaml
 
 Arguments, rewards, tokenizer and data are checked before a model is loaded.
 """

@@ -1,7 +1,6 @@
 """A run's directory: what was run there, and whether this run may go on in it."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hgpo_trl.files import write_json
 
 RUN_FILE = "run.json"
 
@@ -20,14 +21,6 @@ _FREE = {
     "off_mode_warning", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
     "resume_from_checkpoint", "run_name", "use_cpu", "vllm_gpu_memory_utilization",
 }  # fmt: skip
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def describe_run(stage: str, *configs: Any) -> dict[str, Any]:

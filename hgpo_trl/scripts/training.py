@@ -6,6 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer, Trainer
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
+from hgpo_trl.files import looks_like_path
+
 
 def model_init_kwargs(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a recipe's model fields. Master weights are float32 by default."""
@@ -23,7 +25,7 @@ def check_model_path(field: str, name: str | None) -> None:
     """ValueError if a recipe's field names no model, or a folder that is not there."""
     if name is None:
         raise ValueError(f"{field} is missing: name a model, by path or hub id.")
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not Path(name).is_dir() and looks_like_path(name):
         raise ValueError(f"{field}={name!r}: there is no such folder. Train that model first, or fix the path.")
 
 
