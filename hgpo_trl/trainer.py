@@ -19,6 +19,7 @@ from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, check_embeddings, completion_text, mode_tokens, split_response
+from hgpo_trl.vllm_support import keep_cpu_weights_replaceable
 
 logger = get_logger(__name__)
 
@@ -109,6 +110,8 @@ class HGPOTrainer(GRPOTrainer):
             if dataset is not None:
                 check_dataset(name, dataset, processing_class)
 
+        if args.use_vllm and args.vllm_mode == "colocate":
+            keep_cpu_weights_replaceable()
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
