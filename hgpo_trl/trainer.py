@@ -2,16 +2,21 @@
 
 import math
 import textwrap
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import RepeatSampler
 
 from hgpo_trl.advantages import assign_rewards, compute_advantages
 from hgpo_trl.config import HGPOConfig
@@ -22,6 +27,30 @@ from hgpo_trl.modes import MODES, check_embeddings, completion_text, mode_tokens
 from hgpo_trl.vllm_support import keep_cpu_weights_replaceable
 
 logger = get_logger(__name__)
+
+
+class EpochSampler(Sampler):
+    """TRL's sampler with an order that depends on the seed and the epoch alone; epoch 0 has TRL's order.
+
+    TRL draws every epoch's order from one generator. A resumed run starts that anew and repeats the first epoch's.
+    """
+
+    def __init__(self, sampler: RepeatSampler, seed: int) -> None:
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The training loop calls it before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 class HGPOTrainer(GRPOTrainer):
@@ -308,6 +337,28 @@ class HGPOTrainer(GRPOTrainer):
             chunk, _, _ = score(model, input_ids[rows, first:last], attention_mask[rows, first:last], keep, **options)
             log_probs[rows, :keep] = chunk.to(log_probs.dtype)
         return log_probs, None, None
+
+    # --------------------------------------------------------------------------------------------------- resuming
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        return EpochSampler(cast(RepeatSampler, super()._get_train_sampler(dataset)), self.args.seed)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """TRL's checkpoint, with this process's rollout where the next step goes on with it."""
+        super()._save_checkpoint(model, trial)
+        if self._step % (cast(int, self.args.steps_per_generation) * self.num_iterations) != 0:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            rollout = {"step": self._step, "micro_batches": self._buffered_inputs}
+            torch.save(rollout, folder / self._rollout_file())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint, self._rollout_file())).is_file():
+            rollout = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = rollout["step"], rollout["micro_batches"]
+
+    def _rollout_file(self) -> str:
+        return f"rollout_{self.accelerator.process_index}.pt"
 
     # ---------------------------------------------------------------------------------------------------- metrics
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from trl import SFTConfig
 
+from hgpo_trl.checkpoints import SEAL, last_checkpoint, seal
 from hgpo_trl.files import write_json
-from hgpo_trl.scripts.run_dir import RUN_FILE, claim_run_dir, describe_run, last_checkpoint
+from hgpo_trl.scripts.run_dir import RUN_FILE, claim_run_dir, describe_run
 
 
 @dataclass
@@ -28,8 +29,9 @@ def checkpoint(directory: Path, step: int, complete: bool = True) -> str:
     path = directory / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"half")
+    (path / "trainer_state.json").write_text("{}", encoding="utf-8")
     if complete:
-        (path / "trainer_state.json").write_text("{}", encoding="utf-8")
+        seal(path)
     return str(path)
 
 
@@ -59,14 +61,28 @@ def test_same_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert claim(tmp_path) == last
 
 
-def test_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_torn_checkpoints_are_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     claim(tmp_path)
-    complete = checkpoint(tmp_path, 10)
+    torn = {9: "older than the whole one, so nobody asks"}
+    checkpoint(tmp_path, 9, complete=False)
+    whole = checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 20, complete=False)
-    (tmp_path / "checkpoint-30").mkdir()
-    (tmp_path / "checkpoint-40").write_text("a file", encoding="utf-8")
-    Path(checkpoint(tmp_path, 50)).rename(tmp_path / "checkpoint-best")
-    assert claim(tmp_path) == last_checkpoint(tmp_path) == complete
+    torn[20] = f"it has no {SEAL}: the run ended while it was written"
+    (Path(checkpoint(tmp_path, 30)) / "model.safetensors").unlink()
+    torn[30] = "model.safetensors is missing"
+    (Path(checkpoint(tmp_path, 40)) / "model.safetensors").write_bytes(b"longer than before")
+    torn[40] = "model.safetensors has 18 bytes instead of 4"
+    (tmp_path / "checkpoint-50").mkdir()
+    seal(tmp_path / "checkpoint-50")
+    torn[50] = "trainer_state.json is missing"
+    (tmp_path / "checkpoint-60").write_text("a file", encoding="utf-8")
+    Path(checkpoint(tmp_path, 70)).rename(tmp_path / "checkpoint-best")
+    expected = {str(tmp_path / f"checkpoint-{step}"): what for step, what in torn.items() if step > 10}
+    assert last_checkpoint(tmp_path) == (whole, expected)
+    assert claim(tmp_path) == whole
+    for path, what in expected.items():
+        assert f"{path} is torn and skipped: {what}." in caplog.text
+    assert "checkpoint-9 " not in caplog.text
 
 
 def test_only_a_torn_checkpoint_starts_afresh(tmp_path: Path) -> None:
@@ -140,6 +156,28 @@ def test_named_checkpoint_wins_over_the_last(tmp_path: Path) -> None:
 def test_named_checkpoint_must_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume_from_checkpoint='nowhere' is not a folder\. Leave it out"):
         claim(tmp_path, resume_from_checkpoint="nowhere")
+
+
+def test_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
+    claim(tmp_path)
+    torn = Path(checkpoint(tmp_path, 4))
+    (torn / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4' is torn: model.safetensors is missing\. Leave it out"):
+        claim(tmp_path, resume_from_checkpoint=str(torn))
+
+
+def test_named_checkpoint_may_be_of_another_tool(tmp_path: Path) -> None:
+    """Trainer's own checkpoints have no seal."""
+    foreign = checkpoint(tmp_path / "elsewhere", 4, complete=False)
+    assert claim(tmp_path / "run", resume_from_checkpoint=foreign) == foreign
+
+
+def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path)
+    checkpoint(tmp_path, 4)
+    monkeypatch.setattr(SFTConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="Changed: num_processes: 1 -> 2"):
+        claim(tmp_path)
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

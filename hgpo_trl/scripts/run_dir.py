@@ -1,6 +1,7 @@
 """A run's directory: what was run there, and whether this run may go on in it."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hgpo_trl.checkpoints import SEAL, fault, last_checkpoint
 from hgpo_trl.files import write_json
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 
@@ -24,19 +28,14 @@ _FREE = {
 
 
 def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
-    """Everything that was configured, as JSON: {"stage": ..., field: value, ...}."""
+    """Everything that was configured, as JSON: {"stage": ..., field: value, ...}, and how many processes train."""
     run: dict[str, Any] = {"stage": stage}
     for config in configs:
-        fields = config.to_dict() if isinstance(config, TrainingArguments) else asdict(config)
-        run |= fields
+        if isinstance(config, TrainingArguments):
+            run |= config.to_dict() | {"num_processes": config.world_size}
+        else:
+            run |= asdict(config)
     return json.loads(json.dumps(run, default=str))
-
-
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes its state last, so a checkpoint without one was cut short."""
-    states = directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    steps = {int(step): path.parent for path in states if (step := path.parent.name.rpartition("-")[2]).isdecimal()}
-    return str(steps[max(steps)]) if steps else None
 
 
 def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -> str | None:
@@ -44,28 +43,39 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
 
     Returns:
         The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the last complete one of
-        `output_dir` if this very run has left it; None to start afresh.
+        `output_dir` if this very run has left it; None to start afresh. Torn ones that are passed over are named in the
+        log.
 
     Raises:
         ValueError: `output_dir` holds another run's checkpoints or model (the message lists what differs), or
-            `resume_from_checkpoint` names no folder.
+            `resume_from_checkpoint` names no folder or a torn checkpoint.
     """
     directory = Path(str(training_args.output_dir))  # TrainingArguments has filled in a default
     run = describe_run(stage, *configs, training_args)
     requested = training_args.resume_from_checkpoint
     if requested in ("True", "true", True):
         requested = None  # what happens anyway
-    if requested is not None and not Path(requested).is_dir():
-        raise ValueError(
-            f"resume_from_checkpoint={requested!r} is not a folder. Leave it out to resume from the last checkpoint of "
-            "output_dir, or name one of its checkpoint-STEP folders."
-        )
+    if requested is not None:
+        _check_requested(Path(requested))
     results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json")
     if any(any(directory.glob(pattern)) for pattern in results):
         _check_same_run(directory, run)
+    checkpoint, torn = (requested, {}) if requested else last_checkpoint(directory)
     if training_args.process_index == 0:
         write_json(directory / RUN_FILE, run)
-    return requested or last_checkpoint(directory)
+        for path, what in torn.items():
+            logger.warning(f"{path} is torn and skipped: {what}.")
+    return checkpoint
+
+
+def _check_requested(checkpoint: Path) -> None:
+    """ValueError unless a checkpoint that was asked for by name can be resumed from."""
+    remedy = "Leave it out to resume from the last complete checkpoint of output_dir, or name another checkpoint-STEP."
+    if not checkpoint.is_dir():
+        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r} is not a folder. {remedy}")
+    foreign = not (checkpoint / SEAL).exists() and (checkpoint / TRAINER_STATE_NAME).is_file()
+    if not foreign and (found := fault(checkpoint)):  # one that another tool wrote has a state and no seal
+        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
 
 
 def _is_free(key: str) -> bool:

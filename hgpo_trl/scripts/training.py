@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, Trainer
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
+from hgpo_trl.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.files import looks_like_path
 
 
@@ -42,9 +43,16 @@ def load_tokenizer(training_args: SFTConfig | GRPOConfig, model_args: ModelConfi
 
 def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
     """Train, resuming from `checkpoint` if given, and keep model, tokenizer, metrics and state in `output_dir`."""
+    trainer.add_callback(SealCheckpoints(trainer.args))
     if checkpoint is not None:
         trainer.accelerator.print(f"Resuming from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException:  # what went wrong is raised again; what is not lost is said
+        last, _ = last_checkpoint(Path(str(trainer.args.output_dir)))
+        remedy = f"The same command goes on from {last}." if last else "There is no complete checkpoint yet."
+        trainer.accelerator.print(f"Training ended early, at step {trainer.state.global_step}. {remedy}")
+        raise
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)

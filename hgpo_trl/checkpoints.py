@@ -1,0 +1,107 @@
+"""Checkpoints that are whole, or known not to be.
+
+Trainer writes a checkpoint file by file, from every process, and removes older ones before the others have finished. A
+run that is killed meanwhile leaves a folder that looks like a checkpoint. Here each finished checkpoint is sealed: once
+all processes have written theirs, process 0 lists every file with its size. What has no seal, or differs from it, is
+torn, and never the one to resume from.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from hgpo_trl.files import write_json
+
+SEAL = "complete.json"
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals every checkpoint, removes older ones only then, and logs before each so that no metric is cut in two.
+
+    Metrics are means over the steps since the last log, and what has been gathered since is not part of a checkpoint.
+    With a log at every checkpoint a resumed run logs what the uninterrupted one does.
+
+    Args:
+        args: of the trainer that this is a callback of. Takes `save_total_limit` over from it.
+    """
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        if control.should_save:
+            control.should_log = True
+            if state.is_world_process_zero:  # a run that resumed from further back writes into the same folder again
+                (_folder(args, state) / SEAL).unlink(missing_ok=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._before_save(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before_save(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            seal(_folder(args, state))
+            rotate_checkpoints(
+                str(args.output_dir),
+                save_total_limit=self._limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file below a checkpoint, the seal apart."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def seal(checkpoint: Path) -> None:
+    """Declare a checkpoint whole as it is now."""
+    write_json(checkpoint / SEAL, {"files": _sizes(checkpoint)})
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What makes a checkpoint useless for resuming, or None if it is whole."""
+    if not (checkpoint / SEAL).is_file():
+        return f"it has no {SEAL}: the run ended while it was written"
+    sealed: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+    found = _sizes(checkpoint)
+    if missing := sorted(sealed.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    if changed := sorted(name for name, size in sealed.items() if found[name] != size):
+        return f"{changed[0]} has {found[changed[0]]:,} bytes instead of {sealed[changed[0]]:,}"
+    return None if TRAINER_STATE_NAME in sealed else f"{TRAINER_STATE_NAME} is missing"
+
+
+def last_checkpoint(directory: Path) -> tuple[str | None, dict[str, str]]:
+    """The newest whole checkpoint of a run, and the torn ones after it.
+
+    Returns:
+        Path of the checkpoint, or None if there is none; {path: fault} of newer checkpoints that have to be skipped.
+    """
+    folders = {
+        int(step): path
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (step := path.name.rpartition("-")[2]).isdecimal()
+    }
+    torn: dict[str, str] = {}
+    for _, path in sorted(folders.items(), reverse=True):
+        what = fault(path)
+        if what is None:
+            return str(path), torn
+        torn[str(path)] = what
+    return None, torn
