@@ -1,0 +1,91 @@
+"""Train on fixed rollouts in one or several processes and write what came of it, for tests/test_distributed.py.
+
+    accelerate launch ... tests/parity_worker.py MODEL PROMPTS OUTPUT.json ROWS_PER_PROCESS MICRO_BATCHES
+
+Two optimizer steps on completions that depend on the query, the place in its group and the step alone, so that every
+way of dividing the work has the same rollouts, and one on completions that are really sampled.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from hgpo_trl import HGPOConfig, HGPOTrainer
+
+GROUP, FIXED_STEPS = 4, 2
+
+
+def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Varies within and between the modes."""
+    return [float(sum(ids) % 3) for ids in completion_ids]
+
+
+class FixedRollouts(HGPOTrainer):
+    """Completions made up from the query's tokens and the row's place in its group; everything else is the real thing."""
+
+    seen: list[dict[str, Any]]
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any) -> Any:
+        if self.state.global_step >= FIXED_STEPS:
+            return super()._generate_single_turn(prompt_ids, *args)
+        first = self.accelerator.process_index * len(prompt_ids)
+        completions = []
+        for row, (ids, mode) in enumerate(zip(prompt_ids, self._row_modes(len(prompt_ids)), strict=True)):
+            rng = random.Random(f"{ids}/{(first + row) % GROUP}/{self.state.global_step}")
+            length = rng.randint(2, 7) if mode == 0 else rng.randint(1, 3)
+            completions.append([self.mode_tokens.decision[mode], *(rng.randint(10, 30) for _ in range(length))])
+        return completions, None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        for prompt, prompt_mask, completion, mask, advantages in zip(*(output[key] for key in keys), strict=True):
+            row = {"query": prompt[prompt_mask.bool()].tolist(), "completion": completion[mask.bool()].tolist()}
+            self.seen.append(row | {"step": self.state.global_step, "advantages": advantages[mask.bool()].tolist()})
+        return output
+
+
+def main() -> None:
+    model, prompts, output, rows, micro_batches, *fields = sys.argv[1:]
+    args = HGPOConfig(
+        output_dir=str(Path(output).with_suffix("")),
+        per_device_train_batch_size=int(rows),
+        gradient_accumulation_steps=int(micro_batches),
+        num_generations=GROUP,
+        max_completion_length=8,
+        max_steps=FIXED_STEPS + 1,
+        learning_rate=1e-2,
+        beta=0.04,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        use_cpu="cpu" in fields,
+        bf16=False,
+        gradient_checkpointing="checkpointing" in fields,
+        decision_weighting="uniform" if "uniform" in fields else "saturating",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    trainer = FixedRollouts(model, reward, args, Dataset.from_parquet(prompts), processing_class=tokenizer)
+    trainer.seen = []
+    trainer.train()
+    seen = gather_object(trainer.seen)
+    if trainer.accelerator.is_main_process:
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        engine = str(trainer.accelerator.distributed_type)
+        result = {"engine": engine, "processes": trainer.accelerator.num_processes, "rows": seen, "log": log}
+        Path(output).write_text(json.dumps(result), encoding="utf-8")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
