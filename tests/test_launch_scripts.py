@@ -26,7 +26,7 @@ http.server.HTTPServer(("127.0.0.1", port), http.server.SimpleHTTPRequestHandler
 """
 STAND_INS = {
     "vllm": LOG + '[[ ${SERVER_FAILS:-} ]] && exit 3\nexec "$PYTHON" "$SERVER" "$PORT"\n',
-    "accelerate": LOG + 'sleep "${TRAINING_SECONDS:-0}"\nexit "${TRAINING_STATUS:-0}"\n',
+    "accelerate": LOG + '[[ ${TRAINING_LASTS:-} ]] && exec sleep 50\nexit "${TRAINING_STATUS:-0}"\n',
     "scontrol": "printf '%s\\n' node1 node2 node3 node4 127.0.0.1\n",
     "srun": LOG + 'while [[ $1 == --* ]]; do shift; done\nSLURM_PROCID=3 exec "$@"\n',
 }
@@ -164,7 +164,7 @@ def test_server_that_does_not_start_is_reported_before_any_training(environment:
 def test_server_that_ends_during_the_training_ends_it(environment: dict[str, str]) -> None:
     command = ["bash", str(ROOT / "recipes" / "vllm_server.sh"), PAIRS[0].parent.name]
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**environment, "TRAINING_SECONDS": "50"}, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, env={**environment, "TRAINING_LASTS": "1"}, stderr=subprocess.PIPE, text=True
     )
     try:
         while not (Path(environment["CALLS"]).is_file() and len(calls(environment)) == 2):
