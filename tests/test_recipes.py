@@ -1,19 +1,26 @@
-"""Recipes: every one in the repository loads through its stage, and what is wrong with one is said in one message."""
+"""Recipes: every one in the repository loads through its stage and trains; a wrong one is explained in one message."""
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
+from transformers import Trainer
 
 from hgpo_trl.cli import STAGES
 from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
+TRAINING = [path for path in RECIPES if path.stem.startswith(("hft", "hgpo"))]
 ACCELERATE = sorted(ROOT.glob("recipes/accelerate/*.yaml"))
 BASE = {"model_name_or_path": "m", "train_data": "d.parquet", "output_dir": "out", "bf16": False}
 
@@ -77,28 +84,167 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 # --- the repository's own recipes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def stage_of(path: Path) -> str:
+    """The part of a recipe's name before the first underscore: hgpo_server.yaml is one for hgpo."""
+    stage = path.stem.partition("_")[0]
+    assert stage in STAGES, f"{path.name} is named after none of the stages {', '.join(STAGES)}"
+    return stage
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_loads_through_its_stage(path: Path, parse: Parse) -> None:
-    assert path.stem in STAGES, f"{path.name} is named after none of the stages {', '.join(STAGES)}"
-    on_cpu = ["--use_cpu", "true"] if path.stem in ("hft", "hgpo") else []  # else bf16 asks for a GPU
-    parsed = parse(path.stem, "--config", str(path), *on_cpu)
+    stage = stage_of(path)
+    on_cpu = ["--use_cpu", "true"] if stage in ("hft", "hgpo") else []  # else bf16 asks for a GPU
+    parsed = parse(stage, "--config", str(path), *on_cpu)
     values = {name: value for part in parsed for name, value in vars(part).items()}
-    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+    for key, value in read(path).items():
         if isinstance(value, (int, float)) and key in values:
             assert values[key] == value
             assert type(values[key]) in (type(value), float)
 
 
 def test_every_folder_of_recipes_is_tested() -> None:
-    assert {path.parent.name for path in RECIPES} >= {"chain-sum"}
-    assert {path.stem for path in ACCELERATE} >= {"cpu", "gpu"}
+    assert {path.parent.name for path in RECIPES} >= {"chain-sum", "qwen2.5-math-1.5b", "qwen2.5-math-7b"}
+    assert {path.stem for path in ACCELERATE} >= {"cpu", "gpu", "cpu_ddp", "ddp", "zero2", "zero3", "fsdp2"}
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
 def test_accelerate_config_loads(path: Path) -> None:
     config = load_config_from_file(str(path))  # refuses unknown keys
     assert config.num_processes >= 1
-    assert config.mixed_precision in ("no", "bf16", "fp16")
+    assert config.num_machines == 1
+    assert config.mixed_precision == "no", "the recipe's bf16 decides"
+    options = launch_command_parser()
+    known = {option.removeprefix("--") for action in options._actions for option in action.option_strings}
+    assert known >= config.deepspeed_config.keys() | config.fsdp_config.keys(), "accelerate would ignore the others"
+    if config.deepspeed_config.get("zero_stage") == 3:
+        assert config.deepspeed_config["zero3_save_16bit_model"] is True
+    assert bool(config.deepspeed_config) == (config.distributed_type == "DEEPSPEED")
+    assert bool(config.fsdp_config) == (config.distributed_type == "FSDP")
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_the_papers_settings(size: str) -> None:
+    """Sections 2, 3 and 6; processes as in the recipes' launch lines."""
+    folder = ROOT / "recipes" / f"qwen2.5-math-{size}"
+    hft, hgpo, server, evaluate = (read(folder / f"{stem}.yaml") for stem in ("hft", "hgpo", "hgpo_server", "evaluate"))
+
+    def rows(recipe: dict[str, Any], processes: int) -> int:
+        return recipe["per_device_train_batch_size"] * processes * recipe["gradient_accumulation_steps"]
+
+    assert hft["model_name_or_path"] == f"Qwen/Qwen2.5-Math-{size.upper()}"
+    assert (hft["num_train_epochs"], hft["learning_rate"], hft["warmup_steps"]) == (3, 1e-4, 0.1)
+    assert (hft["lr_scheduler_type"], hft["max_length"], rows(hft, 8)) == ("cosine", 32768, 128)
+    for recipe, processes in ((hgpo, 8), (server, 4)):
+        assert rows(recipe, processes) == 256 * recipe["num_generations"]
+        assert (recipe["num_generations"], recipe["alpha"], recipe["margin"]) == (4, 1.0, 0.2)
+        assert (recipe["beta"], recipe["epsilon"], recipe["learning_rate"]) == (0.001, 0.5, 1e-6)
+        assert recipe["lr_scheduler_type"] == "constant"
+        assert recipe["vllm_max_model_length"] == 2048 + recipe["max_completion_length"]
+        assert recipe["vllm_max_model_length"] <= hft["model_init_kwargs"]["max_position_embeddings"]
+    assert (evaluate["temperature"], evaluate["top_p"], evaluate["max_new_tokens"]) == (0.6, 0.95, 35000)
+    assert evaluate["max_new_tokens"] + 2048 <= hft["model_init_kwargs"]["max_position_embeddings"]
+    assert hgpo["model_name_or_path"] == hft["output_dir"]
+    assert evaluate["model"] == hgpo["output_dir"]
+
+    differ = {key for key in hgpo.keys() | server.keys() if hgpo.get(key) != server.get(key)}
+    assert {key for key in differ if not key.startswith("vllm_")} == {"gradient_accumulation_steps"}
+
+
+SMALL = {  # a real run on a CPU: lengths, batch and whatever needs a GPU; everything else is the recipe's
+    "max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "logging_steps": 1,
+    "use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "save_strategy": "no", "disable_tqdm": True,
+}  # fmt: skip
+SMALL_STAGE = {
+    "hft": {"max_length": 64, "dataset_num_proc": 1},
+    "hgpo": {"max_completion_length": 6, "use_vllm": False},
+}
+
+
+@pytest.fixture(scope="session")
+def examples(prompts: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Data of both training stages."""
+    folder = tmp_path_factory.mktemp("examples")
+    queries = draw(load_task("hgpo_trl.tasks.chain_sum"), 32, held_out=False, fraction=0.2, seed=0)
+    hft_dataset(queries, 0.6, 0).to_parquet(folder / "hft.parquet")
+    prompts.to_parquet(folder / "hgpo.parquet")
+    return {stage: str(folder / f"{stage}.parquet") for stage in ("hft", "hgpo")}
+
+
+def learning_rates(trainer: Trainer, steps: int) -> list[float]:
+    """The learning rate of every step of a run of that many, and one beyond."""
+    trainer.create_optimizer_and_scheduler(steps)
+    (factor,) = set(trainer.lr_scheduler.lr_lambdas)
+    rates = [trainer.args.learning_rate * factor(step) for step in range(steps + 1)]
+    trainer.optimizer = trainer.lr_scheduler = None
+    return rates
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name_of)
+def test_recipe_trains(
+    path: Path, model_dir: str, examples: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage's own main with the recipe, scaled down: one step, and the settings in force are the recipe's."""
+    recipe, stage = read(path), stage_of(path)
+    module = importlib.import_module(f"hgpo_trl.scripts.{stage}")
+    train_and_save, found = module.train_and_save, {}
+
+    def look_and_train(trainer: Trainer, checkpoint: str | None) -> None:
+        found["trainer"], found["rates"] = trainer, learning_rates(trainer, 20)
+        train_and_save(trainer, checkpoint)
+
+    monkeypatch.setattr(module, "train_and_save", look_and_train)
+    paths = {"model_name_or_path": model_dir, "train_data": examples[stage], "output_dir": str(tmp_path / "run")}
+    overrides = {**SMALL, **SMALL_STAGE[stage], **paths}
+    argv = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
+    module.main(["--config", str(path), *argv])
+
+    trainer, args = found["trainer"], found["trainer"].args
+    for key, value in recipe.items():
+        if key in vars(args).keys() - overrides.keys() - {"report_to", "model_init_kwargs"}:
+            assert getattr(args, key) == (float(value) if isinstance(getattr(args, key), float) else value), key
+    assert args.report_to == []
+
+    assert type(trainer.optimizer.optimizer) is torch.optim.AdamW
+    group = trainer.optimizer.param_groups[0]
+    assert group["weight_decay"] == recipe.get("weight_decay", 0.0)
+    assert group["betas"] == (0.9, recipe.get("adam_beta2", 0.999))
+    rates, peak = found["rates"], recipe["learning_rate"]
+    if recipe["lr_scheduler_type"] == "constant":
+        assert rates == [peak] * 21
+    elif recipe["lr_scheduler_type"] == "cosine":
+        assert rates[:3] == [0.0, peak / 2, peak], "10 % of 20 steps, linear"
+        assert rates[11] == pytest.approx(peak / 2)
+        assert rates[20] == pytest.approx(0.0)
+    assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
+    assert trainer.model.is_gradient_checkpointing == recipe["gradient_checkpointing"]
+
+    if stage == "hgpo":
+        assert (trainer.loss_type, trainer.beta) == ("dr_grpo", recipe["beta"])
+        assert (trainer.epsilon_low, trainer.epsilon_high) == (recipe.get("epsilon", 0.5),) * 2
+        assert (trainer.ref_model is None) == (recipe["beta"] == 0)
+        assert (args.alpha, args.margin, trainer.num_generations) == tuple(
+            recipe[key] for key in ("alpha", "margin", "num_generations")
+        )
+        assert [function.__name__ for function in trainer.reward_funcs] == ["accuracy_reward"]
+    else:
+        assert trainer.completion_only_loss
+        assert trainer.padding_free == recipe.get("packing", False)
+
+    log = trainer.state.log_history[0]
+    assert trainer.state.global_step == 1
+    assert log["loss"] == log["loss"], "not NaN"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for key, value in recipe.get("model_init_kwargs", {}).items():
+        assert config[key] == value, "saved with the model, for Stage II, evaluation and vLLM"
 
 
 # --- values ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from transformers import AutoTokenizer, Trainer
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
@@ -13,6 +14,9 @@ from hgpo_trl.files import looks_like_path
 def model_init_kwargs(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a recipe's model fields. Master weights are float32 by default."""
     extra: Any = training_args.model_init_kwargs or {}  # a mapping by now: the parser has read it
+    if training_args.distributed_state.distributed_type != DistributedType.NO:
+        # TRL's default, "auto", would spread each process's copy over all GPUs, and ZeRO-3 refuses it.
+        extra = {"device_map": None, **extra}
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
