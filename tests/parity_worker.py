@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +30,7 @@ def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
 
 
 class FixedRollouts(HGPOTrainer):
-    """Completions made up from the query's tokens and the row's place in its group; everything else is the real thing."""
+    """Completions made up from the query's tokens and the row's place in its group; all else is the real thing."""
 
     seen: list[dict[str, Any]]
 
@@ -52,8 +54,16 @@ class FixedRollouts(HGPOTrainer):
         return output
 
 
+def fsdp_without_gpus() -> None:
+    """accelerate takes FSDP for what several GPUs do; here gloo and the CPU stand in for NCCL and CUDA."""
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    torch.cuda.set_device = lambda *args: None
+
+
 def main() -> None:
     model, prompts, output, rows, micro_batches, *fields = sys.argv[1:]
+    if "fsdp" in fields:
+        fsdp_without_gpus()
     args = HGPOConfig(
         output_dir=str(Path(output).with_suffix("")),
         per_device_train_batch_size=int(rows),
