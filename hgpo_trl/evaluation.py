@@ -4,8 +4,8 @@ The mode that the model would pick is read from the logits at the end of the pro
 needed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,15 +14,27 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
 
-from hgpo_trl.decision import Decision, read_decision
+from hgpo_trl.decision import read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table, summarize, summarize_by
-from hgpo_trl.modes import MODES, mode_tokens, split_response
+from hgpo_trl.modes import MODES, ModeTokens, mode_tokens, split_response
 
 PROMPT_ID = "prompt_id"
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of each prompt up to the point where the model decides."""
+FirstToken = tuple[float, float, int]  # π(think | q), π(no_think | q), and the greedy pick as in `Decision.picked`
+
+
+class Generated(NamedTuple):
+    """One response as a backend generates it."""
+
+    prompt: int  # number of the prompt
+    mode: int  # position in MODES
+    sample: int
+    tokens: list[int]  # what follows the forced decision token; anything after an end token is padding
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of each prompt, text or conversation, up to the point where the model decides."""
     encoded: Any  # the tokenizer's return type depends on its arguments' values
     if isinstance(prompts[0], str):
         encoded = tokenizer(list(prompts))
@@ -33,11 +45,49 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[
     return encoded["input_ids"]
 
 
-def _batches(ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like prompt length, so that little is padding."""
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def end_tokens(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
+    """Ids that end a response: the tokenizer's end token and those of the model's generation config."""
+    return sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
+
+
+def samples_table(
+    tokenizer: PreTrainedTokenizerBase,
+    decisions: Sequence[FirstToken],
+    responses: Iterable[Generated],
+    ends: Sequence[int],
+) -> pd.DataFrame:
+    """What `sample_both_modes` returns, from what a backend has read and generated.
+
+    Args:
+        decisions: one per prompt.
+        responses: in any order.
+        ends: of `end_tokens`; a response without one is truncated.
+    """
+    forced = mode_tokens(tokenizer).decision
+    records = []
+    for prompt, mode, sample, generated in responses:
+        end = next((i for i, token in enumerate(generated) if token in ends), None)
+        response = [forced[mode], *(generated if end is None else generated[: end + 1])]
+        text = str(tokenizer.decode(response, skip_special_tokens=True))
+        prob_think, prob_no_think, picked = decisions[prompt]
+        records.append(
+            {
+                PROMPT_ID: prompt,
+                "mode": MODES[mode].value,
+                "sample": sample,
+                "completion": text,
+                "num_tokens": len(response),
+                "truncated": end is None,
+                "faults": [fault.value for fault in split_response(text).faults],
+                "prob_think": prob_think,
+                "prob_no_think": prob_no_think,
+                "picked": picked,
+            }
+        )
+    return pd.DataFrame.from_records(records).sort_values([PROMPT_ID, "mode", "sample"], ignore_index=True)
+
+
+# --- Transformers ---------------------------------------------------------------------------------------------
 
 
 def sample_both_modes(
@@ -55,7 +105,7 @@ def sample_both_modes(
     """Sample `samples_per_mode` responses in each mode for every prompt, and read the model's own decision.
 
     Args:
-        model: causal language model that can `generate`.
+        model: causal language model that can `generate`. `hgpo_trl.vllm_sampling` does the same with vLLM.
         prompts: all plain text or all conversations.
         max_new_tokens: per response, the decision token included.
         temperature, top_p: of the sampling (paper: 0.6 and 0.95). The decision's probabilities are those at
@@ -68,65 +118,73 @@ def sample_both_modes(
         -1 = neither).
     """
     tokens = mode_tokens(tokenizer)
-    device = model.device
-    eos = model.generation_config.eos_token_id
-    eos_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
     generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens - 1,
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
         top_p=top_p if temperature > 0 else None,
         top_k=0 if temperature > 0 else None,
+        repetition_penalty=1.0,  # what is left unset here comes from the model's own generation config
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(eos_ids),
+        eos_token_id=ends,
     )
-    ids = _render(tokenizer, prompts)
+    ids = render(tokenizer, prompts)
     model.eval()
     torch.manual_seed(seed)
+    decisions = _read_decisions(model, tokenizer, ids, tokens, batch_size)
+    responses = _generate(model, tokenizer, ids, tokens, generation_config, samples_per_mode, batch_size)
+    return samples_table(tokenizer, decisions, responses, ends)
 
-    def padded(rows: list[list[int]]) -> BatchEncoding:
-        return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
 
-    decisions: dict[int, tuple[float, float, int]] = {}
+def _batches(ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of like prompt length, so that little is padding."""
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _padded(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> BatchEncoding:
+    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+
+
+def _read_decisions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], tokens: ModeTokens, batch_size: int
+) -> list[FirstToken]:
+    found: dict[int, FirstToken] = {}
     for rows in _batches(ids, batch_size):
-        inputs = padded([ids[row] for row in rows])
-        decision: Decision = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens)
-        for row, *values in zip(
-            rows, decision.think.tolist(), decision.no_think.tolist(), decision.picked.tolist(), strict=True
-        ):
-            decisions[row] = tuple(values)
+        inputs = _padded(model, tokenizer, [ids[row] for row in rows])
+        decision = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens)
+        values = zip(decision.think.tolist(), decision.no_think.tolist(), decision.picked.tolist(), strict=True)
+        found |= dict(zip(rows, values, strict=True))
+    return [found[row] for row in range(len(ids))]
 
-    records = []
+
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    tokens: ModeTokens,
+    generation_config: GenerationConfig,
+    samples_per_mode: int,
+    batch_size: int,
+) -> Iterator[Generated]:
+    """The modes one after the other: no short response waits in a batch for a long one of the other mode."""
     progress = tqdm(total=len(ids) * len(MODES) * samples_per_mode, desc="sampling", unit="response")
-    for mode, forced in zip(MODES, tokens.decision, strict=True):
+    for mode, forced in enumerate(tokens.decision):
         for rows in _batches(ids, max(1, batch_size // samples_per_mode)):
-            inputs = padded([[*ids[row], forced] for row in rows for _ in range(samples_per_mode)])
+            repeated = [[*ids[row], forced] for row in rows for _ in range(samples_per_mode)]
+            inputs = _padded(model, tokenizer, repeated)
             with torch.inference_mode():
                 sequences = model.generate(**inputs, generation_config=generation_config)
             for index, sequence in enumerate(sequences[:, inputs["input_ids"].shape[1] :].tolist()):
-                row = rows[index // samples_per_mode]
-                end = next((i for i, token in enumerate(sequence) if token in eos_ids), None)
-                response = [forced, *(sequence if end is None else sequence[: end + 1])]
-                text = str(tokenizer.decode(response, skip_special_tokens=True))
-                prob_think, prob_no_think, picked = decisions[row]
-                records.append(
-                    {
-                        PROMPT_ID: row,
-                        "mode": mode.value,
-                        "sample": index % samples_per_mode,
-                        "completion": text,
-                        "num_tokens": len(response),
-                        "truncated": end is None,
-                        "faults": [fault.value for fault in split_response(text).faults],
-                        "prob_think": prob_think,
-                        "prob_no_think": prob_no_think,
-                        "picked": picked,
-                    }
-                )
+                yield Generated(rows[index // samples_per_mode], mode, index % samples_per_mode, sequence)
             progress.update(len(rows) * samples_per_mode)
     progress.close()
-    return pd.DataFrame.from_records(records).sort_values([PROMPT_ID, "mode", "sample"], ignore_index=True)
+
+
+# --- scores and figures ---------------------------------------------------------------------------------------
 
 
 def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequence[Callable]) -> pd.DataFrame:

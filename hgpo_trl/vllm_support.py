@@ -19,7 +19,7 @@ def check_vllm_installed(field: str) -> None:
     Raises:
         ImportError: vLLM is not installed, or its version is outside `SUPPORTED`.
     """
-    remedy = f"Install one of the versions {SUPPORTED} (pip install 'hgpo-trl[vllm]'), or set {field} otherwise."
+    remedy = f"Install one of the versions {SUPPORTED} (pip install 'hgpo-trl[vllm]'), or change {field}."
     if find_spec("vllm") is None:
         raise ImportError(f"{field} needs vLLM, which is not installed. {remedy}")
     found = _installed_version()

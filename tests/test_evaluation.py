@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from hgpo_trl import vllm_support
 from hgpo_trl.decision import OFF_MODE, Decision, read_decision
 from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
 from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
@@ -218,6 +219,14 @@ def test_a_model_without_an_end_token(
 ) -> None:
     """The tokenizer's is enough."""
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    pd.testing.assert_frame_equal(sample(), samples)
+
+
+def test_the_models_own_generation_config_does_not_change_the_distribution(
+    model: Qwen2ForCausalLM, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"repetition_penalty": 3.0, "top_k": 1, "temperature": 0.1, "top_p": 0.1}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
     pd.testing.assert_frame_equal(sample(), samples)
 
 
@@ -486,6 +495,10 @@ def test_empty_data_is_refused(evaluate: Callable[..., Path], prompts: Dataset, 
         ("max_new_tokens", 1, "max_new_tokens must be at least 2"),
         ("temperature", -1, "temperature must be at least 0"),
         ("top_p", 0, "top_p must lie in"),
+        ("backend", "sglang", "backend must be one of transformers, vllm; got 'sglang'"),
+        ("tensor_parallel_size", 0, "tensor_parallel_size must be at least 1; got 0"),
+        ("tensor_parallel_size", 2, "tensor_parallel_size=2 needs vLLM, but backend is transformers. Set backend to"),
+        ("gpu_memory_utilization", 0, "gpu_memory_utilization must lie in (0, 1]; got 0"),
     ],
 )
 def test_impossible_settings_are_refused(
@@ -500,3 +513,11 @@ def test_impossible_settings_are_refused(
 def test_a_reward_model_is_refused(evaluate: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match=r"'some/reward-model' is a reward model"):
         evaluate(reward_funcs="some/reward-model")
+
+
+def test_a_missing_vllm_is_named_before_anything_is_loaded(
+    evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vllm_support, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"backend=vllm needs vLLM, which is not installed.*or change backend"):
+        evaluate(backend="vllm", data=tmp_path / "missing.parquet")

@@ -10,20 +10,26 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
+from hgpo_trl import vllm_sampling
 from hgpo_trl.data_files import load_data
-from hgpo_trl.evaluation import PROMPT_ID, report_on, sample_both_modes, score_samples
+from hgpo_trl.evaluation import PROMPT_ID, render, report_on, sample_both_modes, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.modes import Mode, check_embeddings, format_response, mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.trainer import check_dataset
+from hgpo_trl.vllm_support import check_vllm_installed
+
+BACKENDS = ("transformers", "vllm")
 
 
 @dataclass
@@ -40,8 +46,13 @@ class EvaluateArguments:
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature (paper: 0.6); 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling (paper: 0.95)."})
     max_new_tokens: int = field(default=35_000, metadata={"help": "Tokens per response (paper: 35,000)."})
-    batch_size: int = field(default=64, metadata={"help": "Responses generated at a time."})
+    batch_size: int = field(default=64, metadata={"help": "transformers: responses generated at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    backend: str = field(
+        default="transformers", metadata={"help": "What samples: transformers, or vllm (needs the extra vllm)."}
+    )
+    tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs that share the model."})
+    gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: its share of each GPU's memory."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
     reward_funcs: list[str] = field(
         default_factory=lambda: ["hgpo_trl.rewards.accuracy_reward"],
@@ -49,7 +60,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_mode", "batch_size"):
+        for name in ("samples_per_mode", "batch_size", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.max_new_tokens < 2:
@@ -62,6 +73,15 @@ class EvaluateArguments:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if not 0.0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(f"gpu_memory_utilization must lie in (0, 1]; got {self.gpu_memory_utilization}.")
+        if self.tensor_parallel_size > 1 and self.backend != "vllm":
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} needs vLLM, but backend is {self.backend}. "
+                "Set backend to vllm, or tensor_parallel_size to 1."
+            )
 
 
 def _load_function(name: str) -> Callable:
@@ -83,8 +103,45 @@ def _try_rewards(rewards: Sequence[Callable], dataset: Dataset) -> None:
         raise ValueError(f"reward_funcs: {error}. The columns of data are {dataset.column_names}.") from error
 
 
+def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
+    """Load the model into the backend, and sample; the backend's memory is free again afterwards."""
+    tokens = mode_tokens(tokenizer)
+    settings: dict[str, Any] = {
+        "samples_per_mode": args.samples_per_mode,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+    if args.backend == "transformers":
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
+        check_embeddings(model, tokens)
+        return sample_both_modes(model, tokenizer, prompts, batch_size=args.batch_size, **settings)
+
+    if find_adapter_config_file(args.model) is not None:
+        raise ValueError(
+            f"model={args.model!r} is a PEFT adapter, which backend=vllm does not load. Merge it into its base model "
+            "(merge_and_unload of peft) and save that, or set backend to transformers."
+        )
+    with torch.device("meta"):  # its shape alone
+        check_embeddings(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model)), tokens)
+    engine = vllm_sampling.running_engine(
+        args.model,
+        longest_prompt=max(map(len, render(tokenizer, prompts))),
+        max_new_tokens=args.max_new_tokens,
+        dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    with engine as llm:
+        return vllm_sampling.sample_both_modes(llm, tokenizer, prompts, **settings)
+
+
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(EvaluateArguments, prog="hgpo-trl evaluate").parse_recipe(argv)
+    if args.backend == "vllm":
+        check_vllm_installed("backend=vllm")
     rewards = [_load_function(name) for name in args.reward_funcs]
     dataset = load_data("data", args.data, args.split)
     if args.num_prompts is not None:
@@ -93,22 +150,7 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_dataset("data", dataset, tokenizer)
     _try_rewards(rewards, dataset)
-    tokens = mode_tokens(tokenizer)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
-    check_embeddings(model, tokens)
-
-    samples = sample_both_modes(
-        model,
-        tokenizer,
-        dataset["prompt"],
-        samples_per_mode=args.samples_per_mode,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
+    samples = _sample(args, tokenizer, dataset["prompt"])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     samples.to_parquet(output_dir / "samples.parquet", index=False)  # whatever becomes of the scoring

@@ -1,0 +1,239 @@
+"""Evaluation with vLLM against evaluation with Transformers, on one real engine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from hgpo_trl import vllm_sampling
+from hgpo_trl.evaluation import render, sample_both_modes
+from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.scripts.evaluate import main
+from hgpo_trl.tasks.embedded import build_model
+
+# Looked up, not imported: that takes seconds, also where these tests are not the ones to run.
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
+
+NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 32, 3, 24
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # GiB
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Untrained, float32, with heads as wide as vLLM needs them on a CPU. The mode tokens' rows are enlarged, so that
+    the model picks one of them now and then."""
+    model: Qwen2ForCausalLM = build_model(tokenizer, hidden_size=64, num_heads=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[list(mode_tokens(tokenizer).decision)] *= 2
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def path(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def few(prompts: Dataset) -> Dataset:
+    return prompts.select(range(NUM_PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def engine(path: str, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Iterator[Any]:
+    longest = max(map(len, render(tokenizer, few["prompt"])))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with vllm_sampling.running_engine(path, longest_prompt=longest, max_new_tokens=MAX_NEW_TOKENS) as engine:
+            yield engine
+
+
+@pytest.fixture(scope="module")
+def sample(engine: Any, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Callable[..., pd.DataFrame]:
+    def run(prompts: Any = few["prompt"], **changes: Any) -> pd.DataFrame:
+        settings = {"samples_per_mode": SAMPLES, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0, "top_p": 1.0}
+        return vllm_sampling.sample_both_modes(engine, tokenizer, prompts, **(settings | changes))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def samples(sample: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+    return sample()
+
+
+@pytest.fixture(scope="module")
+def greedy_reference(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> pd.DataFrame:
+    """What Transformers makes of the same model."""
+    return sample_both_modes(
+        model, tokenizer, few["prompt"], samples_per_mode=2, max_new_tokens=MAX_NEW_TOKENS, temperature=0
+    )
+
+
+def test_greedy_is_what_transformers_gives(sample: Callable[..., pd.DataFrame], greedy_reference: pd.DataFrame) -> None:
+    """The whole table: columns, types, order, decisions, and every response token for token."""
+    assert set(greedy_reference["picked"]) == {-1, 1}
+    assert greedy_reference["prob_think"].nunique() > NUM_PROMPTS / 2
+    found = sample(temperature=0, samples_per_mode=2)
+    pd.testing.assert_frame_equal(found, greedy_reference, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_have_the_same_shape(samples: pd.DataFrame, greedy_reference: pd.DataFrame) -> None:
+    pd.testing.assert_series_equal(samples.dtypes, greedy_reference.dtypes)
+    keys = list(samples[["prompt_id", "mode", "sample"]].itertuples(index=False, name=None))
+    modes = sorted(mode.value for mode in MODES)
+    assert keys == [(row, mode, index) for row in range(NUM_PROMPTS) for mode in modes for index in range(SAMPLES)]
+    decisions = samples.drop_duplicates("prompt_id")[["prob_think", "prob_no_think", "picked"]]
+    expected = greedy_reference.drop_duplicates("prompt_id")[["prob_think", "prob_no_think", "picked"]]
+    pd.testing.assert_frame_equal(  # read at temperature 1, whatever the sampling
+        decisions.reset_index(drop=True), expected.reset_index(drop=True), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_responses_end_or_are_truncated(samples: pd.DataFrame) -> None:
+    for mode, completion in zip(samples["mode"], samples["completion"], strict=True):
+        assert completion.startswith(f"<{mode}>")
+    assert set(samples["truncated"]) == {True, False}
+    assert (samples["num_tokens"] <= MAX_NEW_TOKENS).all()
+    assert (samples.loc[samples["truncated"], "num_tokens"] == MAX_NEW_TOKENS).all()
+    words = samples["completion"].str.split().str.len()
+    ended = ~samples["truncated"]  # by an end token, which counts but is not text
+    assert (samples.loc[ended, "num_tokens"] > words[ended]).all()
+
+
+def test_the_seed_decides(sample: Callable[..., pd.DataFrame], samples: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(sample(), samples, rtol=1e-4, atol=1e-6)
+    other = sample(seed=1)
+    assert (other["completion"] != samples["completion"]).mean() > 0.9
+    assert sample(seed=-1)["completion"].equals(sample(seed=-1)["completion"])
+
+
+def test_no_two_responses_share_their_random_numbers(sample: Callable[..., pd.DataFrame], few: Dataset) -> None:
+    same = sample([few["prompt"][0]] * 4, samples_per_mode=4)
+    assert same.groupby("mode")["completion"].nunique().gt(12).all()
+
+
+def test_temperature_and_top_p(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    few: Dataset,
+    sample: Callable[..., pd.DataFrame],
+) -> None:
+    """The first token after the decision is distributed as computed by hand."""
+    count, temperature, top_p = 1500, 0.7, 0.6
+    drawn = sample(few["prompt"][:1], samples_per_mode=count, max_new_tokens=2, temperature=temperature, top_p=top_p)
+    (ids,) = render(tokenizer, few["prompt"][:1])
+    for mode, forced in zip(MODES, mode_tokens(tokenizer).decision, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, forced]])).logits[0, -1]
+        probs, tokens = (logits / temperature).softmax(dim=-1).sort(descending=True)
+        kept = probs.cumsum(dim=0) - probs < top_p
+        assert 1 < kept.sum() < len(kept)
+        expected = {
+            tokenizer.decode([forced, token], skip_special_tokens=True): prob
+            for token, prob in zip(tokens[kept].tolist(), (probs[kept] / probs[kept].sum()).tolist(), strict=True)
+        }
+        found = Counter(drawn.loc[drawn["mode"] == mode.value, "completion"])
+        assert found.keys() <= expected.keys()
+        for text, prob in expected.items():
+            assert found[text] / count == pytest.approx(prob, abs=5 * (prob * (1 - prob) / count) ** 0.5)
+
+
+def test_plain_text_prompts_are_conversations_already_rendered(
+    tokenizer: PreTrainedTokenizerFast, few: Dataset, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame
+) -> None:
+    texts = tokenizer.apply_chat_template(list(few["prompt"]), add_generation_prompt=True, tokenize=False)
+    pd.testing.assert_frame_equal(sample(texts), samples, rtol=1e-4, atol=1e-6)
+
+
+# --- The command --------------------------------------------------------------
+
+
+@pytest.fixture
+def command(path: str, few: Dataset, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run `hgpo-trl evaluate --backend vllm` as users do."""
+    few.to_parquet(tmp_path / "eval.parquet")
+
+    def run(**changes: Any) -> subprocess.CompletedProcess:
+        fields = {
+            "backend": "vllm",
+            "model": path,
+            "data": tmp_path / "eval.parquet",
+            "output_dir": tmp_path / "out",
+            "samples_per_mode": SAMPLES,
+            "max_new_tokens": MAX_NEW_TOKENS,
+        }
+        argv = [word for name, value in (fields | changes).items() for word in (f"--{name}", str(value))]
+        return subprocess.run(
+            [sys.executable, "-m", "hgpo_trl.cli", "evaluate", *argv],
+            env=os.environ | ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    return run
+
+
+def test_the_command_writes_report_and_samples(
+    command: Callable[..., subprocess.CompletedProcess],
+    model: Qwen2ForCausalLM,
+    few: Dataset,
+    path: str,
+    tmp_path: Path,
+) -> None:
+    result = command(temperature=0, samples_per_mode=1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "hybrid accuracy" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert (report["num_prompts"], report["samples_per_mode"]) == (NUM_PROMPTS, 1)
+    samples = pd.read_parquet(tmp_path / "out" / "samples.parquet")
+    assert samples.pop("reward").isin([0.0, 1.0]).all()
+    samples["faults"] = samples["faults"].map(list)
+    expected = sample_both_modes(
+        model,
+        AutoTokenizer.from_pretrained(path),
+        few["prompt"],
+        samples_per_mode=1,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=0,
+    )
+    pd.testing.assert_frame_equal(samples, expected, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+def test_too_few_positions_are_refused(path: str, model: Qwen2ForCausalLM) -> None:
+    positions = model.config.max_position_embeddings
+    message = (
+        rf"max_new_tokens={positions} and the longest prompt of 1 tokens need {positions + 1} positions, but the model "
+        rf".* has {positions} \(max_position_embeddings\)\. Lower max_new_tokens"
+    )
+    with (
+        pytest.raises(ValueError, match=message),
+        vllm_sampling.running_engine(path, longest_prompt=1, max_new_tokens=positions),
+    ):
+        pass
+
+
+def test_an_adapter_is_refused(path: str, few: Dataset, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(path, adapter)
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    few.to_parquet(tmp_path / "eval.parquet")
+    fields = {"backend": "vllm", "model": adapter, "data": tmp_path / "eval.parquet", "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"model=.*adapter' is a PEFT adapter, which backend=vllm does not load"):
+        main([word for name, value in fields.items() for word in (f"--{name}", str(value))])
