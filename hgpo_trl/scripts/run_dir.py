@@ -60,12 +60,28 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
             f"resume_from_checkpoint={requested!r} is not a folder. Leave it out to resume from the last checkpoint of "
             "output_dir, or name one of its checkpoint-STEP folders."
         )
-    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json")
-    if any(any(directory.glob(pattern)) for pattern in results):
-        _check_same_run(directory, run)
+    _check_results(directory, run)
     if training_args.process_index == 0:
         write_json(directory / RUN_FILE, run)
     return requested or last_checkpoint(directory)
+
+
+def claim_results(directory: Path, stage: str, *configs: Any) -> None:
+    """The same for a stage of one process that has no checkpoints.
+
+    Raises:
+        ValueError: the folder holds another run's results.
+    """
+    run = describe_run(stage, *configs)
+    _check_results(directory, run)
+    write_json(directory / RUN_FILE, run)
+
+
+def _check_results(directory: Path, run: dict[str, Any]) -> None:
+    """ValueError if a folder holds checkpoints or a model, and not this run's."""
+    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json")
+    if any(any(directory.glob(pattern)) for pattern in results):
+        _check_same_run(directory, run)
 
 
 def _is_free(key: str) -> bool:
