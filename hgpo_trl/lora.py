@@ -81,12 +81,13 @@ def is_adapter(name: str) -> bool:
 def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model in float32, merge an adapter of a training stage into it, and load the adapter's tokenizer.
 
-    An embedding that had to grow for the tags grows again as it did in training.
+    An embedding that had to grow for the tags grows again as it did in training. Tied embeddings stay tied, unless
+    the adapter has trained one of the two alone (`lora_modules_to_save`, `lora_target_modules`).
 
     Raises:
         ValueError: the adapter's tokenizer lacks the mode tags, or gives them other ids than the base model's does.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     tokens = mode_tokens(tokenizer)
@@ -98,6 +99,15 @@ def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrain
             f"The adapter {adapter!r} was trained with {tokens}, but its base model {base!r} has {found}: it is "
             "another model than the one that was trained."
         )
+    config: Any = PeftConfig.from_pretrained(adapter)
+    apart = model.config.tie_word_embeddings and config.trainable_token_indices is None
+    if apart:  # else what is merged into the one would change the other
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
     merged = cast(Any, PeftModel.from_pretrained(model, adapter)).merge_and_unload()
+    if apart and merged.get_output_embeddings().weight.equal(merged.get_input_embeddings().weight):
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
     align_special_tokens(merged, tokenizer)  # as the Trainer does; generation ends with the tokenizer's eos
     return merged, tokenizer

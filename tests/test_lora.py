@@ -156,11 +156,14 @@ class Trained:
 
 @pytest.fixture(scope="module", params=["grown tied", "grown untied", "spare tied", "spare untied"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return stage_one(request.param, tmp_path_factory.mktemp("lora"))
+
+
+def stage_one(kind: str, root: Path, changes: Config | None = None, rows: bool = True) -> Trained:
     """Stage I on a model without tags, with and without spare rows for them, with and without tied embeddings."""
-    rows, tied = request.param.split()
-    root = tmp_path_factory.mktemp("lora")
+    space, tied = kind.split()
     tokenizer = qwen2()
-    model = {"tied": tiny_qwen2, "untied": tiny_llama}[tied](len(tokenizer) + (13 if rows == "spare" else 0))
+    model = {"tied": tiny_qwen2, "untied": tiny_llama}[tied](len(tokenizer) + (13 if space == "spare" else 0))
     tokenizer.save_pretrained(root / "base")
     model.save_pretrained(root / "base")
     completions = ["<think>\n2 + 3\n</think>\n\n5", "<no_think>\n5\n</no_think>"] * 4
@@ -171,7 +174,10 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         }
     ).to_parquet(root / "hft.parquet")
     config = {"model_name_or_path": f"{root}/base", "train_data": f"{root}/hft.parquet", "output_dir": f"{root}/hft"}
-    trainer = run_for_trainer("hft", TRAINING | config)
+    with pytest.MonkeyPatch.context() as patch:
+        if not rows:
+            patch.setattr(training, "train_tag_rows", lambda *_: None)
+        trainer = run_for_trainer("hft", TRAINING | config | (changes or {}))
     return Trained(root, root / "base", root / "hft", trainer.model, trainer.processing_class)
 
 
@@ -237,6 +243,26 @@ def test_merged_model_is_the_trained_one(trained: Trained) -> None:
     merged = AutoModelForCausalLM.from_pretrained(half)
     assert merged.dtype == torch.bfloat16
     torch.testing.assert_close(trained.logits(merged.float()), expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"lora_modules_to_save": ["embed_tokens", "lm_head"]}, False),
+        ({"lora_modules_to_save": ["embed_tokens"]}, False),
+        ({"lora_target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({}, True),
+    ],
+    ids=str,
+)
+def test_merging_keeps_what_a_recipe_has_trained_apart(config: Config, tied: bool, tmp_path: Path) -> None:
+    """Of tied embeddings; the adapter without any rows, too."""
+    trained = stage_one("grown tied", tmp_path, config, rows=bool(config))
+    run("merge", {"model": str(trained.adapter), "output_dir": f"{tmp_path}/merged"})
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings == tied
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
+    torch.testing.assert_close(trained.logits(merged), trained.logits(trained.model), rtol=1e-5, atol=1e-6)
 
 
 # --- Stage II ---------------------------------------------------------------------------------------------------

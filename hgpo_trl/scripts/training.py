@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, ModelConfig, SFTConfig, get_peft_config
 
 from hgpo_trl.files import looks_like_path
@@ -49,11 +50,22 @@ def lora_config(
 
     Args:
         model: the recipe's, if it is loaded already; else its modules are made up without weights.
+
+    Raises:
+        ValueError: DeepSpeed ZeRO-3 would have to shard single rows; or see `train_tag_rows`.
     """
     config: Any = get_peft_config(model_args)
     if config is None:
         return None
     config.revision = model_args.model_revision  # the adapter says which base model it belongs to
+    if is_deepspeed_zero3_enabled():
+        if not model_args.lora_modules_to_save:
+            raise ValueError(
+                "use_peft: the tags' embedding rows cannot be trained on their own under DeepSpeed ZeRO-3, because "
+                "TRL's loss needs the output embedding as a parameter. Use ZeRO-2, or train the embeddings whole "
+                "(lora_modules_to_save: [embed_tokens, lm_head])."
+            )
+        return config
     if model is None:
         source, trust = str(model_args.model_name_or_path), training_args.trust_remote_code
         model_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=trust)
