@@ -28,6 +28,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from trl import ModelConfig, SFTConfig
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import use_adapter
 
@@ -367,7 +368,45 @@ def test_resumes_to_the_same_adapter(
     assert (finished / weights).read_bytes() != (finished / "checkpoint-1" / weights).read_bytes()
 
 
+# --- the whole method -------------------------------------------------------------------------------------------
+
+
+def test_both_stages_with_lora(tmp_path: Path) -> None:
+    """data, HFT, merge, HGPO, merge, evaluate, by what a user sets and nothing else."""
+    sizes = {"num_hft": 16, "num_hgpo": 9, "num_eval": 9, "hidden_size": 16, "num_heads": 2, "num_layers": 1}
+    run("data", sizes | {"output_dir": f"{tmp_path}/data"})
+    config = {"model_name_or_path": f"{tmp_path}/data/base", "train_data": f"{tmp_path}/data/hft.parquet"}
+    run("hft", TRAINING | config | {"output_dir": f"{tmp_path}/hft-lora"})
+    run("merge", {"model": f"{tmp_path}/hft-lora", "output_dir": f"{tmp_path}/hft"})
+    config = {"train_data": f"{tmp_path}/data/hgpo.parquet", "output_dir": f"{tmp_path}/hgpo-lora"}
+    run("hgpo", hgpo_config(tmp_path, f"{tmp_path}/hft") | config)
+    run("merge", {"model": f"{tmp_path}/hgpo-lora", "output_dir": f"{tmp_path}/hgpo"})
+    sampling = {"num_prompts": 2, "samples_per_mode": 2, "max_new_tokens": 8}
+    config = {"model": f"{tmp_path}/hgpo", "data": f"{tmp_path}/data/eval.parquet", "output_dir": f"{tmp_path}/eval"}
+    run("evaluate", config | sampling)
+    assert json.loads((tmp_path / "eval" / "report.json").read_text(encoding="utf-8"))["num_prompts"] == 2
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("data/base", "hft", "hgpo")]
+    embeddings = [model.get_input_embeddings().weight for model in models]
+    changed = [
+        (a != b).any(dim=1).nonzero().flatten().tolist() for a, b in zip(embeddings, embeddings[1:], strict=False)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hgpo")
+    assert changed == [tokenizer.convert_tokens_to_ids(list(TAGS))] * 2
+
+
 # --- what does not fit ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [None, ["embed_tokens", "lm_head"]])
+def test_single_rows_under_zero_3(whole: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "is_deepspeed_zero3_enabled", lambda: True)
+    model = ModelConfig("m", use_peft=True, lora_modules_to_save=whole)
+    arguments = SFTConfig("out", bf16=False, use_cpu=True)
+    if whole:
+        assert training.lora_config(arguments, model, TOKENS).trainable_token_indices is None
+    else:
+        with pytest.raises(ValueError, match=r"cannot be trained on their own under DeepSpeed ZeRO-3"):
+            training.lora_config(arguments, model, TOKENS)
 
 
 @pytest.mark.parametrize("stage", ["hft", "hgpo", "evaluate"])
