@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -387,9 +388,7 @@ def test_both_stages_with_lora(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "eval" / "report.json").read_text(encoding="utf-8"))["num_prompts"] == 2
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("data/base", "hft", "hgpo")]
     embeddings = [model.get_input_embeddings().weight for model in models]
-    changed = [
-        (a != b).any(dim=1).nonzero().flatten().tolist() for a, b in zip(embeddings, embeddings[1:], strict=False)
-    ]
+    changed = [(a != b).any(dim=1).nonzero().flatten().tolist() for a, b in pairwise(embeddings)]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hgpo")
     assert changed == [tokenizer.convert_tokens_to_ids(list(TAGS))] * 2
 
