@@ -7,6 +7,7 @@ STAGES = {
     "data": "build the data sets and the untrained model of an embedded task",
     "hft": "Stage I, Hybrid Fine-Tuning",
     "hgpo": "Stage II, Hybrid Group Policy Optimization",
+    "merge": "merge a LoRA adapter of either stage into its base model",
     "evaluate": "sample a model in both modes, score it, report hybrid accuracy",
     "report": "tables and figures from evaluations and training logs",
 }

@@ -294,6 +294,7 @@ def _mean_row(tensor: Tensor, ids: Iterable[int]) -> Tensor:
 
 def _rows(module: nn.Module) -> int:
     """Rows of an embedding, also where DeepSpeed ZeRO-3 has partitioned it and its local shape is 0."""
+    module = getattr(module, "original_module", module)  # PEFT's wrapper would compute its weight, and copy it for that
     weight = cast(Tensor, module.weight)
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -22,9 +23,10 @@ from hgpo_trl.advantages import assign_rewards, compute_advantages
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table
+from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, check_embeddings, completion_text, mode_tokens, split_response
-from hgpo_trl.vllm_support import keep_cpu_weights_replaceable
+from hgpo_trl.vllm_support import keep_cpu_weights_replaceable, sync_merged_weights
 
 logger = get_logger(__name__)
 
@@ -145,6 +147,10 @@ class HGPOTrainer(GRPOTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
         check_embeddings(self.model, self.mode_tokens)
+        if is_peft_model(self.model):
+            prepare_wrapped(self.model)
+            if self.use_vllm:
+                sync_merged_weights(self.vllm_generation)
         self._budget_for_the_forced_token()
         self._warned_off_mode = False
         self._rewards_per_func: Tensor  # [B, F] over all processes, kept between two overrides

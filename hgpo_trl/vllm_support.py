@@ -1,11 +1,15 @@
-"""vLLM: whether the installed one will do, and what its build for CPUs needs to take new weights."""
+"""vLLM: whether the installed one will do, what its build for CPUs needs to take new weights, and LoRA's names."""
 
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING
+
+_T = TypeVar("_T")
 
 SUPPORTED = SpecifierSet(">=0.22,<0.32")  # what TRL 1.16 supports; the extra `vllm` asks for the same
 
@@ -35,6 +39,23 @@ def _installed_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def without_token_adapters(named: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
+    """Merged parameters under the names they have without PEFT's trainable tokens, which are left out."""
+    for name, parameter in named:
+        if ".trainable_tokens_delta" not in name:
+            yield name.replace(".token_adapter.", "."), parameter
+
+
+def sync_merged_weights(generation: Any) -> None:
+    """Have TRL's `VLLMGeneration` send a model with trainable tokens under names that vLLM knows.
+
+    TRL takes the names of LoRA back, not those of trainable tokens. Every way of sharding goes through the method that
+    is replaced here.
+    """
+    merged = generation._iter_named_params
+    generation._iter_named_params = lambda: without_token_adapters(merged())
 
 
 def keep_cpu_weights_replaceable() -> None:

@@ -17,11 +17,12 @@ from hgpo_trl.scripts.data import DataArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
+from hgpo_trl.scripts.merge import MergeArguments
 from hgpo_trl.scripts.report import ReportArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-OURS = (DataArguments, HFTArguments, HGPOArguments, HGPOConfig, EvaluateArguments, ReportArguments)
+OURS = (DataArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments)
 INHERITED = "Inherited fields that matter most"
 
 Row = dict[str, str]

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
 from hgpo_trl.data_files import load_data
-from hgpo_trl.modes import add_mode_tokens
+from hgpo_trl.lora import prepare_wrapped
+from hgpo_trl.modes import add_mode_tokens, mode_tokens
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import load_tokenizer, model_init_kwargs, train_and_save
+from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
 
 
 @dataclass
@@ -68,8 +69,10 @@ def main(argv: Sequence[str]) -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=lora_config(training_args, model_args, mode_tokens(tokenizer), model),
     )
+    if model_args.use_peft:
+        prepare_wrapped(trainer.model)
     train_and_save(trainer, checkpoint)
 
 

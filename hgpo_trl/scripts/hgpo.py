@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data_files import load_data
@@ -18,7 +18,7 @@ from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import load_tokenizer, model_init_kwargs, train_and_save
+from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
 from hgpo_trl.trainer import HGPOTrainer, check_dataset
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args)
 
     tokenizer = load_tokenizer(training_args, model_args, truncation_side="left", padding_side="left")
-    mode_tokens(tokenizer)
+    tokens = mode_tokens(tokenizer)
     train_dataset = load_data("train_data", script_args.train_data, script_args.train_split)
     check_dataset("train_data", train_dataset, tokenizer)
     eval_dataset = None
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=lora_config(training_args, model_args, tokens),
     )
     train_and_save(trainer, checkpoint)
 

@@ -57,9 +57,7 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
         requested = None  # what happens anyway
     if requested is not None:
         _check_requested(Path(requested))
-    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json")
-    if any(any(directory.glob(pattern)) for pattern in results):
-        _check_same_run(directory, run)
+    _check_results(directory, run)
     checkpoint, torn = (requested, {}) if requested else last_checkpoint(directory)
     if training_args.process_index == 0:
         write_json(directory / RUN_FILE, run)
@@ -76,6 +74,24 @@ def _check_requested(checkpoint: Path) -> None:
     foreign = not (checkpoint / SEAL).exists() and (checkpoint / TRAINER_STATE_NAME).is_file()
     if not foreign and (found := fault(checkpoint)):  # one that another tool wrote has a state and no seal
         raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
+
+
+def claim_results(directory: Path, stage: str, *configs: Any) -> None:
+    """The same for a stage of one process that has no checkpoints.
+
+    Raises:
+        ValueError: the folder holds another run's results.
+    """
+    run = describe_run(stage, *configs)
+    _check_results(directory, run)
+    write_json(directory / RUN_FILE, run)
+
+
+def _check_results(directory: Path, run: dict[str, Any]) -> None:
+    """ValueError if a folder holds checkpoints or a model, and not this run's."""
+    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json")
+    if any(any(directory.glob(pattern)) for pattern in results):
+        _check_same_run(directory, run)
 
 
 def _is_free(key: str) -> bool:

@@ -1,14 +1,19 @@
 """What both training stages share: how a model is loaded, and how a trainer is run and its result kept."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
-from transformers import AutoTokenizer, Trainer
-from trl import GRPOConfig, ModelConfig, SFTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOConfig, ModelConfig, SFTConfig, get_peft_config
 
 from hgpo_trl.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.files import looks_like_path
+from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, train_tag_rows
+from hgpo_trl.modes import ModeTokens
 
 
 def model_init_kwargs(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -27,11 +32,52 @@ def model_init_kwargs(training_args: SFTConfig | GRPOConfig, model_args: ModelCo
 
 
 def check_model_path(field: str, name: str | None) -> None:
-    """ValueError if a recipe's field names no model, or a folder that is not there."""
+    """ValueError if a recipe's field names no model, a folder that is not there, or one with a LoRA adapter."""
     if name is None:
         raise ValueError(f"{field} is missing: name a model, by path or hub id.")
     if not Path(name).is_dir() and looks_like_path(name):
         raise ValueError(f"{field}={name!r}: there is no such folder. Train that model first, or fix the path.")
+    if is_adapter(name):
+        base = json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"{field}={name!r} is a LoRA adapter of {base}; merge it first: "
+            f"hgpo-trl merge --model {name} --output_dir {name.rstrip('/')}-merged"
+        )
+
+
+def lora_config(
+    training_args: SFTConfig | GRPOConfig,
+    model_args: ModelConfig,
+    tokens: ModeTokens,
+    model: PreTrainedModel | None = None,
+) -> Any:
+    """The PEFT configuration of a recipe with `use_peft`, the tags' embedding rows included; None without.
+
+    Args:
+        model: the recipe's, if it is loaded already; else its modules are made up without weights.
+
+    Raises:
+        ValueError: DeepSpeed ZeRO-3 would have to shard single rows; or see `train_tag_rows`.
+    """
+    config: Any = get_peft_config(model_args)
+    if config is None:
+        return None
+    config.revision = model_args.model_revision  # the adapter says which base model it belongs to
+    if is_deepspeed_zero3_enabled():
+        if not model_args.lora_modules_to_save:
+            raise ValueError(
+                "use_peft: the tags' embedding rows cannot be trained on their own under DeepSpeed ZeRO-3, because "
+                "TRL's loss needs the output embedding as a parameter. Use ZeRO-2, or train the embeddings whole "
+                "(lora_modules_to_save: [embed_tokens, lm_head])."
+            )
+        return config
+    if model is None:
+        source, trust = str(model_args.model_name_or_path), training_args.trust_remote_code
+        model_config = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+    train_tag_rows(config, tokens, model)
+    return config
 
 
 def load_tokenizer(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig, **kwargs: Any) -> Any:

@@ -1,0 +1,75 @@
+"""Merge a LoRA adapter into its base model, so that it serves, evaluates and trains on like any other model.
+
+hgpo-trl merge --model runs/x/hft-lora --output_dir runs/x/hft
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from transformers import AutoConfig
+
+from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, load_merged
+from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.run_dir import claim_results
+from hgpo_trl.scripts.training import check_model_path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class MergeArguments:
+    """What to merge."""
+
+    model: str = field(metadata={"help": "Folder of an adapter: output_dir of a stage with use_peft, or a checkpoint."})
+    output_dir: str = field(metadata={"help": "Folder for the merged model and its tokenizer."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Where the base model is, if not where the adapter says."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the merged weights: float32, bfloat16, float16."})
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+
+
+def _check_base(base: str | None, revision: str | None, adapter: str) -> None:
+    """ValueError if there is no base model; its weights are not loaded."""
+    remedy = f"Say with base_model where the base model of the adapter {adapter!r} is."
+    if base is None:
+        raise ValueError(f"The adapter names no base model. {remedy}")
+    if is_adapter(base):
+        check_model_path("base_model", base)
+    try:
+        AutoConfig.from_pretrained(base, revision=revision)
+    except OSError as error:
+        raise ValueError(f"The base model {base!r} is not there. {remedy}") from error
+
+
+def main(argv: Sequence[str]) -> None:
+    (args,) = RecipeParser(MergeArguments, prog="hgpo-trl merge").parse_recipe(argv)
+    if not is_adapter(args.model):
+        raise ValueError(
+            f"model={args.model!r} is not the folder of a LoRA adapter: there is no {ADAPTER_CONFIG} in it. Name the "
+            "output_dir, or a checkpoint, of a stage that ran with use_peft; a model that was trained whole needs no "
+            "merging."
+        )
+    output_dir = Path(args.output_dir)
+    if output_dir.resolve() == Path(args.model).resolve():
+        raise ValueError(f"output_dir={args.output_dir!r} is the adapter's own folder. Choose another one.")
+    config = PeftConfig.from_pretrained(args.model)
+    base = args.base_model or config.base_model_name_or_path
+    _check_base(base, config.revision, args.model)
+    claim_results(output_dir, "merge", args)
+
+    model, tokenizer = load_merged(args.model, base, config.revision)
+    model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    print(f"{args.model} merged into {base} -> {output_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
