@@ -127,13 +127,27 @@ class HGPOConfig(GRPOConfig):
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward function "
                 "before the sum, but HGPO compares the modes' raw mean rewards plus the margin. Use sum_then_normalize."
             )
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "must be divisible by num_generations" not in str(error):
+                raise
+            raise ValueError(self._groups_do_not_come_out()) from None
         forced = {"thinking_mode", "enable_thinking"} & set(self.chat_template_kwargs or {})
         if forced:
             raise ValueError(
                 f"chat_template_kwargs sets {' and '.join(sorted(forced))}, but HGPO itself forces each response's "
                 "mode. Leave it out."
             )
+
+    def _groups_do_not_come_out(self) -> str:
+        rows, processes = self.per_device_train_batch_size, self.world_size
+        return (
+            f"A rollout must hold whole groups of num_generations={self.num_generations} responses, but "
+            f"per_device_train_batch_size={rows} x {processes} processes x steps_per_generation="
+            f"{self.steps_per_generation} = {self.generation_batch_size} rows must be divisible by num_generations. "
+            "Change one of them (gradient_accumulation_steps sets steps_per_generation), or the number of processes."
+        )
 
 
 def _check_group_size(name: str, value: int | None, minimum: int) -> None:

@@ -1,6 +1,7 @@
 """HGPOTrainer: TRL's GRPOTrainer with hybrid group sampling and mode-aware advantages."""
 
 import math
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
@@ -134,6 +136,12 @@ class HGPOTrainer(GRPOTrainer):
                     f"processing_class.{name} is set: TRL would take the mode tags out of the completions before the "
                     f"rewards see them. Set processing_class.{name} = None."
                 )
+        if args.beta != 0.0 and is_fsdp_enabled() and os.environ.get("FSDP_VERSION") == "2":
+            raise ValueError(
+                f"beta={args.beta} needs a reference model, but with fsdp_cpu_ram_efficient_loading: true TRL leaves "
+                "its weights random on every process but the first. Set that to false in the accelerate config, or "
+                "beta to 0."
+            )
         self.mode_tokens = mode_tokens(processing_class)
         check_dataset("train_dataset", train_dataset, processing_class)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, load_task, prompt_dataset
 
@@ -20,7 +20,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model_dir(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An untrained model of 16 dimensions, saved with its tokenizer."""
     path = tmp_path_factory.mktemp("model")
-    model: Qwen2ForCausalLM = build_model(tokenizer, hidden_size=16, num_heads=2)
+    model: LlamaForCausalLM = build_model(tokenizer, hidden_size=16, num_heads=2)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)

@@ -14,8 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
+from tokenizers_zoo import word_level
+
+from hgpo_trl.modes import Mode, format_response
+from hgpo_trl.tasks.embedded import build_model
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
@@ -114,3 +121,104 @@ def test_two_processes_take_the_steps_of_one(
     assert {row["completion"][0] for row in together["rows"] if row["step"] == 2} == {
         row["completion"][0] for row in fixed(alone)
     }
+
+
+# --- the stages themselves --------------------------------------------------------------------------------------
+
+
+def stage(config: str | None, name: str, output_dir: Path, **fields: Any) -> Path:
+    """Run a stage to its end; the folder that it leaves."""
+    common: dict[str, Any] = {
+        "output_dir": output_dir,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+    }
+    where = {"use_cpu": True} if config in (None, "cpu_ddp") else {}
+    backend = {} if config is None else {"ddp_backend": "gloo"}
+    words = [word for key, value in (common | where | backend | fields).items() for word in (f"--{key}", str(value))]
+    launch(config, "-m", f"hgpo_trl.scripts.{name}", *words)
+    return output_dir
+
+
+def log_of(folder: Path) -> list[Result]:
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    steps = [entry for entry in history if "train_runtime" not in entry]
+    return [{k: v for k, v in entry.items() if k not in ("step_time", "num_tokens")} for entry in steps]
+
+
+@pytest.fixture(scope="module")
+def hft_fields(prompts: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model whose tokenizer and embeddings lack the tags, and examples of both modes."""
+    folder = tmp_path_factory.mktemp("hft")
+    tokenizer = word_level()
+    tokenizer.save_pretrained(folder / "bare")
+    build_model(tokenizer, hidden_size=16, num_heads=2).save_pretrained(folder / "bare")
+
+    def answered(row: dict[str, Any], index: int) -> dict[str, Any]:
+        mode = list(Mode)[index % 2]
+        response = format_response(mode, row["answer"], "one step" if mode is Mode.THINK else "")
+        return {"completion": [{"role": "assistant", "content": response}]}
+
+    prompts.map(answered, with_indices=True).select_columns(["prompt", "completion"]).to_parquet(folder / "hft.parquet")
+    return {"model_name_or_path": folder / "bare", "train_data": folder / "hft.parquet", "max_length": 64}
+
+
+@pytest.fixture(scope="module")
+def hft_alone(hft_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stage(None, "hft", tmp_path_factory.mktemp("alone") / "hft", per_device_train_batch_size=8, **hft_fields)
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_hft_adds_the_tags_and_takes_the_steps_of_one_process(
+    config: str, hft_fields: dict[str, Any], hft_alone: Path, tmp_path: Path
+) -> None:
+    folder = stage(config, "hft", tmp_path / "hft", per_device_train_batch_size=4, **hft_fields)
+    for mine, alone in zip(log_of(folder), log_of(hft_alone), strict=True):
+        assert mine["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    weights, expected = load_file(folder / "model.safetensors"), load_file(hft_alone / "model.safetensors")
+    shared = weights.keys() & expected.keys()  # one may name the tied embedding twice
+    assert len(shared) == len(expected)
+    for name in shared:  # Adam turns rounding of a gradient near 0 into a step of up to the learning rate
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", ["cpu_ddp", "zero2", "zero3"])
+def test_hgpo_resumes_under_sharding(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
+    """Plain generation in every process; groups straddle the two."""
+    fields = {"model_name_or_path": model_dir, "train_data": data, "per_device_train_batch_size": 6}
+    fields |= {"gradient_accumulation_steps": 2, "num_generations": 4, "max_completion_length": 8, "beta": 0.04}
+    whole = stage(config, "hgpo", tmp_path / "whole", **fields)
+    resumed = stage(config, "hgpo", tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-1", **fields)
+    assert log_of(resumed) == log_of(whole)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_groups_straddle_two_processes(model_dir: str, data: Path, tmp_path: Path) -> None:
+    """N = 4 and 6 rows per process and micro-batch: every other group begins on one process and ends on the next."""
+    fields = {"model_name_or_path": model_dir, "train_data": data, "max_completion_length": 8, "save_strategy": "no"}
+    fields |= {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
+    fields |= {"eval_data": data, "eval_prompts": 5, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    folder = stage("cpu_ddp", "hgpo", tmp_path / "run", per_device_eval_batch_size=2, log_completions=True, **fields)
+    assert any("eval_hgpo/hybrid_accuracy" in entry for entry in log_of(folder))
+
+    table = pd.read_parquet(folder / "completions" / "completions_00001.parquet")
+    assert len(table) == 24, "6 rows x 2 micro-batches x 2 processes"
+    assert table["mode"].tolist() == ["think", "think", "no_think", "no_think"] * 6
+    for mode, completion in zip(table["mode"], table["completion"], strict=True):
+        assert completion[0]["content"].startswith(f"<{mode}>")
+    for _, group in table.groupby(table.index // 4):
+        assert len({prompt[0]["content"] for prompt in group["prompt"]}) == 1
+
+
+def test_processes_that_do_not_divide_the_groups(model_dir: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        AssertionError, match=r"per_device_train_batch_size=3 x 2 processes x steps_per_generation=1 = 6"
+    ):
+        stage("cpu_ddp", "hgpo", tmp_path, model_name_or_path=model_dir, train_data=data, per_device_train_batch_size=3)

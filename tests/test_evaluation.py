@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl import vllm_support
 from hgpo_trl.decision import OFF_MODE, Decision, read_decision
@@ -29,7 +29,7 @@ Messages = list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(model_dir: str) -> Qwen2ForCausalLM:
+def model(model_dir: str) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(model_dir)
 
 
@@ -44,7 +44,7 @@ def few(prompts: Dataset) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def sample(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Callable[..., pd.DataFrame]:
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Callable[..., pd.DataFrame]:
     """Sample the untrained model."""
 
     def run(prompts: Any = few["prompt"], **changes: Any) -> pd.DataFrame:
@@ -68,7 +68,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: Messages) -> list[int
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_read_decision_is_a_full_forward_pass(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     tokens: ModeTokens,
     few: Dataset,
@@ -140,7 +140,7 @@ def test_responses_end_or_are_truncated(samples: pd.DataFrame) -> None:
 
 
 def test_what_is_counted(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     tokens: ModeTokens,
     few: Dataset,
@@ -198,7 +198,7 @@ def test_plain_text_prompts_are_conversations_already_rendered(
 
 
 def test_temperature_zero_is_greedy(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset, sample: Callable[..., pd.DataFrame]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset, sample: Callable[..., pd.DataFrame]
 ) -> None:
     samples = sample(temperature=0, max_new_tokens=6)
     assert samples.groupby(["prompt_id", "mode"])["completion"].nunique().eq(1).all()
@@ -215,7 +215,7 @@ def test_temperature_zero_is_greedy(
 
 
 def test_a_model_without_an_end_token(
-    model: Qwen2ForCausalLM, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokenizer's is enough."""
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
@@ -223,7 +223,7 @@ def test_a_model_without_an_end_token(
 
 
 def test_the_models_own_generation_config_does_not_change_the_distribution(
-    model: Qwen2ForCausalLM, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    model: LlamaForCausalLM, sample: Callable[..., pd.DataFrame], samples: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"repetition_penalty": 3.0, "top_k": 1, "temperature": 0.1, "top_p": 0.1}.items():
         monkeypatch.setattr(model.generation_config, name, value)

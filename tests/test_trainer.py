@@ -396,6 +396,16 @@ def test_bad_tokenizers(
 
 
 @pytest.mark.usefixtures("no_model")
+def test_fsdp2_with_a_random_reference_model_is_refused(
+    make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hgpo_trl.trainer.is_fsdp_enabled", lambda: True)  # with cpu_ram_efficient_loading
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match=r"beta=0\.1 needs a reference model, but with fsdp_cpu_ram_efficient_loading"):
+        make_trainer(beta=0.1)
+
+
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
 def test_refuses_what_it_cannot_do(make_trainer: Callable, name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"{name} is not supported"):

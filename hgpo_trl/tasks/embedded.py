@@ -15,7 +15,7 @@ from types import ModuleType
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from hgpo_trl.chat_template import set_chat_template
 from hgpo_trl.imports import load_module
@@ -151,10 +151,14 @@ def build_model(
     num_heads: int = 4,
     max_length: int = 128,
     seed: int = 0,
-) -> Qwen2ForCausalLM:
-    """A randomly initialised Qwen2 with tied embeddings and a feed-forward of 4 x `hidden_size`."""
+) -> LlamaForCausalLM:
+    """A randomly initialised Llama with tied embeddings and a feed-forward of 4 x `hidden_size`.
+
+    Llama, because AutoTokenizer takes its tokenizer as it was saved; in a folder with a Qwen2 it insists on Qwen2's own
+    class, which reads the words of this one otherwise.
+    """
     set_seed(seed)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -169,4 +173,4 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)
