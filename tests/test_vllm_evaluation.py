@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl import vllm_sampling
 from hgpo_trl.evaluation import render, sample_both_modes
@@ -31,17 +31,17 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Untrained, float32, with heads as wide as vLLM needs them on a CPU. The mode tokens' rows are enlarged, so that
     the model picks one of them now and then."""
-    model: Qwen2ForCausalLM = build_model(tokenizer, hidden_size=64, num_heads=2)
+    model: LlamaForCausalLM = build_model(tokenizer, hidden_size=64, num_heads=2)
     with torch.no_grad():
         model.get_input_embeddings().weight[list(mode_tokens(tokenizer).decision)] *= 2
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def path(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+def path(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -78,7 +78,7 @@ def samples(sample: Callable[..., pd.DataFrame]) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def greedy_reference(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> pd.DataFrame:
+def greedy_reference(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> pd.DataFrame:
     """What Transformers makes of the same model."""
     return sample_both_modes(
         model, tokenizer, few["prompt"], samples_per_mode=2, max_new_tokens=MAX_NEW_TOKENS, temperature=0
@@ -129,7 +129,7 @@ def test_no_two_responses_share_their_random_numbers(sample: Callable[..., pd.Da
 
 
 def test_temperature_and_top_p(
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     few: Dataset,
     sample: Callable[..., pd.DataFrame],
@@ -192,7 +192,7 @@ def command(path: str, few: Dataset, tmp_path: Path) -> Callable[..., subprocess
 
 def test_the_command_writes_report_and_samples(
     command: Callable[..., subprocess.CompletedProcess],
-    model: Qwen2ForCausalLM,
+    model: LlamaForCausalLM,
     few: Dataset,
     path: str,
     tmp_path: Path,
@@ -216,7 +216,7 @@ def test_the_command_writes_report_and_samples(
     pd.testing.assert_frame_equal(samples, expected, rtol=1e-4, atol=1e-6, check_dtype=False)
 
 
-def test_too_few_positions_are_refused(path: str, model: Qwen2ForCausalLM) -> None:
+def test_too_few_positions_are_refused(path: str, model: LlamaForCausalLM) -> None:
     positions = model.config.max_position_embeddings
     message = (
         rf"max_new_tokens={positions} and the longest prompt of 1 tokens need {positions + 1} positions, but the model "
