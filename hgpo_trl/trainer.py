@@ -4,6 +4,7 @@ import math
 import os
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,12 @@ from hgpo_trl.hybrid_accuracy import per_prompt_table
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, check_embeddings, completion_text, mode_tokens, split_response
-from hgpo_trl.vllm_support import keep_cpu_weights_replaceable, sync_merged_weights
+from hgpo_trl.vllm_support import (
+    check_server,
+    check_vllm_installed,
+    keep_cpu_weights_replaceable,
+    sync_merged_weights,
+)
 
 logger = get_logger(__name__)
 
@@ -142,6 +148,8 @@ class HGPOTrainer(GRPOTrainer):
                 "its weights random on every process but the first. Set that to false in the accelerate config, or "
                 "beta to 0."
             )
+        if args.use_vllm:
+            _prepare_vllm(args, model if isinstance(model, str) else model.config._name_or_path)
         self.mode_tokens = mode_tokens(processing_class)
         check_dataset("train_dataset", train_dataset, processing_class)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
@@ -149,8 +157,6 @@ class HGPOTrainer(GRPOTrainer):
             if dataset is not None:
                 check_dataset(name, dataset, processing_class)
 
-        if args.use_vllm and args.vllm_mode == "colocate":
-            keep_cpu_weights_replaceable()
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
@@ -224,14 +230,27 @@ class HGPOTrainer(GRPOTrainer):
         completion_ids: list[list[int]] = [[]] * len(forced)
         log_probs: list[list[float | None]] | None = None
         for rows in batches:
-            sampled, sampled_log_probs = super()._generate_single_turn(
-                [forced[i] for i in rows], None, {}, per_mode, has_tool_images
-            )
+            with self._naming_a_server_that_fails():
+                sampled, sampled_log_probs = super()._generate_single_turn(
+                    [forced[i] for i in rows], None, {}, per_mode, has_tool_images
+                )
             for i, ids in zip(rows, sampled, strict=True):
                 completion_ids[i] = [decisions[i], *ids]
             if sampled_log_probs is not None:  # only backends that take all rows at once return them
                 log_probs = [[None, *row] for row in sampled_log_probs]
         return completion_ids, log_probs
+
+    @contextmanager
+    def _naming_a_server_that_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self.use_vllm or self.vllm_mode != "server":
+                raise
+            raise RuntimeError(
+                f"The vLLM server at {_server_url(self.args)} failed at step {self.state.global_step}: {error}. Look "
+                "at its log, restart it, and resume the training."
+            ) from error
 
     # ------------------------------------------------------------------------------------- rewards and advantages
 
@@ -431,6 +450,24 @@ class HGPOTrainer(GRPOTrainer):
         self._logs["advantages"].extend(last.tolist())
         self._logs["extra"]["decision_advantage"].extend(advantages[:, 0].tolist())
         self._logs["extra"]["mode"].extend(MODES[mode].value for mode in self._row_modes(num_rows, first=0))
+
+
+def _server_url(args: HGPOConfig) -> str:
+    return (args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}").rstrip("/")
+
+
+def _prepare_vllm(args: HGPOConfig, model: str) -> None:
+    """Check what vLLM needs before the model is loaded.
+
+    Raises:
+        ImportError: vLLM is missing or of an unsupported version.
+        ConnectionError, ValueError: the server does not answer, or serves another model.
+    """
+    check_vllm_installed("use_vllm=true")
+    if args.vllm_mode == "colocate":
+        keep_cpu_weights_replaceable()
+    elif args.process_index == 0:
+        check_server(_server_url(args), model, args.vllm_server_timeout)
 
 
 def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,9 +1,13 @@
-"""vLLM: whether the installed one will do, what its build for CPUs needs to take new weights, and LoRA's names."""
+"""vLLM: whether the installed one and its server will do, what its build for CPUs needs, and LoRA's names."""
 
+import json
+import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.request import urlopen
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -39,6 +43,40 @@ def _installed_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def check_server(url: str, model: str, timeout: float) -> None:
+    """Wait for a vLLM server and check that it serves the model that is trained, before that is loaded.
+
+    Args:
+        url: without a trailing slash.
+        model: name or path as the recipe gives it. The server may know it by another path to a folder of the same name.
+        timeout: seconds to wait for an answer (`vllm_server_timeout`).
+
+    Raises:
+        ConnectionError: no server answers in time.
+        ValueError: the server serves another model.
+    """
+    started = time.monotonic()
+    while True:
+        try:
+            with urlopen(f"{url}/v1/models", timeout=10) as answer:
+                served = json.load(answer)["data"]
+            break
+        except OSError as error:
+            if time.monotonic() - started >= timeout:
+                raise ConnectionError(
+                    f"vllm_mode=server, but no vLLM server answers at {url} after {timeout:g} seconds "
+                    f"(vllm_server_timeout): {error}. Start one (recipes/vllm_server.sh does both), name another with "
+                    "vllm_server_base_url, or use vllm_mode=colocate."
+                ) from error
+            time.sleep(min(2.0, timeout))
+    names = {name for entry in served for name in (entry["id"], entry.get("root")) if name}
+    if Path(model).name not in {Path(name).name for name in names}:
+        raise ValueError(
+            f"The vLLM server at {url} serves {' or '.join(sorted(names))}, but the model to train is {model}. Restart "
+            "it with that model, or name another server with vllm_server_base_url."
+        )
 
 
 def without_token_adapters(named: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
