@@ -167,6 +167,7 @@ def build_model(
         num_key_value_heads=num_heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
+        attention_bias=True,  # as Qwen2 has it; without, some seeds do not learn to think in Stage I
         initializer_range=0.1,  # with the usual 0.02 a model this small learns nothing
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
