@@ -139,6 +139,18 @@ def test_data_is_held_out_by_its_text_and_in_exact_proportion(tmp_path: Path) ->
     assert 0.2 < modes["think"] / modes.total() < 0.3
 
 
+def test_saved_tokenizer_reads_the_task_as_it_was_written(tmp_path: Path) -> None:
+    """Through AutoTokenizer, which for some architectures puts its own class in place of the saved one."""
+    run("data", TINY | {"output_dir": str(tmp_path / "data")})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data" / "base")
+    for row in datasets.Dataset.from_parquet(str(tmp_path / "data" / "hft.parquet")):
+        for message in (*row["prompt"], *row["completion"]):
+            words = message["content"].split()
+            ids = tokenizer.encode(message["content"], add_special_tokens=False)
+            assert tokenizer.convert_ids_to_tokens(ids) == words
+            assert tokenizer.decode(ids).split() == words
+
+
 TASK = """
 from __future__ import annotations
 

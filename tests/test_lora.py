@@ -293,7 +293,7 @@ def stage_two(request: pytest.FixtureRequest, model_dir: str, tmp_path_factory: 
     tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir)
     if not request.param:
         model.config.tie_word_embeddings = False
-        model = Qwen2ForCausalLM(model.config)
+        model = type(model)(model.config)
     tokenizer.save_pretrained(root / "merged")
     model.save_pretrained(root / "merged")
     prompts = [[{"role": "user", "content": "a = 1 sum mod 10 ?"}]] * 8

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,7 +87,7 @@ def greedy_reference(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 def test_greedy_is_what_transformers_gives(sample: Callable[..., pd.DataFrame], greedy_reference: pd.DataFrame) -> None:
     """The whole table: columns, types, order, decisions, and every response token for token."""
-    assert set(greedy_reference["picked"]) == {-1, 1}
+    assert set(greedy_reference["picked"]) == {-1, 0, 1}
     assert greedy_reference["prob_think"].nunique() > NUM_PROMPTS / 2
     found = sample(temperature=0, samples_per_mode=2)
     pd.testing.assert_frame_equal(found, greedy_reference, rtol=1e-4, atol=1e-6)
@@ -135,7 +135,7 @@ def test_temperature_and_top_p(
     sample: Callable[..., pd.DataFrame],
 ) -> None:
     """The first token after the decision is distributed as computed by hand."""
-    count, temperature, top_p = 1500, 0.7, 0.6
+    count, temperature, top_p = 1500, 2.0, 0.8
     drawn = sample(few["prompt"][:1], samples_per_mode=count, max_new_tokens=2, temperature=temperature, top_p=top_p)
     (ids,) = render(tokenizer, few["prompt"][:1])
     for mode, forced in zip(MODES, mode_tokens(tokenizer).decision, strict=True):
@@ -144,10 +144,9 @@ def test_temperature_and_top_p(
         probs, tokens = (logits / temperature).softmax(dim=-1).sort(descending=True)
         kept = probs.cumsum(dim=0) - probs < top_p
         assert 1 < kept.sum() < len(kept)
-        expected = {
-            tokenizer.decode([forced, token], skip_special_tokens=True): prob
-            for token, prob in zip(tokens[kept].tolist(), (probs[kept] / probs[kept].sum()).tolist(), strict=True)
-        }
+        expected: dict[str, float] = defaultdict(float)
+        for token, prob in zip(tokens[kept].tolist(), (probs[kept] / probs[kept].sum()).tolist(), strict=True):
+            expected[tokenizer.decode([forced, token], skip_special_tokens=True)] += prob  # special ones look alike
         found = Counter(drawn.loc[drawn["mode"] == mode.value, "completion"])
         assert found.keys() <= expected.keys()
         for text, prob in expected.items():
@@ -235,5 +234,5 @@ def test_an_adapter_is_refused(path: str, few: Dataset, tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     few.to_parquet(tmp_path / "eval.parquet")
     fields = {"backend": "vllm", "model": adapter, "data": tmp_path / "eval.parquet", "output_dir": tmp_path / "out"}
-    with pytest.raises(ValueError, match=r"model=.*adapter' is a PEFT adapter, which backend=vllm does not load"):
+    with pytest.raises(ValueError, match=r"model=.*adapter' is a LoRA adapter of None; merge it first"):
         main([word for name, value in fields.items() for word in (f"--{name}", str(value))])

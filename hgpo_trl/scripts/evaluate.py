@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
 
 from hgpo_trl import vllm_sampling
 from hgpo_trl.data_files import load_data
@@ -119,11 +118,6 @@ def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts
         check_embeddings(model, tokens)
         return sample_both_modes(model, tokenizer, prompts, batch_size=args.batch_size, **settings)
 
-    if find_adapter_config_file(args.model) is not None:
-        raise ValueError(
-            f"model={args.model!r} is a PEFT adapter, which backend=vllm does not load. Merge it into its base model "
-            "(merge_and_unload of peft) and save that, or set backend to transformers."
-        )
     with torch.device("meta"):  # its shape alone
         check_embeddings(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model)), tokens)
     engine = vllm_sampling.running_engine(
