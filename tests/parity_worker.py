@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
+from fsdp_without_gpus import stand_in_for_gpus
 from transformers import PreTrainedTokenizerFast
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
@@ -54,16 +53,10 @@ class FixedRollouts(HGPOTrainer):
         return output
 
 
-def fsdp_without_gpus() -> None:
-    """accelerate takes FSDP for what several GPUs do; here gloo and the CPU stand in for NCCL and CUDA."""
-    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-    torch.cuda.set_device = lambda *args: None
-
-
 def main() -> None:
     model, prompts, output, rows, micro_batches, *fields = sys.argv[1:]
     if "fsdp" in fields:
-        fsdp_without_gpus()
+        stand_in_for_gpus()
     args = HGPOConfig(
         output_dir=str(Path(output).with_suffix("")),
         per_device_train_batch_size=int(rows),

@@ -140,7 +140,8 @@ def stage(config: str | None, name: str, output_dir: Path, **fields: Any) -> Pat
     where = {"use_cpu": True} if config in (None, "cpu_ddp") else {}
     backend = {} if config is None else {"ddp_backend": "gloo"}
     words = [word for key, value in (common | where | backend | fields).items() for word in (f"--{key}", str(value))]
-    launch(config, "-m", f"hgpo_trl.scripts.{name}", *words)
+    script = ["tests/fsdp_without_gpus.py", name] if config == "fsdp2" else ["-m", f"hgpo_trl.scripts.{name}"]
+    launch(config, *script, *words)
     return output_dir
 
 
@@ -187,7 +188,7 @@ def test_hft_adds_the_tags_and_takes_the_steps_of_one_process(
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("config", ["cpu_ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["cpu_ddp", "zero2", "zero3", "fsdp2"])
 def test_hgpo_resumes_under_sharding(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
     """Plain generation in every process; groups straddle the two. An epoch is one step under DDP, five elsewhere."""
     fields = {"model_name_or_path": model_dir, "train_data": data, "per_device_train_batch_size": 6}
