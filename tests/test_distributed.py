@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from run_logs import log_of
 from safetensors.torch import load_file
 from tokenizers_zoo import word_level
 
@@ -143,12 +144,6 @@ def stage(config: str | None, name: str, output_dir: Path, **fields: Any) -> Pat
     script = ["tests/fsdp_without_gpus.py", name] if config == "fsdp2" else ["-m", f"hgpo_trl.scripts.{name}"]
     launch(config, *script, *words)
     return output_dir
-
-
-def log_of(folder: Path) -> list[Result]:
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    steps = [entry for entry in history if "train_runtime" not in entry]
-    return [{k: v for k, v in entry.items() if k not in ("step_time", "num_tokens")} for entry in steps]
 
 
 @pytest.fixture(scope="module")

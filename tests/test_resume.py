@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from run_logs import log_of
 
 from hgpo_trl.checkpoints import SEAL
 from hgpo_trl.modes import Mode, format_response
@@ -37,13 +38,6 @@ STAGES: dict[str, Fields] = {
 
 def argv(fields: Fields) -> list[str]:
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-
-
-def log_of(folder: Path) -> list[Fields]:
-    """What was logged, but for what a clock says, and what SFTTrainer counts over one process's life (num_tokens)."""
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    steps = [entry for entry in history if "train_runtime" not in entry]
-    return [{k: v for k, v in entry.items() if k not in ("step_time", "num_tokens")} for entry in steps]
 
 
 def same_end(folder: Path, other: Path) -> None:
