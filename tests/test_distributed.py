@@ -27,8 +27,14 @@ from hgpo_trl.tasks.embedded import build_model
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-# DeepSpeed and FSDP on gloo where accelerate would look for GPUs
-ON_CPU = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+# DeepSpeed and FSDP on gloo where accelerate would look for GPUs. What DeepSpeed compiles stays with this environment:
+# in the user's cache another environment's build, or the lock of one that was killed, would be in the way.
+ON_CPU = {
+    "DS_ACCELERATOR": "cpu",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",
+}
 
 Result = dict[str, Any]
 
