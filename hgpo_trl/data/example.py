@@ -1,0 +1,53 @@
+"""One row on its way from a source to a data set, and what a step says of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hgpo_trl.modes import Mode
+
+
+@dataclass(slots=True)
+class Example:
+    """A query with its response, or without one where prompts are what is wanted.
+
+    Args:
+        prompt: conversation up to the response; its last message is the user's.
+        source: name of the source, as the recipe has it.
+        domain: as "maths", "code", "general".
+        id: unique within the source, the same in every build.
+        mode: of the response; None for a prompt alone.
+        reasoning: the trace, without tags; empty where the mode is no-think.
+        answer: the answer part of the response, without tags; empty for a prompt alone.
+        reference: what the answer can be compared with; None where nothing definite is known.
+        level: difficulty, as text; None where the source has none.
+        num_tokens: of prompt and response; 0 until the token limit's step has counted them.
+    """
+
+    prompt: list[dict[str, str]]
+    source: str
+    domain: str
+    id: str
+    mode: Mode | None = None
+    reasoning: str = ""
+    answer: str = ""
+    reference: str | None = None
+    level: str | None = None
+    num_tokens: int = 0
+
+    @property
+    def query(self) -> str:
+        """The text of the user's last message."""
+        return self.prompt[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Why an example does not go on: a reason to count, as "too_long", and what there is to say of this one."""
+
+    reason: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Step = Callable[[Sequence[Example]], list[Drop | None]]
+"""One verdict per example; None keeps it."""
