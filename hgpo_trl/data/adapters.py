@@ -552,8 +552,8 @@ def generic(fields: Mapping[str, str], mode: Mode | str | None = None, domain: s
 
     A response is given as `reasoning` and `answer` (think), as `answer` alone (no think), as `response` (with the marks
     of a trace: think, or within <no_think> tags: no think), or as the last message of `messages` (marks as before; an
-    answer without any is no think). Without a response the examples are prompts; so is a conversation that ends with the
-    user, unless `mode` asks for responses: then what follows the last answer is left out.
+    answer without any is no think). Without a response the examples are prompts; so is a conversation that ends with
+    the user, unless `mode` asks for responses: then what follows the last answer is left out.
 
     Args:
         fields: our names to the file's columns: `prompt` or `messages`; `reasoning` and `answer`, or `response`;
