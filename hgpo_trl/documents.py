@@ -52,7 +52,15 @@ class Picture:
     caption: str
 
 
-Block = Heading | Lead | Paragraph | Bullets | Table | Picture
+@dataclass(frozen=True)
+class Code:
+    """Lines to be shown as they are."""
+
+    text: str
+    language: str = ""
+
+
+Block = Heading | Lead | Paragraph | Bullets | Table | Picture | Code
 
 
 def _inline(text: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
@@ -88,6 +96,8 @@ def to_markdown(blocks: Iterable[Block]) -> str:
                 parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
             case Picture(file, _, title, caption):
                 parts.append(f"![{_markdown_inline(title)}]({file})\n\n{_markdown_inline(f'{title}. {caption}')}")
+            case Code(text, language):
+                parts.append(f"```{language}\n{text}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -138,6 +148,8 @@ def to_html(title: str, blocks: Iterable[Block]) -> str:
                 text = f"<strong>{_html_inline(alt)}.</strong> {_html_inline(caption)}"
                 image = f'<img alt="{html.escape(alt)}" src="{source}">'
                 parts.append(f"<figure>\n{image}\n<figcaption>{text}</figcaption>\n</figure>")
+            case Code(text):
+                parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
     body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
