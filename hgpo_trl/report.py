@@ -5,16 +5,12 @@ that report.md and report.html cannot differ. Every number in it comes from the 
 claims more than they say.
 """
 
-import base64
-import html
 import json
 import math
 import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +18,28 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from hgpo_trl.documents import (
+    NO_BREAK,
+    Block,
+    Bullets,
+    Heading,
+    Lead,
+    Paragraph,
+    Picture,
+    Table,
+    to_html,
+    to_markdown,
+)
+from hgpo_trl.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 from hgpo_trl.files import nan_to_null, write_atomically
 
 Array = NDArray[np.float64]
 Evaluation = Mapping[str, Any]  # report.json of `hgpo-trl evaluate`
 TrainingLog = Sequence[Mapping[str, Any]]  # `log_history` of a Trainer
 Draw = Callable[[SubFigure, TrainingLog], None]
-
-NO_BREAK = "\u00a0"  # a space at which no line ends
 
 # ----------------------------------------------------------------------------------------------------
 # Reading evaluations
@@ -157,39 +164,8 @@ def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 # Figures: each function returns None where its input is missing
 # ----------------------------------------------------------------------------------------------------
 
-THINK, NO_THINK, NEITHER, INK = "#2066B0", "#E07B00", "#8C8C8C", "#333333"
 MODEL_COLORS = ("#7B4FB5", "#12866A", "#C2255C", "#8A6A00", "#0B7FA3")
 MODEL_MARKERS = ("o", "s", "^", "D", "v", "P")  # one more than colours: 30 distinct pairs
-PERCENT_TICKS = FuncFormatter(lambda value, _: f"{100 * value:.6g} %")
-WIDTH = 9.0  # inches; 900 px wide in the HTML page
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 100,
-    "savefig.dpi": 180,
-    "figure.facecolor": "white",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.parse_math": False,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#AAAAAA",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#AAAAAA",
-    "ytick.color": "#AAAAAA",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "legend.frameon": False,
-    "legend.handlelength": 1.4,
-    "legend.columnspacing": 1.4,
-    "figure.constrained_layout.w_pad": 0.07,
-    "figure.constrained_layout.h_pad": 0.06,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-}
 
 
 def _look(index: int) -> dict[str, str]:
@@ -379,149 +355,6 @@ def _margin_sweep(sweep: Mapping[float, Evaluation]) -> Figure | None:
     tokens.set_ylim(bottom=0)
     tokens.set_ylabel("tokens per response")
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})  # the same bytes for the same figure
-    return buffer.getvalue()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Text: blocks and their two renderings. `...` within a text is code.
-# ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Heading:
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Lead:
-    """The sentence to read if one reads only one."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """`labels` leading columns of text; the others are numbers and flush right."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    labels: int = 1
-
-
-@dataclass(frozen=True)
-class Picture:
-    file: str
-    png: bytes
-    title: str
-    caption: str
-
-
-Block = Heading | Lead | Paragraph | Bullets | Table | Picture
-
-
-def _inline(text: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
-    """Render the parts of `text` outside and within backticks."""
-    return "".join((code if index % 2 else plain)(part) for index, part in enumerate(text.split("`")))
-
-
-def _markdown_inline(text: str) -> str:
-    return _inline(text, lambda part: re.sub(r"([\\*<|])", r"\\\1", part), lambda part: f"`{part}`")
-
-
-def _html_inline(text: str) -> str:
-    return _inline(text, html.escape, lambda part: f"<code>{html.escape(part)}</code>")
-
-
-def _markdown(blocks: Iterable[Block]) -> str:
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading(text, level):
-                parts.append(f"{'#' * level} {_markdown_inline(text)}")
-            case Lead(text):
-                parts.append(f"> {_markdown_inline(text)}")
-            case Paragraph(text):
-                parts.append(_markdown_inline(text))
-            case Bullets(items):
-                parts.append("\n".join(f"- {_markdown_inline(item)}" for item in items))
-            case Table(header, rows, labels):
-                rule = [":--" if column < labels else "--:" for column in range(len(header))]
-                cells = [[_markdown_inline(cell) for cell in row] for row in (header, *rows)]
-                cells.insert(1, rule)
-                parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
-            case Picture(file, _, title, caption):
-                parts.append(f"![{_markdown_inline(title)}]({file})\n\n{_markdown_inline(f'{title}. {caption}')}")
-    return "\n\n".join(parts) + "\n"
-
-
-CSS = """
-body { max-width: 900px; margin: 2.5rem auto; padding: 0 1rem; color: #222; background: #fff;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1, h2 { line-height: 1.25; margin: 2.2rem 0 .7rem; }
-h1 { margin-top: 0; }
-.lead { font-size: 1.15rem; padding: .8rem 1.1rem; background: #f3f5f8; border-left: 4px solid #2066b0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #bbb; vertical-align: bottom; }
-.number { text-align: right; }
-figure { margin: 1.8rem 0; }
-img { width: 100%; height: auto; }
-figcaption { font-size: .9rem; color: #444; }
-code { font-size: .92em; background: #f3f3f3; padding: .05em .3em; border-radius: 3px; }
-""".strip()
-
-
-def _html_row(cells: Sequence[str], tag: str, labels: int) -> str:
-    classes = ["" if column < labels else ' class="number"' for column in range(len(cells))]
-    body = (f"<{tag}{kind}>{_html_inline(cell)}</{tag}>" for cell, kind in zip(cells, classes, strict=True))
-    return f"<tr>{''.join(body)}</tr>"
-
-
-def _html(title: str, blocks: Iterable[Block]) -> str:
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading(text, level):
-                parts.append(f"<h{level}>{_html_inline(text)}</h{level}>")
-            case Lead(text):
-                parts.append(f'<p class="lead">{_html_inline(text)}</p>')
-            case Paragraph(text):
-                parts.append(f"<p>{_html_inline(text)}</p>")
-            case Bullets(items):
-                parts.append("\n".join(["<ul>", *(f"<li>{_html_inline(item)}</li>" for item in items), "</ul>"]))
-            case Table(header, rows, labels):
-                head = _html_row(header, "th", labels)
-                body = "\n".join(_html_row(row, "td", labels) for row in rows)
-                table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-                parts.append(f'<div class="scroll">{table}</div>')
-            case Picture(_, png, alt, caption):
-                source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-                text = f"<strong>{_html_inline(alt)}.</strong> {_html_inline(caption)}"
-                image = f'<img alt="{html.escape(alt)}" src="{source}">'
-                parts.append(f"<figure>\n{image}\n<figcaption>{text}</figcaption>\n</figure>")
-    body = "\n".join(parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -724,7 +557,7 @@ def _pictures(
             "training_curves": _training_curves(training_logs),
             "margin_sweep": _margin_sweep(sweep),
         }
-        return [Picture(f"{name}.png", _png(figure), *CAPTIONS[name]) for name, figure in figures.items() if figure]
+        return [Picture(f"{name}.png", to_png(figure), *CAPTIONS[name]) for name, figure in figures.items() if figure]
 
 
 def _blocks(
@@ -808,6 +641,6 @@ def write_report(
         write_atomically(output / picture.file, picture.png)
     text = json.dumps(nan_to_null(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_atomically(output / "report.json", f"{text}\n".encode())
-    write_atomically(output / "report.html", _html(title, blocks).encode())
-    write_atomically(output / "report.md", _markdown(blocks).encode())
+    write_atomically(output / "report.html", to_html(title, blocks).encode())
+    write_atomically(output / "report.md", to_markdown(blocks).encode())
     return output / "report.md"

@@ -13,22 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hgpo_trl import vllm_sampling
 from hgpo_trl.data_files import load_data
-from hgpo_trl.evaluation import PROMPT_ID, render, report_on, sample_both_modes, score_samples
+from hgpo_trl.evaluation import PROMPT_ID, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
-from hgpo_trl.modes import Mode, check_embeddings, format_response, mode_tokens
+from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.rewards import load_reward
+from hgpo_trl.sampling import check_backend, loaded_sampler
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.trainer import check_dataset
 from hgpo_trl.vllm_support import check_vllm_installed
-
-BACKENDS = ("transformers", "vllm")
 
 
 @dataclass
@@ -72,8 +69,7 @@ class EvaluateArguments:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if not 0.0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}.")
+        check_backend("backend", self.backend)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must lie in (0, 1]; got {self.gpu_memory_utilization}.")
         if self.tensor_parallel_size > 1 and self.backend != "vllm":
@@ -104,32 +100,25 @@ def _try_rewards(rewards: Sequence[Callable], dataset: Dataset) -> None:
 
 def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
     """Load the model into the backend, and sample; the backend's memory is free again afterwards."""
-    tokens = mode_tokens(tokenizer)
-    settings: dict[str, Any] = {
-        "samples_per_mode": args.samples_per_mode,
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
-    if args.backend == "transformers":
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=device)
-        check_embeddings(model, tokens)
-        return sample_both_modes(model, tokenizer, prompts, batch_size=args.batch_size, **settings)
-
-    with torch.device("meta"):  # its shape alone
-        check_embeddings(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model)), tokens)
-    engine = vllm_sampling.running_engine(
+    sampler = loaded_sampler(
         args.model,
-        longest_prompt=max(map(len, render(tokenizer, prompts))),
+        tokenizer,
+        prompts,
+        backend=args.backend,
         max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
         dtype=args.dtype,
         tensor_parallel_size=args.tensor_parallel_size,
         gpu_memory_utilization=args.gpu_memory_utilization,
     )
-    with engine as llm:
-        return vllm_sampling.sample_both_modes(llm, tokenizer, prompts, **settings)
+    with sampler as sample:
+        return sample(
+            prompts,
+            samples_per_mode=args.samples_per_mode,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
 
 
 def main(argv: Sequence[str]) -> None:
