@@ -1,79 +1,31 @@
-"""Build the data sets and the untrained model of an embedded task.
+"""Build data: `hgpo-trl data KIND --config RECIPE.yaml`. Without a kind it is an embedded task's."""
 
-    hgpo-trl data --config recipes/chain-sum/data.yaml
-
-Writes `hft.parquet`, `hgpo.parquet` and `eval.parquet` (held-out queries) and the folder `base` (tokenizer and randomly
-initialised model) into `output_dir`. The same recipe gives the same bytes.
-"""
-
+import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 
-from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, hft_dataset, load_task, prompt_dataset
+KINDS = {
+    "task": "data sets and untrained model of an embedded task (the default)",
+    "hft": "Stage I: hybrid SFT examples from any list of sources",
+    "hgpo": "Stage II: prompts from any list of sources",
+    "classifier": "train the classifier that finds reasoning queries",
+}
 
-
-@dataclass
-class DataArguments:
-    """What to build."""
-
-    output_dir: str = field(metadata={"help": "Folder to write to."})
-    task: str = field(
-        default="hgpo_trl.tasks.chain_sum", metadata={"help": "Module, or path to a .py file, of the task."}
-    )
-    num_hft: int = field(default=40_000, metadata={"help": "Stage I examples."})
-    think_share: float = field(default=0.6, metadata={"help": "Share of Stage I examples that think (paper: 0.60)."})
-    num_hgpo: int = field(default=4_000, metadata={"help": "Stage II prompts."})
-    num_eval: int = field(default=300, metadata={"help": "Held-out prompts for evaluation."})
-    held_out_fraction: float = field(
-        default=0.2, metadata={"help": "Share of the distinct queries kept for evaluation."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of queries and initial weights."})
-    hidden_size: int = field(default=64, metadata={"help": "Width of the model; its feed-forward is 4 times that."})
-    num_layers: int = field(default=2, metadata={"help": "Layers of the model."})
-    num_heads: int = field(default=4, metadata={"help": "Attention heads of the model."})
-
-    def __post_init__(self) -> None:
-        for name in ("num_hft", "num_hgpo", "num_eval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("think_share", "held_out_fraction"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie between 0 and 1; got {getattr(self, name)}.")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}.")
+_USAGE = "usage: hgpo-trl data [KIND] --config RECIPE.yaml [--FIELD VALUE ...]\n\nkinds:\n" + "\n".join(
+    f"  {kind:<12}{summary}" for kind, summary in KINDS.items()
+)
 
 
 def main(argv: Sequence[str]) -> None:
-    (args,) = RecipeParser(DataArguments, prog="hgpo-trl data").parse_recipe(argv)
-    task = load_task(args.task)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-
-    draw_from = partial(draw, task, fraction=args.held_out_fraction)
-    parts = {
-        "hft": hft_dataset(draw_from(args.num_hft, held_out=False, seed=args.seed), args.think_share, args.seed),
-        "hgpo": prompt_dataset(draw_from(args.num_hgpo, held_out=False, seed=args.seed + 1)),
-        "eval": prompt_dataset(draw_from(args.num_eval, held_out=True, seed=args.seed)),
-    }
-    for name, dataset in parts.items():
-        dataset.to_parquet(output_dir / f"{name}.parquet")
-        print(f"{output_dir / name}.parquet: {len(dataset):,} rows")
-
-    tokenizer = build_tokenizer(task)
-    model = build_model(
-        tokenizer,
-        hidden_size=args.hidden_size,
-        num_layers=args.num_layers,
-        num_heads=args.num_heads,
-        seed=args.seed,
-    )
-    tokenizer.save_pretrained(output_dir / "base")
-    model.save_pretrained(output_dir / "base")
-    print(f"{output_dir / 'base'}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    """Run one builder in this process."""
+    kind, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("task", argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{_USAGE}\n\n`hgpo-trl data KIND --help` lists a kind's fields.")
+        return
+    if kind not in KINDS:
+        print(f"{_USAGE}\n\nhgpo-trl data: error: unknown kind {kind!r}", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"hgpo_trl.scripts.data_{kind}").main(rest)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""Mixing: which rows stay, so that modes, domains and sources have the shares that a recipe asks for.
+
+Rows are only ever left out, never repeated. Which ones is decided by a fixed random number of each row, so the same
+recipe keeps the same rows, and a smaller cap keeps a part of what a larger one keeps.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+AXES = ("mode", "domain", "source")
+Cell = tuple[str, str, str]  # of a row: its value on each of AXES
+
+_TOLERANCE = 1e-9
+_ITERATIONS = 10_000
+
+
+def quotas(
+    cells: Sequence[Cell], counts: NDArray[np.int64], shares: Mapping[str, Mapping[str, float]], max_rows: int | None
+) -> NDArray[np.int64]:
+    """How many rows of each cell stay: as many as possible with these shares, in the cells' own proportions otherwise.
+
+    The counts are fitted to the shares of one axis after the other until all hold (iterative proportional fitting),
+    then scaled until no cell needs more rows than it has.
+
+    Args:
+        cells: `[C]`.
+        counts: `[C]`, rows that there are.
+        shares: axis -> value -> share; an axis that is not there is left alone.
+        max_rows: in all; None: no limit.
+
+    Returns:
+        `[C]`.
+
+    Raises:
+        ValueError: an axis's shares do not sum to 1, are negative, name what has no rows or leave out what has, or the
+            shares of several axes exclude each other.
+    """
+    groups = [_groups(axis, wanted, cells, counts) for axis, wanted in shares.items() if wanted]
+    weights = counts.astype(np.float64)
+    total = weights.sum()
+    for _ in range(_ITERATIONS):
+        worst = 0.0
+        for members, target in groups:
+            have = members @ weights / total
+            worst = max(worst, float(np.abs(have - target).max()))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                factor = np.where(target > 0, target / have, 0.0)
+            weights = np.nan_to_num(weights * (factor @ members), posinf=0.0)
+        if worst < _TOLERANCE:
+            break
+    else:
+        raise ValueError(
+            f"{' and '.join(f'{axis}_shares' for axis in shares if shares[axis])} cannot hold together: the rows that "
+            f"are there are {_listing(cells, counts)}. Change a share, or add a source."
+        )
+    used = weights > total * _TOLERANCE
+    scale = float((counts[used] / weights[used]).min(initial=np.inf)) if used.any() else 0.0
+    if max_rows is not None:
+        scale = min(scale, max_rows / weights.sum())
+    return np.floor(weights * scale + 1e-6).astype(np.int64)
+
+
+def _groups(
+    axis: str, wanted: Mapping[str, float], cells: Sequence[Cell], counts: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Which cells each value has (`[V, C]`, 0 or 1), and the values' shares (`[V]`)."""
+    field = f"{axis}_shares"
+    values = [cell[AXES.index(axis)] for cell in cells]
+    present = {value for value, count in zip(values, counts, strict=True) if count}
+    if any(share < 0 for share in wanted.values()) or abs(sum(wanted.values()) - 1) > 1e-6:
+        raise ValueError(f"{field}={dict(wanted)!r}: shares must not be negative and must sum to 1.")
+    if absent := [value for value, share in wanted.items() if share > 0 and value not in present]:
+        raise ValueError(f"{field} asks for {absent[0]!r}, of which no row is left; there are {sorted(present)}.")
+    if forgotten := sorted(present - set(wanted)):
+        raise ValueError(f"{field} leaves out {forgotten[0]!r}. Give it a share, 0 to drop it.")
+    members = np.array([[float(value == name) for value in values] for name in wanted])
+    return members, np.array(list(wanted.values()), dtype=np.float64)
+
+
+def _listing(cells: Sequence[Cell], counts: NDArray[np.int64]) -> str:
+    return ", ".join(f"{count:,} {'/'.join(cell)}" for cell, count in zip(cells, counts, strict=True))
+
+
+def smallest(order: NDArray[np.uint64], group: NDArray[np.int32], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which rows have the `quota[g]` smallest random numbers of their group.
+
+    Args:
+        order: `[N]`, a random number per row.
+        group: `[N]`, its group; negative: not a candidate.
+        quota: `[G]`.
+
+    Returns:
+        `[N]`.
+    """
+    kept = np.zeros(len(order), dtype=bool)
+    for index, size in enumerate(quota):
+        rows = np.flatnonzero(group == index)
+        if size < len(rows):
+            rows = rows[np.argsort(order[rows], kind="stable")[:size]]
+        kept[rows] = True
+    return kept

@@ -1,0 +1,685 @@
+"""The builder: sources in, a mixed, shuffled data set with its manifest out, in memory that does not grow with it.
+
+    units -> rows -> adapter -> steps -> chunks        in worker processes; a finished chunk is never made again
+    keys of all chunks -> duplicates -> mix -> ranks   a few numbers per row
+    chunks -> shards                                   each sorted in memory, written whole or not at all
+
+Units, their order and a row's random number depend on the sources and the seed alone, so the result is the same, byte
+for byte, whatever the number of processes and however often the build was interrupted.
+"""
+
+import json
+import math
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from datasets import Dataset, load_dataset
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from hgpo_trl.data.adapters import Adapter, adapt
+from hgpo_trl.data.card import write_card
+from hgpo_trl.data.deduplication import dedup_keys, first_of_each
+from hgpo_trl.data.example import Drop, Example, Step
+from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
+from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
+from hgpo_trl.data.sources import Source, Unit, read_unit
+from hgpo_trl.files import write_json
+from hgpo_trl.modes import format_response
+
+WORK = ".work"  # within the output folder, until the build is complete
+MANIFEST = "manifest.json"
+REMOVED = "removed.parquet"
+DUPLICATES, MIX, DIFFICULTY, DECONTAMINATION = "duplicates", "mix", "difficulty", "decontamination"  # steps
+_VERSIONS = ("hgpo-trl", "datasets", "pyarrow", "datasketch", "scikit-learn", "math-verify")
+_BLOCK = 1_000  # rows that go through the steps together
+_ID_BYTES = 96
+_HISTOGRAM_BINS = 40
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SCHEMAS = {
+    "hft": pa.schema(
+        [("prompt", _MESSAGES), ("completion", _MESSAGES)]
+        + [(name, pa.string()) for name in ("mode", "source", "domain", "id")]
+    ),
+    "hgpo": pa.schema(
+        [("prompt", _MESSAGES)] + [(name, pa.string()) for name in ("answer", "domain", "level", "source", "id")]
+    ),
+}
+_REMOVED_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "source", "step", "reason", "detail")])
+
+
+@dataclass(frozen=True, slots=True)
+class Deduplication:
+    """What counts as the same query (`hgpo_trl.data.deduplication`)."""
+
+    near: bool = True
+    threshold: float = 0.8
+    num_perm: int = 128
+    across_modes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """Everything that decides what comes out. Picklable: workers get a copy.
+
+    Args:
+        stage: "hft" or "hgpo".
+        sources: with the adapter of each, in order of precedence: of two duplicates the first is kept.
+        steps: name -> step, in order.
+        deduplication: None: every row is kept.
+        shares: axis of `mixing.AXES` -> value -> share.
+        max_rows: in all.
+        rows_per_shard: of the files written; a shard is sorted in memory.
+        max_row_bytes: longer rows are dropped unread.
+        seed: decides which rows a cap keeps, and the order.
+    """
+
+    stage: str
+    sources: Sequence[tuple[Source, Adapter]]
+    steps: Sequence[tuple[str, Step]] = ()
+    deduplication: Deduplication | None = None
+    shares: dict[str, dict[str, float]] = field(default_factory=dict)
+    max_rows: int | None = None
+    rows_per_shard: int = 10_000
+    max_row_bytes: int = 4 * 2**20
+    seed: int = 0
+
+
+# --- a unit, in a worker --------------------------------------------------------------------------------------
+
+
+def _row(stage: str, example: Example) -> dict[str, Any]:
+    row = {"prompt": example.prompt, "source": example.source, "domain": example.domain, "id": example.id}
+    if stage == "hgpo":
+        return row | {"answer": example.reference, "level": example.level}
+    assert example.mode is not None  # or it would have been dropped
+    content = format_response(example.mode, example.answer, example.reasoning)
+    return row | {"mode": str(example.mode), "completion": [{"role": "assistant", "content": content}]}
+
+
+def _fits_stage(stage: str, example: Example) -> Drop | None:
+    return Drop("no_response") if stage == "hft" and example.mode is None else None
+
+
+def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str, Any]]) -> Iterator[list[Example]]:
+    """What is left of a unit's rows after its adapter and every step, block by block."""
+    source, adapter = build.sources[unit.source]
+    rows = read_unit(unit, build.max_row_bytes)
+    while block := list(islice(rows, _BLOCK)):
+        examples: list[Example] = []
+        for place, row in block:
+            counts["", "read"] += 1
+            found = row if isinstance(row, Drop) else adapt(adapter, row, source.label)
+            if isinstance(found, Example):
+                if build.stage == "hgpo":  # prompts alone
+                    found.mode, found.reasoning, found.answer = None, "", ""
+                if source.domain is not None:
+                    found.domain = source.domain
+                found = _fits_stage(build.stage, found) or found
+            if isinstance(found, Drop):
+                counts["schema", found.reason] += 1
+                removed.append(_removed_row(place, source.label, "schema", found))
+            else:
+                examples.append(found)
+        for name, step in build.steps:
+            verdicts = step(examples)
+            for example, verdict in zip(examples, verdicts, strict=True):
+                if verdict is not None:
+                    counts[name, verdict.reason] += 1
+                    removed.append(_removed_row(example.id, source.label, name, verdict))
+            examples = [example for example, verdict in zip(examples, verdicts, strict=True) if verdict is None]
+        yield examples
+
+
+def _removed_row(id_: str, source: str, step: str, drop: Drop) -> dict[str, Any]:
+    detail = json.dumps(drop.detail, sort_keys=True, ensure_ascii=False, default=str)
+    return {"id": id_, "source": source, "step": step, "reason": drop.reason, "detail": detail}
+
+
+def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
+    """Take a unit through everything that concerns single rows, and keep what is left as a chunk. Returns rows read."""
+    counts: Counter = Counter()
+    removed: list[dict[str, Any]] = []
+    tables, keys, facts = [], [], []
+    for examples in _examples(build, unit, counts, removed):
+        tables.append(pa.Table.from_pylist([_row(build.stage, e) for e in examples], schema=_SCHEMAS[build.stage]))
+        facts += [(_random(build.seed, e), e.num_tokens) for e in examples]
+        if build.deduplication is not None:
+            d = build.deduplication
+            near, across = d.near, d.across_modes
+            keys.append(
+                dedup_keys(examples, num_perm=d.num_perm, threshold=d.threshold, near=near, across_modes=across)
+            )
+    chunk = _Chunk(work, number)
+    _write_table(chunk.rows, pa.concat_tables(tables) if tables else _SCHEMAS[build.stage].empty_table())
+    _write_table(chunk.removed, pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
+    _write_array(chunk.facts, np.array(facts, dtype=_FACTS))
+    if keys:
+        _write_array(chunk.keys, np.concatenate(keys))
+    dropped = [[step, reason, n] for (step, reason), n in sorted(counts.items()) if step]
+    write_json(chunk.done, {"read": counts["", "read"], "dropped": dropped})  # last: it says that all is there
+    return counts["", "read"]
+
+
+_FACTS = np.dtype([("order", np.uint64), ("num_tokens", np.int64)])
+
+
+def _random(seed: int, example: Example) -> int:
+    return xxhash.xxh3_64_intdigest(f"{seed}\0{example.source}\0{example.mode}\0{example.id}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """The files of a unit that is done."""
+
+    work: Path
+    number: int
+
+    def _file(self, name: str) -> Path:
+        return self.work / f"chunk-{self.number:06}.{name}"
+
+    @property
+    def rows(self) -> Path:
+        return self._file("parquet")
+
+    @property
+    def removed(self) -> Path:
+        return self._file("removed.parquet")
+
+    @property
+    def facts(self) -> Path:
+        return self._file("facts.npy")
+
+    @property
+    def keys(self) -> Path:
+        return self._file("keys.npy")
+
+    @property
+    def done(self) -> Path:
+        return self._file("json")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """OSErrors say which file could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror or error} while writing {path}. Make room and start the same command again: it goes on "
+            "with what is done",
+        ) from error
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` if all goes well."""
+    temporary = path.with_name(f".{path.name}.part")
+    with _naming(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with _whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    with _whole(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+# --- all units ------------------------------------------------------------------------------------------------
+
+_worker: Callable[[int, Unit], int]
+
+
+def _start_worker(build: Build, work: Path) -> None:
+    global _worker
+    _worker = partial(make_chunk, build, work)
+
+
+def _work(number: int, unit: Unit) -> int:
+    return _worker(number, unit)
+
+
+def make_chunks(build: Build, work: Path, units: Sequence[Unit], num_processes: int) -> None:
+    """Make every chunk that is not there yet.
+
+    Raises:
+        ValueError: a file cannot be read; OSError: it cannot be written; RuntimeError: a worker was killed.
+    """
+    missing = [(number, unit) for number, unit in enumerate(units) if not _Chunk(work, number).done.is_file()]
+    done = len(units) - len(missing)
+    with tqdm(total=len(units), initial=done, desc="reading", unit="unit") as progress:
+        read = 0
+        for rows in _run(build, work, missing, min(num_processes, len(missing))):
+            read += rows
+            progress.set_postfix(rows=f"{read:,}", refresh=False)
+            progress.update()
+
+
+def _run(build: Build, work: Path, todo: Sequence[tuple[int, Unit]], num_processes: int) -> Iterator[int]:
+    if num_processes <= 1:
+        for number, unit in todo:
+            yield make_chunk(build, work, number, unit)
+        return
+    context = multiprocessing.get_context("forkserver")  # imports once, and forks from a process without threads
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker, initargs=(build, work))
+    try:
+        waiting = iter(todo)
+        running: set[Future] = {pool.submit(_work, *task) for task in islice(waiting, 2 * num_processes)}
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                running |= {pool.submit(_work, *task) for task in islice(waiting, 1)}
+                yield future.result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "A worker process was killed, perhaps for lack of memory. Lower num_processes and start the same command "
+            "again: it goes on with what is done."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# --- all rows -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Rows:
+    """A few numbers per row of all chunks, in order; arrays of `[N]`."""
+
+    offsets: NDArray[np.int64]  # [chunks + 1], of each chunk's first row
+    order: NDArray[np.uint64]
+    num_tokens: NDArray[np.int64]
+    cell: NDArray[np.int32]  # place in `cells`
+    cells: list[Cell]
+
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """Number, first row and end of every chunk that has rows."""
+        for number, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+            if start < stop:
+                yield number, int(start), int(stop)
+
+
+def _gather(build: Build, work: Path, units: Sequence[Unit]) -> _Rows:
+    facts, cells, numbers = [], [], {}
+    for number in range(len(units)):
+        chunk = _Chunk(work, number)
+        facts.append(np.load(chunk.facts))
+        columns = ("mode", "domain", "source") if build.stage == "hft" else ("domain", "source")
+        table = pq.read_table(chunk.rows, columns=list(columns)).to_pydict()
+        modes = table.get("mode", ["prompt"] * len(table["source"]))
+        keys = zip(modes, table["domain"], table["source"], strict=True)
+        cells.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int32))
+    joined = np.concatenate([*facts, np.empty(0, dtype=_FACTS)])
+    return _Rows(
+        offsets=np.cumsum([0, *map(len, facts)]),
+        order=np.ascontiguousarray(joined["order"]),
+        num_tokens=np.ascontiguousarray(joined["num_tokens"]),
+        cell=np.concatenate([*cells, np.empty(0, dtype=np.int32)]),
+        cells=list(numbers),
+    )
+
+
+def _first(build: Build, work: Path, rows: _Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """For each row the first one with the same query, itself where there is none before; and whether one is the same.
+
+    Both `[N]`.
+    """
+    total = int(rows.offsets[-1])
+    if build.deduplication is None or not total:
+        return np.arange(total), np.zeros(total, dtype=bool)
+    path = work / "keys.bin"
+    keys: NDArray[np.uint64] | None = None
+    for number, start, stop in rows.chunks():
+        part = np.load(_Chunk(work, number).keys)
+        if keys is None:
+            with _naming(path):
+                keys = np.memmap(path, dtype=np.uint64, mode="w+", shape=(part.shape[1], total))
+        keys[:, start:stop] = part.T
+    assert keys is not None
+    first = first_of_each(keys.T)
+    exact = np.ones(total, dtype=bool)
+    exact[np.unique(keys[0], return_index=True)[1]] = False
+    del keys
+    path.unlink()
+    return first, exact
+
+
+def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of the rows that are no duplicates stay under the sources' caps and the shares. `[N]`."""
+    by_label = {source.label: source for source, _ in build.sources}
+    kept = unique.copy()
+    for label, source in by_label.items():
+        if source.rows is None:
+            continue
+        mine = [i for i, cell in enumerate(rows.cells) if cell[2] == label]
+        if isinstance(source.rows, int):
+            groups = np.where(kept & np.isin(rows.cell, mine), 0, -1).astype(np.int32)
+            chosen = smallest(rows.order, groups, np.array([source.rows]))
+        else:
+            places = {domain: place for place, domain in enumerate(source.rows)}
+            place_of = np.full(len(rows.cells), -1, dtype=np.int32)
+            for i in mine:
+                place_of[i] = places.get(rows.cells[i][1], -1)
+            groups = np.where(kept, place_of[rows.cell], -1)
+            chosen = smallest(rows.order, groups, np.array(list(source.rows.values())))
+        kept &= chosen | ~np.isin(rows.cell, mine)
+    shares = {axis: wanted for axis, wanted in build.shares.items() if wanted}
+    if not shares and build.max_rows is None:
+        return kept
+    counts = np.bincount(rows.cell[kept], minlength=len(rows.cells))
+    if not shares and build.max_rows is not None and kept.sum() > build.max_rows:
+        return smallest(rows.order, np.where(kept, 0, -1).astype(np.int32), np.array([build.max_rows]))
+    quota = quotas(rows.cells, counts, shares, build.max_rows)
+    return smallest(rows.order, np.where(kept, rows.cell, -1).astype(np.int32), quota)
+
+
+# --- shards ---------------------------------------------------------------------------------------------------
+
+Finish = Callable[[Dataset, Path], tuple[NDArray[np.bool_], dict[str, NDArray[np.float64]]]]
+"""Last word on the finished rows: which stay (`[R]`), and columns to add (name -> `[R]`, NaN is null)."""
+
+
+def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: NDArray[np.int64]) -> list[Path]:
+    """Write rows in the given order to `target/shard-*.parquet`; a shard that is there already stays as it is."""
+    rank = np.full(int(rows.offsets[-1]), -1, dtype=np.int64)
+    rank[by_rank] = np.arange(len(by_rank))
+    paths = _shard_paths(target, len(by_rank), build.rows_per_shard)
+    target.mkdir(parents=True, exist_ok=True)
+    schema = _SCHEMAS[build.stage].append(pa.field("_rank", pa.int64()))
+    buckets = {i: work / f"bucket-{i:05}.arrow" for i, path in enumerate(paths) if not path.is_file()}
+    with ExitStack() as stack:
+        writers = {}
+        for i, bucket in buckets.items():
+            with _naming(bucket):
+                writers[i] = stack.enter_context(pa.ipc.new_stream(str(bucket), schema))
+        for number, start, stop in tqdm(list(rows.chunks()), desc="shuffling", unit="chunk"):
+            ranks = rank[start:stop]
+            shard_of = np.where(ranks < 0, -1, ranks // build.rows_per_shard)
+            if not (wanted := buckets.keys() & set(shard_of.tolist())):
+                continue
+            table = pq.read_table(_Chunk(work, number).rows).append_column(schema.field("_rank"), pa.array(ranks))
+            for i in sorted(wanted):
+                with _naming(buckets[i]):
+                    writers[i].write_table(table.filter(pa.array(shard_of == i)))
+    for i, bucket in tqdm(buckets.items(), desc="writing", unit="shard"):
+        with pa.memory_map(str(bucket)) as file:
+            table = pa.ipc.open_stream(file).read_all().sort_by("_rank").drop_columns("_rank")
+            _write_table(paths[i], table.combine_chunks())
+        bucket.unlink()
+    return paths
+
+
+def _shard_paths(folder: Path, rows: int, rows_per_shard: int) -> list[Path]:
+    shards = math.ceil(rows / rows_per_shard)
+    return [folder / f"shard-{i:05}-of-{shards:05}.parquet" for i in range(shards)]
+
+
+def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> NDArray[np.bool_]:
+    """Have the last word on the rows of these shards, and write what stays, with its new columns, to `target`."""
+    dataset = load_dataset("parquet", data_files=list(map(str, paths)), split="train", cache_dir=str(work / "cache"))
+    stays, columns = finish(dataset, work)
+    target.mkdir(exist_ok=True)
+    start = 0
+    for path in paths:
+        table = pq.read_table(path)
+        rows = slice(start, start + len(table))
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values[rows], from_pandas=True))
+        _write_table(target / path.name, table.filter(pa.array(stays[rows])))
+        start += len(table)
+    return stays
+
+
+# --- what became of every row ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Fate:
+    """What became of the rows that passed every step, each `[N]`: the first that applies."""
+
+    duplicate: NDArray[np.bool_]
+    not_drawn: NDArray[np.bool_]
+    uninformative: NDArray[np.bool_]
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        return ~(self.duplicate | self.not_drawn | self.uninformative)
+
+
+def _write_removed(
+    work: Path, path: Path, rows: _Rows, first: NDArray[np.int64], exact: NDArray[np.bool_], fate: _Fate
+) -> None:
+    """Every row that was left out, in the order of the sources, with why."""
+    total = len(first)
+    ids_path = work / "ids.bin"  # to name the row that a duplicate is one of
+    with _naming(ids_path):
+        ids = np.memmap(ids_path, dtype=f"S{_ID_BYTES}", mode="w+", shape=(max(total, 1),))
+    with _whole(path) as temporary, pq.ParquetWriter(temporary, _REMOVED_SCHEMA) as writer:
+        for number, (start, stop) in enumerate(zip(rows.offsets, rows.offsets[1:], strict=False)):
+            chunk = _Chunk(work, number)
+            writer.write_table(pq.read_table(chunk.removed))
+            table = pq.read_table(chunk.rows, columns=["id", "source"]).to_pydict()
+            names = zip(table["id"], table["source"], strict=True)
+            ids[start:stop] = [f"{id_} of {source}".encode()[:_ID_BYTES] for id_, source in names]
+            removed: list[dict[str, Any]] = []
+            for i in np.flatnonzero(~fate.kept[start:stop]):
+                row = start + i
+                if fate.duplicate[row]:
+                    original = bytes(ids[first[row]]).decode(errors="ignore")
+                    step, drop = DUPLICATES, Drop("exact" if exact[row] else "near", {"first": original})
+                else:
+                    step, drop = (MIX, Drop("not_drawn")) if fate.not_drawn[row] else (DIFFICULTY, Drop("no_signal"))
+                removed.append(_removed_row(table["id"][i], table["source"][i], step, drop))
+            writer.write_table(pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
+    del ids
+    ids_path.unlink()
+
+
+def _statistics(num_tokens: NDArray[np.int64]) -> TokenStatistics:
+    longest = int(num_tokens.max())
+    edges = np.geomspace(1, longest + 1, _HISTOGRAM_BINS + 1)
+    counts, _ = np.histogram(num_tokens, edges)
+    return {
+        "mean": float(num_tokens.mean()),
+        "median": float(np.median(num_tokens)),
+        "p95": float(np.quantile(num_tokens, 0.95)),
+        "max": longest,
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def _hits(path: Path) -> dict[str, int]:
+    """Rows that decontamination dropped, by benchmark."""
+    hits: Counter = Counter()
+    for batch in pq.ParquetFile(path).iter_batches(columns=["step", "detail"]):
+        for row in batch.to_pylist():
+            if row["step"] == DECONTAMINATION:
+                hits[json.loads(row["detail"])["benchmark"]] += 1
+    return dict(sorted(hits.items()))
+
+
+def _source_manifests(
+    build: Build, work: Path, units: Sequence[Unit], rows: _Rows, exact: NDArray[np.bool_], fate: _Fate
+) -> dict[str, SourceManifest]:
+    names = ["schema", *(name for name, _ in build.steps)]
+    late = {
+        (DUPLICATES, "exact"): fate.duplicate & exact,
+        (DUPLICATES, "near"): fate.duplicate & ~exact,
+        (MIX, "not_drawn"): fate.not_drawn,
+        (DIFFICULTY, "no_signal"): fate.uninformative,
+    }
+    manifests: dict[str, SourceManifest] = {}
+    for place, (source, adapter) in enumerate(build.sources):
+        mine = [number for number, unit in enumerate(units) if unit.source == place]
+        done = [json.loads(_Chunk(work, number).done.read_text(encoding="utf-8")) for number in mine]
+        dropped: dict[str, Counter] = {name: Counter() for name in [*names, DUPLICATES, MIX, DIFFICULTY]}
+        for chunk in done:
+            for step, reason, count in chunk["dropped"]:
+                dropped[step][reason] += count
+        cells = [i for i, cell in enumerate(rows.cells) if cell[2] == source.label]
+        of_source = np.isin(rows.cell, cells)
+        for (step, reason), which in late.items():
+            if count := int((which & of_source).sum()):
+                dropped[step][reason] = count
+        ran = [*names, *(name for name in (DUPLICATES, MIX, DIFFICULTY) if dropped[name])]
+        modes = {rows.cells[i][0] for i in cells}
+        manifests[source.label] = {
+            "path": source.path,
+            "licence": None if adapter.licence == "not stated" else adapter.licence,
+            "mode": None if build.stage == "hgpo" else str(source.mode or adapter.mode or ", ".join(sorted(modes))),
+            "domain": source.domain or ", ".join(sorted({rows.cells[i][1] for i in cells})) or adapter.domain,
+            "rows_read": sum(chunk["read"] for chunk in done),
+            "steps": [{"name": name, "dropped": dict(sorted(dropped[name].items()))} for name in ran],
+            "kept": int((fate.kept & of_source).sum()),
+        }
+    return manifests
+
+
+def _explain_nothing_left(sources: dict[str, SourceManifest]) -> str:
+    lines = []
+    for name, source in sources.items():
+        worst = Counter(
+            {f"{step['name']}: {reason}": n for step in source["steps"] for reason, n in step["dropped"].items()}
+        )
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in worst.most_common(3)) or "it is empty"
+        lines.append(f"{name}: {source['rows_read']:,} rows read; {reasons}")
+    return "No row is left. " + "; ".join(lines) + ". Loosen the step that dropped them, or fix the source."
+
+
+# --- the whole build ------------------------------------------------------------------------------------------
+
+
+def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Manifest | None:
+    """Take a folder for this build. Returns the manifest of one that is complete already.
+
+    Args:
+        recipe: all that decides what comes out.
+
+    Raises:
+        ValueError: the folder holds a build of another recipe or of other files, complete or not, or something else.
+    """
+    remedy = "Choose another output_dir, or remove this one."
+    manifest, plan = output_dir / MANIFEST, output_dir / WORK / "plan.json"
+    if manifest.is_file():
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        _check_same(f"output_dir={str(output_dir)!r} holds another data set", content["recipe"], recipe, remedy)
+        return content
+    wanted = json.loads(json.dumps({"recipe": recipe, "units": [asdict(unit) for unit in units]}))
+    if plan.is_file():
+        before = json.loads(plan.read_text(encoding="utf-8"))
+        what = f"output_dir={str(output_dir)!r} holds the beginning of another build"
+        _check_same(what, before["recipe"], recipe, remedy)
+        if before["units"] != wanted["units"]:
+            raise ValueError(f"{what}: the sources' files have changed since. {remedy}")
+    elif (output_dir / "data").exists():
+        raise ValueError(f"output_dir={str(output_dir)!r} has a folder `data` that is not of a build. {remedy}")
+    write_json(plan, wanted)
+    return None
+
+
+def _check_same(what: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
+    now = json.loads(json.dumps(now))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed:
+        listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+        raise ValueError(f"{what}. Changed: {listing}. {remedy}")
+
+
+def build_dataset(
+    build: Build,
+    units: Sequence[Unit],
+    output_dir: Path,
+    recipe: dict[str, Any],
+    num_processes: int = 1,
+    finish: Finish | None = None,
+) -> Manifest:
+    """Build a data set into a folder that `claim` has taken: `data/*.parquet`, `removed.parquet`, `manifest.json`.
+
+    A build that is killed at any moment goes on from the chunks that are done. `manifest.json` comes last.
+
+    Args:
+        units: of all sources, in order.
+        recipe: for the manifest.
+        num_processes: that read and filter.
+        finish: the last word on rows that are otherwise done.
+
+    Raises:
+        ValueError: a file cannot be read, the shares cannot be had, or no row is left.
+        OSError: no room to write; RuntimeError: a worker was killed. What is done stays, in both cases.
+    """
+    work = output_dir / WORK
+    make_chunks(build, work, units, num_processes)
+    rows = _gather(build, work, units)
+    first, exact = _first(build, work, rows)
+    duplicate = first != np.arange(len(first))
+    fate = _Fate(duplicate, np.zeros_like(duplicate), np.zeros_like(duplicate))
+    if fate.kept.any():
+        fate.not_drawn = ~duplicate & ~_mix(build, rows, ~duplicate)
+    chosen = np.flatnonzero(fate.kept)
+    by_rank = chosen[np.argsort(rows.order[chosen], kind="stable")]
+    if finish is None or not len(by_rank):
+        _write_shards(build, work, output_dir / "data", rows, by_rank)
+    else:
+        paths = _write_shards(build, work, work / "data", rows, by_rank)
+        stays = _finish(finish, paths, work, output_dir / "data")
+        fate.uninformative[by_rank[~stays]] = True
+    kept = fate.kept
+    sources = _source_manifests(build, work, units, rows, exact, fate)
+    if not kept.any():
+        raise ValueError(_explain_nothing_left(sources))
+    _write_removed(work, output_dir / REMOVED, rows, first, exact, fate)
+    values = {axis: [cell[place] for cell in rows.cells] for place, axis in enumerate(AXES)}
+    per_cell = np.bincount(rows.cell[kept], minlength=len(rows.cells))
+    counts = {
+        axis: {value: int(per_cell[[v == value for v in names]].sum()) for value in sorted(set(names))}
+        for axis, names in values.items()
+    }
+    modes = {
+        mode: np.isin(rows.cell, [i for i, cell in enumerate(rows.cells) if cell[0] == mode]) for mode in counts["mode"]
+    }
+    manifest: Manifest = {
+        "stage": build.stage,
+        "recipe": recipe,
+        "seed": build.seed,
+        "versions": {name: version(name) for name in _VERSIONS},
+        "sources": sources,
+        "rows": counts,
+        "tokens": {
+            mode: _statistics(rows.num_tokens[kept & which]) for mode, which in modes.items() if counts["mode"][mode]
+        },
+        "duplicates": {
+            "exact": int((fate.duplicate & exact).sum()),
+            "near": int((fate.duplicate & ~exact).sum()),
+        },
+        "decontamination": _hits(output_dir / REMOVED),
+    }
+    write_card(output_dir, manifest)
+    write_json(output_dir / MANIFEST, manifest)
+    shutil.rmtree(work)
+    return manifest

@@ -1,0 +1,275 @@
+"""What the two data builders share: their fields, and the way from a recipe to a data set."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer
+
+from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, generic
+from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
+from hgpo_trl.data.decontamination import Decontaminator
+from hgpo_trl.data.example import Drop, Step
+from hgpo_trl.data.filters import language, quality, token_limit, verified_answers
+from hgpo_trl.data.manifest import Manifest
+from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
+from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_unit, split_into_units
+
+DEDUPLICATIONS = ("near", "exact", "none")
+_SAMPLE_ROWS = 20  # of each source, looked at before any long work
+_FREE = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")  # change nothing in the data
+
+
+@dataclass
+class BuilderArguments:
+    """Sources, and what is done to their rows. docs/data.md explains every step."""
+
+    sources: list[dict[str, Any]] = field(
+        metadata={"help": "Mappings: path, and perhaps name, adapter, subset, split, mode, domain, fields, rows."}
+    )
+    output_dir: str = field(metadata={"help": "Folder to write to."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Of the model to be trained, to count tokens: path or hub id."}
+    )
+    max_tokens: int | None = field(default=None, metadata={"help": "Drop rows with more tokens; needs tokenizer."})
+    quality_filter: bool = field(default=True, metadata={"help": "Drop what is empty, cut off or repetitive."})
+    languages: list[str] | None = field(
+        default=None, metadata={"help": "Keep these only (ISO 639-1: en, de, ...); null: all."}
+    )
+    deduplicate: str = field(
+        default="near", metadata={"help": f"Duplicate queries: {', '.join(DEDUPLICATIONS)}.", "choices": DEDUPLICATIONS}
+    )
+    dedup_threshold: float = field(
+        default=0.8, metadata={"help": "Similarity (Jaccard) from which queries are near duplicates."}
+    )
+    decontaminate_against: list[dict[str, Any]] = field(
+        default_factory=list, metadata={"help": "Mappings: path, field, and perhaps name, subset, split."}
+    )
+    decontamination_ngram: int = field(default=8, metadata={"help": "Words of an n-gram."})
+    decontamination_threshold: float = field(
+        default=0.5, metadata={"help": "Share of a benchmark question's n-grams that make a row contaminated."}
+    )
+    domain_shares: dict[str, float] | None = field(default=None, metadata={"help": "domain -> share; they sum to 1."})
+    source_shares: dict[str, float] | None = field(default=None, metadata={"help": "source -> share; they sum to 1."})
+    max_rows: int | None = field(default=None, metadata={"help": "At most so many rows in all."})
+    rows_per_shard: int = field(default=10_000, metadata={"help": "Rows of a file; one is sorted in memory."})
+    max_row_bytes: int = field(default=4 * 2**20, metadata={"help": "Drop longer rows unread."})
+    num_processes: int = field(
+        default_factory=lambda: len(os.sched_getaffinity(0)), metadata={"help": "Processes that read and filter."}
+    )
+    seed: int = field(default=0, metadata={"help": "Which rows a cap keeps, and the order."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Data set repository to upload the result to."})
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty. Name at least one: {path: data.jsonl, fields: {prompt: question}}.")
+        for name in ("max_tokens", "max_rows", "rows_per_shard", "max_row_bytes", "num_processes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        if self.max_tokens is not None and self.tokenizer is None:
+            raise ValueError(f"max_tokens={self.max_tokens} needs a tokenizer to count with: set `tokenizer`.")
+        if self.deduplicate not in DEDUPLICATIONS:
+            raise ValueError(f"deduplicate must be one of {', '.join(DEDUPLICATIONS)}; got {self.deduplicate!r}.")
+        for name in ("dedup_threshold", "decontamination_threshold"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in (0, 1]; got {getattr(self, name)}.")
+        if self.decontamination_ngram < 1:
+            raise ValueError(f"decontamination_ngram must be at least 1; got {self.decontamination_ngram}.")
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Axis -> value -> share."""
+        return {"domain": self.domain_shares or {}, "source": self.source_shares or {}}
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One entry of `decontaminate_against`.
+
+    Args:
+        path: file, folder, or id on the hub.
+        field: its column of questions.
+        name: in the report; default: `path`.
+        subset, split: on the hub.
+    """
+
+    path: str
+    field: str = "problem"
+    name: str | None = None
+    subset: str | None = None
+    split: str = "test"
+
+
+def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Adapter]]:
+    """The sources with their adapters.
+
+    Raises:
+        ValueError: an entry is malformed, an adapter is unknown, or two sources have the same name.
+    """
+    resolved = []
+    for index, source in enumerate(parse_entries("sources", sources, Source)):
+        where = f"sources[{index}] ({source.label})"
+        name = source.adapter or (source.path if source.path in ADAPTERS else "generic")
+        if name == "generic":
+            if not source.fields:
+                raise ValueError(
+                    f"{where} needs `fields`, our names to its columns, as {{prompt: question, answer: text}}: there "
+                    f"is no adapter for it. Adapters: {', '.join(sorted(ADAPTERS))}."
+                )
+            try:
+                adapter = generic(source.fields, mode=source.mode, domain=source.domain or "general")
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+        elif name in ADAPTERS:
+            adapter = ADAPTERS[name]
+            if source.fields:
+                raise ValueError(f"{where} has both an adapter and `fields`. Set adapter: generic, or drop `fields`.")
+        else:
+            nearest = get_close_matches(name, ADAPTERS, n=1, cutoff=0.4)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            raise ValueError(f"{where}: there is no adapter {name!r}{hint} They are {', '.join(sorted(ADAPTERS))}.")
+        if stage == "hft" and adapter.stage == "hgpo":
+            raise ValueError(
+                f"{where} has prompts alone, and Stage I needs responses. {adapter.note} Use it in `data hgpo`, or add "
+                "responses of a model and read them as generic."
+            )
+        resolved.append((replace(source, adapter=name), adapter))
+    labels = [source.label for source, _ in resolved]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise ValueError(f"sources: {twice!r} is there twice. Give each its own `name`.")
+    return resolved
+
+
+def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit]:
+    """All units of all sources, in order, after a look at each source's first rows.
+
+    Raises:
+        ValueError: a source has no file that can be read, no rows, or rows without what its adapter needs.
+    """
+    units: list[Unit] = []
+    for index, (source, adapter) in enumerate(sources):
+        where = f"sources[{index}].path"
+        subset, split = source.subset or adapter.subset, source.split or adapter.split
+        files = list_files(where, source.path, subset, split, adapter.files)
+        mine = [unit for file in files for unit in split_into_units(index, file)]
+        if not mine:
+            raise ValueError(f"{where}={source.path!r} has no rows. Give it at least one, or drop it.")
+        _look_at(f"sources[{index}]", source, adapter, mine[0], max_row_bytes)
+        units += mine
+    return units
+
+
+def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_bytes: int) -> None:
+    """ValueError if none of the first rows has a column that is needed."""
+    rows = [row for _, row in islice(read_unit(unit, max_row_bytes), _SAMPLE_ROWS) if isinstance(row, dict)]
+    if not rows:
+        return  # broken lines are counted; if all are, no row is left in the end
+    verdicts = [adapt(adapter, row, source.label) for row in rows]
+    missing = [v for v in verdicts if isinstance(v, Drop) and v.reason == "missing_field"]
+    if len(missing) < len(verdicts):
+        return
+    wanted, columns = str(missing[0].detail.get("field")), sorted(rows[0])
+    nearest = get_close_matches(wanted, columns, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    raise ValueError(
+        f"{where} ({source.path}): none of the first {len(rows)} rows has {wanted!r}{hint} The columns are {columns}. "
+        "Set `fields` to the columns that there are."
+    )
+
+
+def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
+    files = list_files(where, benchmark.path, benchmark.subset, benchmark.split)
+    for file in files:
+        for unit in split_into_units(0, file):
+            for place, row in read_unit(unit, max_row_bytes=2**26):
+                text = row.get(benchmark.field) if isinstance(row, dict) else None
+                if not isinstance(text, str):
+                    columns = sorted(row) if isinstance(row, dict) else row.reason
+                    raise ValueError(
+                        f"{where} ({benchmark.path}): row {place} has no text in {benchmark.field!r}; there is "
+                        f"{columns}. Set `field` to its column of questions."
+                    )
+                yield text
+
+
+def decontaminator(args: BuilderArguments) -> Decontaminator | None:
+    """The step against the recipe's benchmarks, None where there are none; ValueError if one cannot be read."""
+    benchmarks = parse_entries("decontaminate_against", args.decontaminate_against, Benchmark)
+    if not benchmarks:
+        return None
+    questions = {
+        benchmark.name or benchmark.path: list(_questions(benchmark, f"decontaminate_against[{index}]"))
+        for index, benchmark in enumerate(benchmarks)
+    }
+    return Decontaminator(questions, n=args.decontamination_ngram, threshold=args.decontamination_threshold)
+
+
+def common_steps(args: BuilderArguments) -> list[tuple[str, Step]]:
+    """The steps of both builders up to decontamination, cheap ones first."""
+    steps: list[tuple[str, Step]] = []
+    if args.quality_filter:
+        steps.append(("quality", quality()))
+    if args.languages:
+        steps.append(("language", language(args.languages)))
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+    steps.append(("length", token_limit(tokenizer, args.max_tokens)))
+    if (step := decontaminator(args)) is not None:
+        steps.append((DECONTAMINATION, step))
+    return steps
+
+
+def run(
+    stage: str,
+    args: BuilderArguments,
+    steps: list[tuple[str, Step]],
+    *,
+    across_modes: bool = True,
+    shares: dict[str, dict[str, float]] | None = None,
+    finish: Finish | None = None,
+) -> Manifest:
+    """Plan, claim the folder, build, upload where asked, and say what came out."""
+    sources = resolve(args.sources, stage)
+    units = plan(sources, args.max_row_bytes)
+    recipe = {key: value for key, value in asdict(args).items() if key not in _FREE}
+    output_dir = Path(args.output_dir)
+    manifest = claim(output_dir, recipe, units)
+    if manifest is None:
+        near, threshold = args.deduplicate == "near", args.dedup_threshold
+        build = Build(
+            stage=stage,
+            sources=sources,
+            steps=steps,
+            deduplication=None
+            if args.deduplicate == "none"
+            else Deduplication(near=near, threshold=threshold, across_modes=across_modes),
+            shares=shares or args.shares(),
+            max_rows=args.max_rows,
+            rows_per_shard=args.rows_per_shard,
+            max_row_bytes=args.max_row_bytes,
+            seed=args.seed,
+        )
+        manifest = build_dataset(build, units, output_dir, recipe, args.num_processes, finish)
+    else:
+        print(f"{output_dir} is complete already.")
+    _summarise(output_dir, manifest)
+    if args.push_to_hub:
+        api = HfApi()
+        api.create_repo(args.push_to_hub, repo_type="dataset", exist_ok=True)
+        url = api.upload_folder(repo_id=args.push_to_hub, repo_type="dataset", folder_path=str(output_dir))
+        print(f"Uploaded: {url}")
+    return manifest
+
+
+def _summarise(output_dir: Path, manifest: Manifest) -> None:
+    for name, source in manifest["sources"].items():
+        print(f"  {name}: {source['kept']:,} of {source['rows_read']:,} rows")
+        for step in source["steps"]:
+            if step["dropped"]:
+                print(f"    {step['name']}: " + ", ".join(f"{n:,} {reason}" for reason, n in step["dropped"].items()))
+    rows = {axis: manifest["rows"][axis] for axis in ("mode", "domain")}
+    print(f"{output_dir}: {sum(rows['mode'].values()):,} rows, {json.dumps(rows)}; see {output_dir / 'README.md'}")

@@ -1,0 +1,63 @@
+"""Build Stage I's data set: hybrid SFT examples in TRL's conversational prompt/completion format.
+
+    hgpo-trl data hft --config recipes/qwen2.5-math-1.5b/data_hft.yaml
+
+Writes `data/*.parquet` (prompt, completion, mode, source, domain, id), a dataset card with figures, `manifest.json` and
+`removed.parquet` into `output_dir`. The same command goes on with a build that was interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
+from hgpo_trl.data.filters import verified_answers
+from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
+from hgpo_trl.scripts.recipe import RecipeParser
+
+
+@dataclass
+class HFTDataArguments(BuilderArguments):
+    """What Stage I adds: responses, and so modes."""
+
+    remove_reasoning_queries: bool = field(
+        default=True, metadata={"help": "Drop no-think examples whose query needs reasoning (paper, section 2)."}
+    )
+    reasoning_threshold: float | None = field(
+        default=None, metadata={"help": "Probability from which a query needs reasoning; null: the classifier's own."}
+    )
+    reasoning_classifier: str | None = field(
+        default=None, metadata={"help": "File of `hgpo-trl data classifier`; null: the one that is installed."}
+    )
+    verify_answers: bool = field(
+        default=True, metadata={"help": "Drop maths responses whose answer is not the reference."}
+    )
+    dedup_across_modes: bool = field(
+        default=False, metadata={"help": "Let a query stay in one mode only, not once in each."}
+    )
+    mode_shares: dict[str, float] | None = field(
+        default=None, metadata={"help": "think, no_think -> share (paper: 0.60, 0.40); they sum to 1."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reasoning_threshold is not None and not 0.0 < self.reasoning_threshold < 1.0:
+            raise ValueError(f"reasoning_threshold must lie between 0 and 1; got {self.reasoning_threshold}.")
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        return {"mode": self.mode_shares or {}, **super().shares()}
+
+
+def main(argv: Sequence[str]) -> None:
+    (args,) = RecipeParser(HFTDataArguments, prog="hgpo-trl data hft").parse_recipe(argv)
+    steps = common_steps(args)
+    if args.remove_reasoning_queries:
+        classifier = ReasoningQueryClassifier.load(args.reasoning_classifier)
+        steps.append(("reasoning_queries", no_reasoning_queries(classifier, args.reasoning_threshold)))
+    if args.verify_answers:
+        steps.append(("verification", verified_answers()))
+    run("hft", args, steps, across_modes=args.dedup_across_modes)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

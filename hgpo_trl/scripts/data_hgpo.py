@@ -1,0 +1,48 @@
+"""Build Stage II's data set: prompts, with a reference answer where there is one.
+
+    hgpo-trl data hgpo --config recipes/qwen2.5-math-1.5b/data_hgpo.yaml
+
+Writes `data/*.parquet` (prompt, answer, domain, level, source, id; with a `difficulty_model` also pass_rate_think and
+pass_rate_no_think), a dataset card, `manifest.json` and `removed.parquet` into `output_dir`. The same command goes on
+with a build that was interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from hgpo_trl.data.difficulty import DifficultyArguments, check_model, informative, measure, pass_rates
+from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
+from hgpo_trl.scripts.recipe import RecipeParser
+
+
+@dataclass
+class HGPODataArguments(DifficultyArguments, BuilderArguments):
+    """What Stage II adds: difficulty."""
+
+    def __post_init__(self) -> None:
+        BuilderArguments.__post_init__(self)
+        DifficultyArguments.__post_init__(self)
+
+
+def main(argv: Sequence[str]) -> None:
+    (args,) = RecipeParser(HGPODataArguments, prog="hgpo-trl data hgpo").parse_recipe(argv)
+    check_model(args)
+
+    def by_difficulty(prompts: Dataset, work: Path) -> tuple[NDArray[np.bool_], dict[str, NDArray[np.float64]]]:
+        rewards = measure(prompts, args, work, args.seed)
+        think, no_think = pass_rates(rewards).T
+        unknown = np.isnan(rewards).all(axis=(1, 2))  # no reference answer: nothing speaks against it
+        stays = unknown | informative(rewards, args.difficulty_margin)
+        return stays, {"pass_rate_think": think, "pass_rate_no_think": no_think}
+
+    run("hgpo", args, common_steps(args), finish=by_difficulty if args.difficulty_model else None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
