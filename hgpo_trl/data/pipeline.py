@@ -181,7 +181,7 @@ _FACTS = np.dtype([("order", np.uint64), ("num_tokens", np.int64)])
 
 
 def _random(seed: int, example: Example) -> int:
-    return xxhash.xxh3_64_intdigest(f"{seed}\0{example.source}\0{example.mode}\0{example.id}")
+    return xxhash.xxh3_64_intdigest(f"{seed}\0{example.source}\0{example.mode}\0{example.id}".encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +326,8 @@ class _Rows:
 
 
 def _gather(build: Build, work: Path, units: Sequence[Unit]) -> _Rows:
-    facts, cells, numbers = [], [], {}
+    facts, cells = [], []
+    numbers: dict[Cell, int] = {}
     for number in range(len(units)):
         chunk = _Chunk(work, number)
         facts.append(np.load(chunk.facts))

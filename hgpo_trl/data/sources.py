@@ -76,7 +76,7 @@ def parse_entries(field: str, entries: Sequence[Any], kind: type) -> list[Any]:
         ValueError: an entry is no mapping, has an unknown key, lacks `path`, or a value has the wrong type.
     """
     names = [entry.name for entry in fields(kind)]
-    parsed = []
+    parsed: list[Any] = []
     for index, entry in enumerate(entries):
         where = f"{field}[{index}]"
         if not isinstance(entry, Mapping):
@@ -194,7 +194,8 @@ def _row_groups(source: int, path: str) -> list[Unit]:
 
 def _open(path: str) -> IO[bytes]:
     """A file for reading, local or not, decompressed."""
-    raw = Path(path).open("rb") if "://" not in path else io.BufferedReader(fsspec.open(path, "rb").open(), 2**20)
+    remote = "://" in path
+    raw = io.BufferedReader(fsspec.open(path, "rb").open(), 2**20) if remote else Path(path).open("rb")  # noqa: SIM115
     return _COMPRESSIONS[PurePosixPath(path).suffix](raw) if _compressed(path) else raw
 
 

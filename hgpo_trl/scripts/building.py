@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer
 
 from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, generic
-from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
+
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
 from hgpo_trl.data.filters import language, quality, token_limit, verified_answers
