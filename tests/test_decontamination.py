@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Example
-from hgpo_trl.data.text import tokens
+from hgpo_trl.data.text import BRACKETS, tokens
 
 FRACTION = (
     "Let $f(x)=\\dfrac{x+1}{x-1}$ for all real numbers $x \\neq 1$. Find the value of $f(f(3)) + \\frac{1}{2}$, "
@@ -146,7 +146,8 @@ def test_planted_among_real_rows(shared_data: Path) -> None:
     drops = decontaminator([example(text) for text in (*clean, *hidden)])
     assert drops[: len(clean)] == [None] * len(clean)
     caught = np.array([drop is not None for drop in drops[len(clean) :]])
-    short = np.array([len(tokens(question)) <= decontaminator.n for question in questions])
+    sizes = [sum(token not in BRACKETS for token in tokens(question)) for question in questions]
+    short = np.array(sizes) < decontaminator.n
     assert caught[~short].all()
     assert sum(drop is not None for drop in decontaminator([example(question) for question in questions])) == 500
 
