@@ -29,7 +29,7 @@ def dedup_keys(
     examples: Sequence[Example],
     *,
     num_perm: int = 128,
-    threshold: float = 0.8,
+    threshold: float = 0.7,
     near: bool = True,
     across_modes: bool = False,
 ) -> NDArray[np.uint64]:

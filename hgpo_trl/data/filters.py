@@ -121,7 +121,7 @@ _NOT_PROSE = re.compile(
     r"|\\[A-Za-z]+|https?://\S+|<[^<>\n]*>|[\d_^={}|/\\+*#~@&%\[\]]+",
     re.DOTALL,
 )
-_MAX_PROSE = 2_000  # characters: what is judged of a part
+_MAX_PROSE = 1_000  # characters: what is judged of a part
 _MIN_LETTERS = 20
 _SURE = 0.8
 _NO_LANGUAGE = "zxx"
