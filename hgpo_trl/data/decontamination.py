@@ -1,0 +1,85 @@
+"""Overlap with evaluation benchmarks, by the n-grams of their questions."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import xxhash
+
+from hgpo_trl.data.example import Drop, Example
+from hgpo_trl.data.text import BRACKETS, tokens
+
+
+class Decontaminator:
+    """Drops examples whose prompt holds at least a share of the n-grams of some question of a benchmark.
+
+    A step, and picklable. The share is the criterion of Tülu 3 (arXiv 2411.15124): of 8-grams, a half. N-grams are of
+    words, numbers and mathematical signs, without brackets, as `hgpo_trl.data.text.tokens` sees them, so that blanks,
+    case, punctuation and ways to write LaTeX do not count. Each message of a prompt is looked at. A question of fewer
+    than n tokens is found only where it is a whole message. A variant with other numbers is found where enough of the
+    wording is left; a paraphrase is not.
+
+    A drop has the reason "contaminated" and in its detail `benchmark`, `row` of it, `overlap` (the share) and `text`
+    (the first n-gram that both have).
+
+    Args:
+        benchmarks: questions by name of the benchmark.
+        n: tokens of an n-gram.
+        threshold: share of a question's n-grams.
+
+    Raises:
+        ValueError: n is not positive, the threshold does not lie in (0, 1], or a benchmark has no questions.
+    """
+
+    def __init__(self, benchmarks: Mapping[str, Iterable[str]], n: int = 8, threshold: float = 0.5) -> None:
+        if n < 1:
+            raise ValueError(f"n must be at least 1; got {n}.")
+        if not 0.0 < threshold <= 1.0:
+            raise ValueError(f"threshold must lie in (0, 1]; got {threshold}.")
+        self.n, self.threshold = n, threshold
+        self._rows: list[tuple[str, int]] = []  # benchmark and row of each question
+        self._sizes: list[int] = []  # its n-grams
+        index: defaultdict[int, list[int]] = defaultdict(list)
+        for name, questions in benchmarks.items():
+            before = len(self._rows)
+            for row, question in enumerate(questions):
+                grams = set(self._grams(_words(question)))
+                for gram in grams:
+                    index[gram].append(len(self._rows))
+                self._rows.append((name, row))
+                self._sizes.append(len(grams))
+            if len(self._rows) == before:
+                raise ValueError(f"benchmarks: {name!r} has no questions.")
+        self._index = {gram: tuple(questions) for gram, questions in index.items()}
+
+    def __call__(self, examples: Sequence[Example]) -> list[Drop | None]:
+        return [self._verdict(example) for example in examples]
+
+    def _grams(self, words: list[str]) -> Iterator[int]:
+        """Hashes of a message's n-grams; a shorter message is one gram, which no longer one has."""
+        for i in range(max(len(words) - self.n, 0) + 1):
+            gram = words[i : i + self.n]
+            if gram:
+                yield xxhash.xxh3_64_intdigest(" ".join(gram).encode())
+
+    def _verdict(self, example: Example) -> Drop | None:
+        messages = [_words(message["content"]) for message in example.prompt]
+        found: dict[int, tuple[int, int]] = {}  # n-gram to where it first stands
+        for m, words in enumerate(messages):
+            for i, gram in enumerate(self._grams(words)):
+                if gram in self._index:
+                    found.setdefault(gram, (m, i))
+        if not found:
+            return None
+        shared = Counter(question for gram in found for question in self._index[gram])
+        question = min(shared, key=lambda q: (-shared[q] / self._sizes[q], q))
+        overlap = shared[question] / self._sizes[question]
+        if overlap < self.threshold:
+            return None
+        m, i = min(place for gram, place in found.items() if question in self._index[gram])
+        name, row = self._rows[question]
+        text = " ".join(messages[m][i : i + self.n])
+        return Drop("contaminated", {"benchmark": name, "row": row, "overlap": round(overlap, 3), "text": text})
+
+
+def _words(text: str) -> list[str]:
+    return [token for token in tokens(text) if token not in BRACKETS]
