@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl.advantages import assign_rewards
 from hgpo_trl.data import difficulty
-from hgpo_trl.data.difficulty import DifficultyArguments, check_model, informative, measure, pass_rates
+from hgpo_trl.data.difficulty import DifficultyArguments, check_model, informative, measure, pass_rates, verdicts
+from hgpo_trl.data.example import Drop
 
 NAN = math.nan
 
@@ -95,6 +96,13 @@ def test_pass_rates(rewards: NDArray[np.float64]) -> None:
         for mode, rate in zip(query, rates, strict=True):
             valid = mode[~np.isnan(mode)]
             assert rate == pytest.approx(valid.mean() if len(valid) else NAN, nan_ok=True)
+
+
+def test_verdicts() -> None:
+    rewards = np.array([[[1, 1], [1, 1]], [[1, 1], [0, 0]], [[NAN, NAN], [NAN, NAN]], [[NAN, NAN], [0, 0]]])
+    too_easy = Drop("uninformative", {"pass_rate_think": 1.0, "pass_rate_no_think": 1.0})
+    half = Drop("uninformative", {"pass_rate_think": None, "pass_rate_no_think": 0.0})
+    assert verdicts(rewards, 0.2) == [too_easy, None, None, half]
 
 
 def test_bad_input_is_refused() -> None:

@@ -13,6 +13,7 @@ import yaml
 from trl import ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
+from hgpo_trl.data.difficulty import DifficultyArguments
 from hgpo_trl.scripts.data import DataArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from hgpo_trl.scripts.hft import HFTArguments
@@ -22,7 +23,7 @@ from hgpo_trl.scripts.report import ReportArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-OURS = (DataArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments)
+OURS = (DataArguments, DifficultyArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments)
 INHERITED = "Inherited fields that matter most"
 
 Row = dict[str, str]

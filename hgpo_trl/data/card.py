@@ -25,7 +25,7 @@ from hgpo_trl.documents import (
 from hgpo_trl.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 from hgpo_trl.files import looks_like_path, write_atomically
 
-UNKNOWN_LICENCE = "unknown"  # the hub's own word
+UNKNOWN_LICENCE = "unknown"  # the hub's own word for "not stated"
 KEPT = "#12866A"
 REMOVED = ("#C9C9C9", "#E8A0B8", "#D9C27A", "#BBA4DB", "#8FC3D6", "#E5AE8C", "#A9CCA4", "#AFB9E6", "#D6D6B0")
 MODE_COLORS = {"think": THINK, "no_think": NO_THINK}
@@ -60,7 +60,7 @@ def _rows(manifest: Manifest) -> int:
 
 
 def _licence(source: SourceManifest) -> str:
-    return source["licence"] or UNKNOWN_LICENCE
+    return UNKNOWN_LICENCE if source["licence"] in (None, "", "not stated") else source["licence"]
 
 
 def _licences(manifest: Manifest) -> list[str]:

@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from hgpo_trl.advantages import TIE_TOLERANCE
+from hgpo_trl.data.example import Drop
 from hgpo_trl.evaluation import PROMPT_ID, score_samples
-from hgpo_trl.files import write_atomically
+from hgpo_trl.files import nan_to_null, write_atomically
 from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.sampling import Sampler, check_backend, loaded_sampler
@@ -130,6 +131,21 @@ def pass_rates(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
     count = valid.sum(axis=2)
     total = np.where(valid, rewards, 0.0).sum(axis=2)
     return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def verdicts(rewards: NDArray[np.float64], margin: float) -> list[Drop | None]:
+    """A verdict per query, as a `Step` gives it: "uninformative", with its pass rates, unless it is `informative`.
+
+    A query without any valid reward cannot be measured and is kept.
+    """
+    measured = ~np.isnan(rewards).all(axis=(1, 2))
+    dropped = measured & ~informative(rewards, margin)
+    return [
+        Drop("uninformative", nan_to_null({"pass_rate_think": float(think), "pass_rate_no_think": float(no_think)}))
+        if drop
+        else None
+        for drop, (think, no_think) in zip(dropped, pass_rates(rewards), strict=True)
+    ]
 
 
 def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: int = 0) -> NDArray[np.float64]:
