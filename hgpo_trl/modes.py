@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass
 from enum import StrEnum
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from tokenizers import AddedToken
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
+
+if TYPE_CHECKING:  # only what has to do with models needs them, and they take seconds to import
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Mode(StrEnum):
@@ -149,7 +149,7 @@ class ModeTokens:
 _ADD = "Add the tags with hgpo_trl.modes.add_mode_tokens(tokenizer, model)."
 
 
-def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
+def mode_tokens(tokenizer: "PreTrainedTokenizerBase") -> ModeTokens:
     """Look up the four tags in a tokenizer: the check to make at start-up.
 
     Raises:
@@ -172,7 +172,7 @@ def mode_tokens(tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
     return ModeTokens(*ids)
 
 
-def _check_tag(tokenizer: PreTrainedTokenizerBase, tag: str, token_id: int) -> None:
+def _check_tag(tokenizer: "PreTrainedTokenizerBase", tag: str, token_id: int) -> None:
     """ValueError if a tag of the vocabulary is special, or is split or lost somewhere (see `mode_tokens`)."""
     _refuse_special(tokenizer, tag)
     # A word of the plain vocabulary may be found alone and yet be split, or lost, next to other text.
@@ -187,7 +187,7 @@ def _check_tag(tokenizer: PreTrainedTokenizerBase, tag: str, token_id: int) -> N
             )
 
 
-def _refuse_special(tokenizer: PreTrainedTokenizerBase, tag: str) -> None:
+def _refuse_special(tokenizer: "PreTrainedTokenizerBase", tag: str) -> None:
     """ValueError if a tag is registered as a special token."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if tag in special.union(tokenizer.all_special_tokens):
@@ -201,7 +201,7 @@ def _refuse_special(tokenizer: PreTrainedTokenizerBase, tag: str) -> None:
 # --- model --------------------------------------------------------------------------------------------------
 
 
-def check_embeddings(model: PreTrainedModel, tokens: ModeTokens) -> None:
+def check_embeddings(model: "PreTrainedModel", tokens: ModeTokens) -> None:
     """Check that a model has a row for every tag in its input and, if it has one, its output embedding.
 
     Raises:
@@ -218,7 +218,7 @@ def check_embeddings(model: PreTrainedModel, tokens: ModeTokens) -> None:
                 )
 
 
-def add_mode_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> int:
+def add_mode_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel | None" = None) -> int:
     """Make the four tags ordinary added tokens of a tokenizer, and give them embedding rows in its model. Idempotent.
 
     A model with spare rows (Qwen's are padded) keeps its size; another grows to the next multiple of 64, and
@@ -247,7 +247,7 @@ def add_mode_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel |
 
 
 def _add_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: ModeTokens, known: dict[str, int]
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: ModeTokens, known: dict[str, int]
 ) -> None:
     """Enlarge the embeddings if need be, and initialise the rows of tags that are new to the tokenizer or the model."""
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -263,6 +263,8 @@ def _add_rows(
     used = {token_id for token, token_id in known.items() if token_id < old_rows and token not in new}
     pieces = {token_id: _pieces(tokenizer, tag, used) for tag, token_id in new.items()}
     tensors = _per_token_parameters(model)
+    import torch
+
     with torch.no_grad(), _gathered(tensors):
         for tensor in tensors:
             mean = _mean_row(tensor, used)
@@ -271,14 +273,14 @@ def _add_rows(
                 tensor[token_id] = _mean_row(tensor, parts) if parts else mean
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, tag: str, used: set[int]) -> list[int]:
+def _pieces(tokenizer: "PreTrainedTokenizerBase", tag: str, used: set[int]) -> list[int]:
     """The ids that spell a tag, or none if the tokenizer cannot spell it without unknown pieces."""
     parts = (tag[:1], tag[1:])  # in two, because it may already know the whole as one token
     ids = [token_id for part in parts for token_id in tokenizer.encode(part, add_special_tokens=False)]
     return ids if used.issuperset(ids) and tokenizer.unk_token_id not in ids else []
 
 
-def _per_token_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+def _per_token_parameters(model: "PreTrainedModel") -> "list[nn.Parameter]":
     """Every parameter with one row per token: input weight, output weight and bias; a tied one once."""
     found: dict[int, nn.Parameter] = {}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -288,19 +290,23 @@ def _per_token_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _mean_row(tensor: Tensor, ids: Iterable[int]) -> Tensor:
+def _mean_row(tensor: "Tensor", ids: Iterable[int]) -> "Tensor":
+    import torch
+
     return tensor[list(ids)].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
 
 
-def _rows(module: nn.Module) -> int:
+def _rows(module: "nn.Module") -> int:
     """Rows of an embedding, also where DeepSpeed ZeRO-3 has partitioned it and its local shape is 0."""
     module = getattr(module, "original_module", module)  # PEFT's wrapper would compute its weight, and copy it for that
-    weight = cast(Tensor, module.weight)
+    weight = cast("Tensor", module.weight)
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
+def _gathered(parameters: "list[nn.Parameter]") -> AbstractContextManager:
     """Whole parameters under DeepSpeed ZeRO-3, whose changes rank 0 spreads; elsewhere nothing needs to be done."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed

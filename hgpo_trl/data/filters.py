@@ -7,13 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
-from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.modes import Mode
 from hgpo_trl.rewards import answers_match
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # --- quality --------------------------------------------------------------------------------------------------
 
@@ -179,7 +182,7 @@ def identify(text: str) -> tuple[str, float]:
 _TOKENS_PER_MESSAGE = 4  # a chat template's marks of role and end
 
 
-def token_limit(tokenizer: PreTrainedTokenizerBase | None, max_tokens: int | None) -> Step:
+def token_limit(tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None) -> Step:
     """Sets `num_tokens` and drops examples with more than `max_tokens` of them as "too_long".
 
     Counted are the contents of all messages, the response with its mode's tags, and four tokens a message for the
@@ -201,7 +204,7 @@ def token_limit(tokenizer: PreTrainedTokenizerBase | None, max_tokens: int | Non
 
 
 def _token_limit(
-    tokenizer: PreTrainedTokenizerBase | None, max_tokens: int | None, examples: Sequence[Example]
+    tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None, examples: Sequence[Example]
 ) -> list[Drop | None]:
     if tokenizer is None or not examples:
         return [None] * len(examples)

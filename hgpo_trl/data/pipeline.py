@@ -22,18 +22,16 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from datasets import Dataset, load_dataset
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from hgpo_trl.data.adapters import Adapter, adapt
-from hgpo_trl.data.card import write_card
 from hgpo_trl.data.deduplication import dedup_keys, first_of_each
 from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
@@ -41,6 +39,9 @@ from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
 from hgpo_trl.data.sources import Source, Unit, read_unit
 from hgpo_trl.files import write_json
 from hgpo_trl.modes import format_response
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WORK = ".work"  # within the output folder, until the build is complete
 MANIFEST = "manifest.json"
@@ -286,7 +287,7 @@ def _run(build: Build, work: Path, todo: Sequence[tuple[int, Unit]], num_process
             yield make_chunk(build, work, number, unit)
         return
     context = multiprocessing.get_context("forkserver")  # imports once, and forks from a process without threads
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["__main__", __name__])
     pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker, initargs=(build, work))
     try:
         waiting = iter(todo)
@@ -402,7 +403,7 @@ def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.boo
 
 # --- shards ---------------------------------------------------------------------------------------------------
 
-Finish = Callable[[Dataset, Path], tuple[NDArray[np.bool_], dict[str, NDArray[np.float64]]]]
+Finish = Callable[["Dataset", Path], tuple[NDArray[np.bool_], dict[str, NDArray[np.float64]]]]
 """Last word on the finished rows: which stay (`[R]`), and columns to add (name -> `[R]`, NaN is null)."""
 
 
@@ -443,6 +444,8 @@ def _shard_paths(folder: Path, rows: int, rows_per_shard: int) -> list[Path]:
 
 def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> NDArray[np.bool_]:
     """Have the last word on the rows of these shards, and write what stays, with its new columns, to `target`."""
+    from datasets import load_dataset
+
     dataset = load_dataset("parquet", data_files=list(map(str, paths)), split="train", cache_dir=str(work / "cache"))
     stays, columns = finish(dataset, work)
     target.mkdir(exist_ok=True)
@@ -634,6 +637,8 @@ def build_dataset(
         ValueError: a file cannot be read, the shares cannot be had, or no row is left.
         OSError: no room to write; RuntimeError: a worker was killed. What is done stays, in both cases.
     """
+    from hgpo_trl.data.card import write_card  # workers, which import this module, do without figures
+
     work = output_dir / WORK
     make_chunks(build, work, units, num_processes)
     rows = _gather(build, work, units)

@@ -18,7 +18,6 @@ from typing import IO, Any, cast
 
 import fsspec
 import pyarrow.parquet as pq
-from datasets import load_dataset_builder
 from pydantic import TypeAdapter, ValidationError
 
 from hgpo_trl.data.example import Drop
@@ -136,6 +135,8 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
         if not found:
             raise ValueError(f"{where}={name!r}: no file there matches {pattern!r}.")
     else:
+        from datasets import load_dataset_builder  # takes seconds to import, and workers do without
+
         data_files = load_dataset_builder(name, subset).config.data_files or {}
         if split not in data_files:
             raise ValueError(f"{where}={name!r} has no split {split!r}; its splits are {sorted(map(str, data_files))}.")

@@ -13,10 +13,9 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer
 
 from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, generic
-
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
-from hgpo_trl.data.filters import language, quality, token_limit, verified_answers
+from hgpo_trl.data.filters import language, quality, token_limit
 from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
 from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_unit, split_into_units

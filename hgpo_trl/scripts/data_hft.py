@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-
+from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import verified_answers
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser
