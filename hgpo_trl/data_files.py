@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder
 
 from hgpo_trl.files import looks_like_path
 
@@ -27,7 +27,7 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
         if path.is_file():
             return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
         if path.is_dir():
-            return load_dataset(str(path), split=split)
+            return _load_folder(path, split)
     except (StopIteration, ValueError) as error:  # datasets' ways of saying that there are no rows
         if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
             raise
@@ -37,3 +37,16 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
             f"{field}={name!r}: there is no such file or folder. Build it with `hgpo-trl data`, or fix the path."
         )
     return load_dataset(name, split=split)
+
+
+def _load_folder(path: Path, split: str) -> Dataset:
+    """The files that a folder (its README.md, if it has one) gives for a split.
+
+    `load_dataset(folder)` keeps what it has read under the folder's name, and takes another folder of that name with
+    the same README configuration for it; files that are named are told apart by path and time.
+    """
+    data_files = load_dataset_builder(str(path)).config.data_files or {}
+    files = [str(file) for file in data_files.get(split, [])]
+    if not files or Path(files[0]).suffix not in _BUILDERS:
+        return load_dataset(str(path), split=split)  # which says what is wrong, or knows the type
+    return load_dataset(_BUILDERS[Path(files[0]).suffix], data_files=files, split="train")

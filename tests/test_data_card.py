@@ -55,6 +55,7 @@ MANIFEST = {
     "seed": 0,
     "versions": {"hgpo-trl": "0.1.0", "datasets": "5.2.0"},
     "sources": SOURCES,
+    "bytes": 12_345,
     "rows": {
         "mode": {"think": 4300, "no_think": 2000},
         "domain": {"general": 2000, "maths": 3440, "code": 860},

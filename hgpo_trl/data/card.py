@@ -77,6 +77,9 @@ def _front_matter(manifest: Manifest) -> dict[str, object]:
         "task_categories": ["text-generation"],
         "tags": ["hybrid-reasoning", manifest["stage"], "trl", *sorted(manifest["rows"]["domain"])],
         "size_categories": [size],
+        "dataset_info": {
+            "splits": [{"name": "train", "num_bytes": manifest["bytes"], "num_examples": _rows(manifest)}]
+        },
         "configs": [
             {"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]},
         ],

@@ -47,6 +47,7 @@ class Manifest(TypedDict):
     seed: int
     versions: dict[str, str]
     sources: dict[str, SourceManifest]
+    bytes: int  # of the shards
     rows: dict[str, dict[str, int]]  # "mode", "domain", "source" -> name -> rows in the data set
     tokens: dict[str, TokenStatistics]  # by mode; "prompt" where there are no responses
     duplicates: dict[str, int]  # "exact", "near"

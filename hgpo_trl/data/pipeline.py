@@ -675,6 +675,7 @@ def build_dataset(
         "seed": build.seed,
         "versions": {name: version(name) for name in _VERSIONS},
         "sources": sources,
+        "bytes": sum(path.stat().st_size for path in (output_dir / "data").iterdir()),
         "rows": counts,
         "tokens": {
             mode: _statistics(rows.num_tokens[kept & which]) for mode, which in modes.items() if counts["mode"][mode]
