@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.scripts.data import DataArguments
+from hgpo_trl.scripts.data_classifier import DataClassifierArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
@@ -22,7 +23,16 @@ from hgpo_trl.scripts.report import ReportArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-OURS = (DataArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments)
+OURS = (
+    DataArguments,
+    DataClassifierArguments,
+    HFTArguments,
+    HGPOArguments,
+    HGPOConfig,
+    MergeArguments,
+    EvaluateArguments,
+    ReportArguments,
+)
 INHERITED = "Inherited fields that matter most"
 
 Row = dict[str, str]

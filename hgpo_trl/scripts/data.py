@@ -1,11 +1,13 @@
 """Build the data sets and the untrained model of an embedded task.
 
     hgpo-trl data --config recipes/chain-sum/data.yaml
+    hgpo-trl data classifier --config RECIPE.yaml      something else, in scripts/data_classifier.py
 
 Writes `hft.parquet`, `hgpo.parquet` and `eval.parquet` (held-out queries) and the folder `base` (tokenizer and randomly
 initialised model) into `output_dir`. The same recipe gives the same bytes.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from pathlib import Path
 
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, hft_dataset, load_task, prompt_dataset
+
+_OTHERS = ("classifier",)
 
 
 @dataclass
@@ -48,6 +52,9 @@ class DataArguments:
 
 
 def main(argv: Sequence[str]) -> None:
+    if argv and argv[0] in _OTHERS:
+        importlib.import_module(f"hgpo_trl.scripts.data_{argv[0]}").main(argv[1:])
+        return
     (args,) = RecipeParser(DataArguments, prog="hgpo-trl data").parse_recipe(argv)
     task = load_task(args.task)
     output_dir = Path(args.output_dir)
