@@ -23,7 +23,16 @@ from hgpo_trl.scripts.report import ReportArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-OURS = (DataArguments, DifficultyArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments)
+OURS = (
+    DataArguments,
+    DifficultyArguments,
+    HFTArguments,
+    HGPOArguments,
+    HGPOConfig,
+    MergeArguments,
+    EvaluateArguments,
+    ReportArguments,
+)
 INHERITED = "Inherited fields that matter most"
 
 Row = dict[str, str]
