@@ -160,6 +160,16 @@ def test_the_papers_settings(size: str) -> None:
     assert (evaluate["temperature"], evaluate["top_p"], evaluate["max_new_tokens"]) == (0.6, 0.95, 35000)
     assert evaluate["max_new_tokens"] + 2048 <= hft["model_init_kwargs"]["max_position_embeddings"]
     assert hgpo["model_name_or_path"] == hft["output_dir"]
+    data_hft, data_hgpo = (read(folder / f"data_{stage}.yaml") for stage in ("hft", "hgpo"))
+    assert hft["train_data"] == data_hft["output_dir"]
+    assert hgpo["train_data"] == server["train_data"] == data_hgpo["output_dir"]
+    assert data_hft["tokenizer"] == data_hgpo["tokenizer"] == hft["model_name_or_path"]
+    assert data_hft["max_tokens"] == hft["max_length"]
+    assert data_hgpo["max_tokens"] == hgpo["vllm_max_model_length"] - hgpo["max_completion_length"]
+    traces_missing = 137_497 + 741  # AOPS and AIME come without
+    assert sum(source["rows"] for source in data_hft["sources"]) == 1_694_586 - traces_missing
+    assert sum(source["rows"] for source in data_hgpo["sources"]) == 76_000
+    assert len(data_hft["decontamination"]) == len(data_hgpo["decontamination"]) == 8
     assert evaluate["model"] == hgpo["output_dir"]
 
     differ = {key for key in hgpo.keys() | server.keys() if hgpo.get(key) != server.get(key)}
