@@ -61,9 +61,7 @@ class Fault(StrEnum):
     NO_MODE = "no_mode"  # does not begin with a mode tag
     UNCLOSED = "unclosed"  # the mode's close tag never comes
     NESTED = "nested"  # a tag where none belongs
-    THINK_IN_NO_THINK = (
-        "think_in_no_think"  # a reasoning trace inside no-think, in our tags or other marks
-    )
+    THINK_IN_NO_THINK = "think_in_no_think"  # a reasoning trace inside no-think, in our tags or other marks
     TRAILING_TEXT = "trailing_text"  # text after </no_think>
     EMPTY_ANSWER = "empty_answer"  # closed, but nothing to score
     OVERLONG = "overlong"  # a no-think answer beyond the cap (`rewards.overlong`); the text alone does not show it

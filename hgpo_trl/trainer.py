@@ -73,9 +73,9 @@ class HGPOTrainer(GRPOTrainer):
     the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10).
 
     What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
-    `_calculate_rewards` splits the responses and keeps the rewards, `_generate_and_score_completions` replaces the advantages and logs both
-    modes, `_prepare_inputs` and `_get_per_token_logps_and_entropies` take the padding out of the micro-batches. The
-    loss and everything else is inherited.
+    `_calculate_rewards` splits the responses and keeps the rewards, `_generate_and_score_completions` replaces the
+    advantages and logs both modes, `_prepare_inputs` and `_get_per_token_logps_and_entropies` take the padding out of
+    the micro-batches. The loss and everything else is inherited.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode
@@ -517,8 +517,8 @@ def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -
         tokenizer: must have a chat template if the prompts are conversations.
 
     Raises:
-        ValueError: not a data set, no `prompt` column, no rows, an empty prompt, a column `response`, images, or no chat
-            template.
+        ValueError: not a data set, no `prompt` column, no rows, an empty prompt, a column `response`, images, or no
+            chat template.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(f"{name} must be a datasets.Dataset or IterableDataset; got {type(dataset).__name__}.")
@@ -531,7 +531,7 @@ def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -
         )
     if "response" in first:
         raise ValueError(
-            f"{name} has a column `response`, the name under which reward functions get the parts of the model's response. "
+            f"{name} has a column `response`, the name under which reward functions get the parts of a response. "
             "Rename or remove it."
         )
     if "image" in first or "images" in first:

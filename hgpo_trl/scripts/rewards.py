@@ -23,7 +23,7 @@ class RewardArguments:
     )
     reward_model: str | None = field(
         default=None,
-        metadata={"help": "Scores the rows without an `answer`: path or hub id. The others are the rule's."},
+        metadata={"help": "Scores the rows without an `answer`: path or hub id; the rule scores the others."},
     )
     reward_model_batch_size: int = field(
         default=8, metadata={"help": "Conversations per forward pass of the reward model; no score depends on it."}
@@ -74,7 +74,7 @@ def check_answers_are_there(name: str, dataset: Dataset, rewards: Sequence[Any],
     missing = sum(not has_answer(answer) for answer in answers)
     if missing:
         raise ValueError(
-            f"{name}: {missing} of {len(dataset)} rows have no `answer`, without which accuracy_reward cannot score them. "
-            "Name a reward_model that does (allenai/Llama-3.1-Tulu-3-8B-RM in the paper), name reward_funcs of your own, "
-            "or remove these rows."
+            f"{name}: {missing} of {len(dataset)} rows have no `answer`, without which accuracy_reward cannot score "
+            "them. Name a reward_model that does (allenai/Llama-3.1-Tulu-3-8B-RM in the paper), name reward_funcs of "
+            "your own, or remove these rows."
         )
