@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hgpo_trl.advantages import compute_advantages
 from hgpo_trl.config import HGPOConfig
-from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.modes import MODES, mode_tokens, split_response
 from hgpo_trl.trainer import HGPOTrainer
 
 
@@ -148,6 +148,7 @@ def test_forced_token_has_no_sampling_log_probability(make_trainer: Callable, mo
 # --- advantages -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("well_formed")
 @pytest.mark.parametrize("weighting", ["saturating", "uniform"])
 def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weighting: str) -> None:
     trainer = make_trainer(decision_weighting=weighting, alpha=0.5, margin=0.1)
@@ -156,7 +157,9 @@ def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weig
         [ids[mask.bool()] for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)],
         skip_special_tokens=True,
     )
-    rewards = torch.tensor(lottery([[{"content": text}] for text in texts])).view(2, 2, 2)
+    answers = [split_response(text).answer for text in texts]
+    rewards = torch.tensor(lottery([[{"content": answer}] for answer in answers])).view(2, 2, 2)
+    assert rewards.unique().numel() > 1
     with torch.no_grad():
         logits = trainer.model(batch["prompt_ids"], attention_mask=batch["prompt_mask"]).logits[::4, -1]
     probs = logits.softmax(-1)[:, list(trainer.mode_tokens.decision)]
@@ -171,6 +174,7 @@ def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weig
     assert batch["advantages"].shape == batch["completion_ids"].shape
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_a_step_changes_every_parameter(make_trainer: Callable) -> None:
     trainer = make_trainer()
     before = weights(trainer)
@@ -178,6 +182,7 @@ def test_a_step_changes_every_parameter(make_trainer: Callable) -> None:
     assert unchanged(before, trainer) == []
 
 
+@pytest.mark.usefixtures("well_formed")
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed"])
 @pytest.mark.parametrize("ties", ["all", "first"])
 @pytest.mark.parametrize("intra_scope", ["mode", "all"])
@@ -189,6 +194,7 @@ def test_every_estimator_trains(make_trainer: Callable, estimator: str, ties: st
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
+@pytest.mark.usefixtures("well_formed")
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_every_loss_type_trains(make_trainer: Callable, loss_type: str) -> None:
     sequence = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
@@ -217,6 +223,7 @@ def test_with_equal_modes_only_the_margin_moves_the_decision(make_trainer: Calla
     assert logged(trainer, "hgpo/think_win_rate") == [0.0] * 3
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_invalid_rewards_carry_no_signal(make_trainer: Callable) -> None:
     def partly(completions: list, **kwargs: Any) -> list[float | None]:
         return [None if row % 4 == 0 else reward for row, reward in enumerate(lottery(completions))]
@@ -229,6 +236,7 @@ def test_invalid_rewards_carry_no_signal(make_trainer: Callable) -> None:
 # --- everything else of GRPOTrainer --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_weighted_and_async_rewards(make_trainer: Callable) -> None:
     async def later(completions: list, **kwargs: Any) -> list[float]:
         await asyncio.sleep(0)
@@ -239,6 +247,7 @@ def test_weighted_and_async_rewards(make_trainer: Callable) -> None:
     assert batch["advantages"][:, 1:].abs().max() == 0, "the weighted sum of the two is 0 everywhere"
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_reward_model(make_trainer: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -251,6 +260,7 @@ def test_reward_model(make_trainer: Callable, tokenizer: PreTrainedTokenizerFast
     assert unchanged(before, trainer) == []
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_several_updates_per_rollout(make_trainer: Callable) -> None:
     trainer = make_trainer(num_iterations=2, steps_per_generation=2, per_device_train_batch_size=4, max_steps=4)
     before = weights(trainer)
@@ -287,6 +297,7 @@ def test_model_as_an_object_and_default_arguments(model_dir: str, prompts: Datas
 # --- what is logged -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_completion_table_shows_modes_and_hgpo_advantages(make_trainer: Callable, tmp_path: Path) -> None:
     make_trainer(log_completions=True, max_steps=2).train()
     table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
@@ -299,6 +310,7 @@ def test_completion_table_shows_modes_and_hgpo_advantages(make_trainer: Callable
                 assert (mode["advantage"] > 0).equals(best)
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_metrics_of_both_modes(make_trainer: Callable, prompts: Dataset) -> None:
     trainer = make_trainer(
         trainer={"eval_dataset": prompts.select(range(5))}, eval_strategy="steps", eval_steps=1, num_generations_eval=4
@@ -344,6 +356,10 @@ def test_warns_once_when_the_policy_leaves_both_modes(make_trainer: Callable, ca
         ({"discount": 0.0}, "discount must lie in"),
         ({"max_completion_length": 1}, "max_completion_length must be at least 2"),
         ({"off_mode_warning": 2.0}, "off_mode_warning must lie between 0 and 1"),
+        ({"no_think_cap": 0.0}, "no_think_cap must be a finite number above 0, or null for no cap; got 0.0"),
+        ({"no_think_cap": float("inf")}, "no_think_cap must be a finite number"),
+        ({"no_think_cap": float("nan")}, "no_think_cap must be a finite number"),
+        ({"no_think_max_tokens": -1}, "no_think_max_tokens must be a finite number above 0"),
         ({"eval_margin": -0.1}, "eval_margin must be a finite number of at least 0"),
         ({"chat_template_kwargs": {"thinking_mode": "think"}}, "chat_template_kwargs sets thinking_mode"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch' has no effect"),
@@ -375,6 +391,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompt": ["1 + 1", "  "]}, "empty `prompt` in row 1"),
         ({"prompt": [[{"role": "user", "content": "1 + 1"}], []]}, "empty `prompt` in row 1"),
         ({"prompt": [[{"role": "user", "content": ""}]]}, "empty `prompt` in row 0"),
+        ({"prompt": ["1 + 1"], "response": ["2"]}, "train_dataset has a column `response`"),
     ],
 )
 def test_bad_data(make_trainer: Callable, rows: dict[str, list], message: str) -> None:
@@ -422,5 +439,5 @@ def test_a_reward_function_that_returns_the_wrong_count(make_trainer: Callable) 
     def short(completions: list, **kwargs: Any) -> list[float]:
         return [1.0]
 
-    with pytest.raises(ValueError, match=r"'short' returned 1 rewards, but 8"):
+    with pytest.raises(ValueError, match=r"'short' returned 1 rewards for 8 completions"):
         make_trainer(short).train()
