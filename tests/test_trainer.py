@@ -12,10 +12,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
+from trl.rewards import accuracy_reward as trl_accuracy
 
 from hgpo_trl.advantages import compute_advantages
 from hgpo_trl.config import HGPOConfig
-from hgpo_trl.modes import MODES, mode_tokens, split_response
+from hgpo_trl.modes import MODES, Fault, mode_tokens, split_response
+from hgpo_trl.reward_model import RewardModel
+from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.trainer import HGPOTrainer
 
 
@@ -231,6 +234,180 @@ def test_invalid_rewards_carry_no_signal(make_trainer: Callable) -> None:
     batch = rollout(make_trainer(partly))
     assert batch["advantages"].isfinite().all()
     assert batch["advantages"][::4].abs().max() == 0
+
+
+# --- what the rewards see, and what becomes of them ---------------------------------------------------------------
+
+
+def calculate(trainer: HGPOTrainer, texts: list[str], prompt: Any = None, **columns: list) -> torch.Tensor:
+    """The rewards, `[B, F]`, of whole responses in groups of four, as sampling would hand them over."""
+    trainer.model.train()
+    chat = prompt is None
+    prompt = [{"role": "user", "content": "a = 1 sum mod 10 ?"}] if chat else prompt
+    completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+    ids = [trainer.processing_class(text)["input_ids"] for text in texts]
+    inputs = [{"prompt": prompt, **{key: column[row] for key, column in columns.items()}} for row in range(len(texts))]
+    return trainer._calculate_rewards(inputs, [prompt] * len(texts), completions, ids)
+
+
+def grid(rewards: torch.Tensor) -> list[list[float | None]]:
+    return [[None if value != value else value for value in column] for column in rewards.T.tolist()]
+
+
+GROUP = [
+    r"<think> 1 </think> \boxed{4}",
+    r"<think> \boxed{4} </think> 5",
+    "<no_think> $4$ </no_think>",
+    "<no_think> $4$",
+]
+
+
+@pytest.mark.usefixtures("well_formed")
+@pytest.mark.parametrize("conversational", [True, False])
+def test_every_reward_function_sees_the_answer_part(
+    make_trainer: Callable, prompts: Dataset, conversational: bool
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def record(**kwargs: Any) -> list[float]:
+        calls.append(kwargs)
+        return [1.0] * len(kwargs["prompts"])
+
+    async def record_later(**kwargs: Any) -> list[float]:
+        return record(**kwargs)
+
+    data = prompts if conversational else prompts.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+    trainer = make_trainer([record, record_later], dataset=data)
+    batch = rollout(trainer)
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    parts = [split_response(text) for text in texts]
+    assert all(part.well_formed for part in parts)
+    assert len(calls) == 2
+    for call in calls:
+        assert call["response"] == parts
+        assert call["completions"] == [
+            [{"role": "assistant", "content": part.answer}] if conversational else part.answer for part in parts
+        ]
+        assert call["completion_ids"] == [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+        ]
+        assert set(call) >= {"answer", "level", "prompts", "trainer_state", "log_metric", "log_extra"}
+    assert [part.mode for part in parts] == ["think", "think", "no_think", "no_think"] * 2
+    assert [text[0]["content"] if conversational else text for text in trainer._logs["completion"]] == texts
+
+
+def test_trls_own_rewards_work_as_they_are(make_trainer: Callable, prompts: Dataset) -> None:
+    """Its accuracy takes the last mathematics of a text: in the whole response that may be the reasoning's."""
+    trainer = make_trainer(trl_accuracy, dataset=prompts.map(lambda row: {"solution": f"${row['answer']}$"}))
+    assert grid(calculate(trainer, GROUP, solution=["$4$"] * 4)) == [[1.0, 0.0, 1.0, 0.0]]
+    trainer.train()
+    assert logged(trainer, "rewards/accuracy_reward/mean") != []
+
+
+def test_a_malformed_response_gets_the_lowest_reward(make_trainer: Callable) -> None:
+    def long(completions: list, **kwargs: Any) -> list[float | None]:
+        return [len(completion[0]["content"]) - 20.0 or None for completion in completions]
+
+    def elsewhere(completions: list, **kwargs: Any) -> list[None]:
+        return [None] * len(completions)
+
+    trainer = make_trainer([constant, long, elsewhere])
+    texts = [f"<think> 1 </think> {'4' * 20}", "<think> 1", "<no_think> 4 </no_think>", "<no_think> 4 </no_think> 4"]
+    assert grid(calculate(trainer, texts)) == [[1.0, 0.0, 1.0, 0.0], [None, -19.0, -19.0, -19.0], [None] * 4]
+    assert grid(calculate(make_trainer(constant), ["4"] * 4)) == [[0.0] * 4]
+
+
+@pytest.mark.usefixtures("well_formed")
+def test_a_verifier_that_fails_stops_nothing(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 0 of every batch has no verdict: no advantage, and the rest goes on."""
+
+    def check(references: list[str], answers: list[str]) -> list[bool | None]:
+        return [None, *(zlib.crc32(f"{row}".encode()) % 2 == 0 for row in range(1, len(answers)))]
+
+    monkeypatch.setattr("hgpo_trl.rewards.check_answers", check)
+    batch = rollout(make_trainer(accuracy_reward))
+    assert batch["advantages"][0].abs().max() == 0
+    assert batch["advantages"].isfinite().all()
+    assert batch["advantages"][1:].abs().max() > 0
+    trainer = make_trainer(accuracy_reward, max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    assert unchanged(before, trainer) == []
+    assert logged(trainer, "hgpo/verifier_failures") == [1 / 8] * 2
+
+
+@pytest.mark.usefixtures("well_formed")
+def test_the_rule_and_a_reward_model_share_the_rows(
+    make_trainer: Callable, prompts: Dataset, reward_model_dir: str
+) -> None:
+    """A query with an answer is the rule's, any other the reward model's; one batch has both."""
+    reward_model = RewardModel(reward_model_dir)
+    trainer = make_trainer([accuracy_reward, reward_model])
+    rewards = calculate(trainer, GROUP * 2, answer=["4"] * 4 + [None] * 4)
+    rule, scores = grid(rewards)
+    assert rule == [1.0, 0.0, 1.0, 0.0, *[None] * 4]
+    answers = [r"\boxed{4}", "5", r"\boxed{4}"]
+    expected = torch.sigmoid(reward_model.scores([[{"role": "user", "content": "a = 1 sum mod 10 ?"}]] * 3, answers))
+    assert scores[:4] == [None] * 4
+    assert scores[4:] == pytest.approx([*expected.tolist(), 0.0], abs=1e-6)
+
+    mixed = prompts.remove_columns("answer").add_column("answer", ["4" if row % 2 else None for row in range(32)])
+    trainer = make_trainer([accuracy_reward, reward_model], dataset=mixed, max_steps=4)
+    before = weights(trainer)
+    trainer.train()
+    assert unchanged(before, trainer) == []
+    assert len(logged(trainer, "rewards/reward_model/mean")) == 4
+    assert any(0 < mean < 1 for mean in logged(trainer, "rewards/reward_model/mean"))
+
+
+@pytest.mark.parametrize(
+    ("caps", "overlong"),
+    [
+        ({}, []),
+        ({"no_think_cap": 1.0}, [3]),  # the longest well-formed think answer of the first query has 3 tokens
+        ({"no_think_cap": 0.5}, [2, 3]),
+        ({"no_think_cap": 0.5, "no_think_max_tokens": 5}, [2, 3, 7]),
+        ({"no_think_max_tokens": 3}, [3, 7]),
+    ],
+)
+def test_the_cap_on_no_think_answers(make_trainer: Callable, caps: dict[str, float], overlong: list[int]) -> None:
+    """Tokens are words here. The second query has no well-formed think response, so only a fixed cap can hold."""
+    seen: list[tuple] = []
+
+    def record(completions: list, response: list, **kwargs: Any) -> list[float]:
+        seen.extend(part.faults for part in response)
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(record, **caps)
+    texts = [
+        "<think> 1 1 1 1 1 1 </think> 4", "<think> 1 </think>\n\n4 4 4", "<no_think>\n4 4 4\n</no_think>",
+        "<no_think> 4 4 4 4 </no_think>",
+        "<think> 1 1 1 1 1 1", "<think> 4 </think> 4 <think>", "<no_think> 4 </no_think>",
+        "<no_think> 4 4 4 4 4 4 </no_think>",
+    ]  # fmt: skip
+    rewards = calculate(trainer, texts)
+    faulty = [4, 5, *overlong]
+    assert grid(rewards) == [[float(row not in faulty) for row in range(8)]]
+    assert [row for row, faults in enumerate(seen) if Fault.OVERLONG in faults] == overlong
+    assert trainer._faults[:, list(Fault).index(Fault.OVERLONG)].nonzero().flatten().tolist() == overlong
+
+
+def test_faults_are_counted_by_kind(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["<think> 4", "<think> 4 </think> 4", "<no_think> 4 <think> 4 </no_think>", "<no_think> 4 </no_think> 4"]
+
+    def generate(self: HGPOTrainer, prompt_ids: list, *args: Any) -> tuple:
+        return [self.processing_class(texts[row % 4])["input_ids"] for row in range(len(prompt_ids))], None
+
+    monkeypatch.setattr(HGPOTrainer, "_generate_single_turn", generate)
+    trainer = make_trainer(constant, no_think_max_tokens=2)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    counts = {key.removeprefix("hgpo/faults/"): value for key, value in log.items() if key.startswith("hgpo/faults/")}
+    assert counts == dict.fromkeys(Fault, 0.0) | dict.fromkeys(
+        ["unclosed", "think_in_no_think", "trailing_text", "overlong"], 0.25
+    )
+    assert (log["hgpo/format_faults/think"], log["hgpo/format_faults/no_think"]) == (0.5, 1.0)
 
 
 # --- everything else of GRPOTrainer --------------------------------------------------------------------------------
