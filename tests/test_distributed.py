@@ -121,6 +121,11 @@ def test_two_processes_take_the_steps_of_one(
     for step in range(2):
         for name in ("loss", "grad_norm"):
             assert together["log"][step][name] == pytest.approx(alone["log"][step][name], rel=2e-5, abs=1e-6), name
+        for name in (key for key in alone["log"][step] if key.startswith("hgpo/faults/")):
+            assert together["log"][step][name] == pytest.approx(alone["log"][step][name]), name
+    assert alone["log"][0]["hgpo/faults/overlong"] > 0, "the cap compares responses of both processes"
+    assert alone["log"][0]["hgpo/faults/overlong"] < 0.5
+    assert len({max(row["advantages"][1:], default=0.0) > 0 for row in fixed(alone)}) == 2
     sampled = together["log"][2]
     assert all(value == value for value in sampled.values())  # none is NaN
     assert {row["completion"][0] for row in together["rows"] if row["step"] == 2} == {

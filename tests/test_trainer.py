@@ -257,8 +257,8 @@ def grid(rewards: torch.Tensor) -> list[list[float | None]]:
 GROUP = [
     r"<think> 1 </think> \boxed{4}",
     r"<think> \boxed{4} </think> 5",
-    "<no_think> $4$ </no_think>",
-    "<no_think> $4$",
+    r"<no_think> \boxed{4} </no_think>",
+    r"<no_think> \boxed{4}",
 ]
 
 
