@@ -19,10 +19,20 @@ from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
 from hgpo_trl.scripts.merge import MergeArguments
 from hgpo_trl.scripts.report import ReportArguments
+from hgpo_trl.scripts.rewards import RewardArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-OURS = (DataArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments)
+OURS = (
+    DataArguments,
+    HFTArguments,
+    HGPOArguments,
+    RewardArguments,
+    HGPOConfig,
+    MergeArguments,
+    EvaluateArguments,
+    ReportArguments,
+)
 INHERITED = "Inherited fields that matter most"
 
 Row = dict[str, str]
