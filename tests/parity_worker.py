@@ -40,7 +40,7 @@ class FixedRollouts(HGPOTrainer):
         completions = []
         for row, (ids, mode) in enumerate(zip(prompt_ids, self._row_modes(len(prompt_ids)), strict=True)):
             rng = random.Random(f"{ids}/{(first + row) % GROUP}/{self.state.global_step}")
-            words = [rng.randint(10, 30) for _ in range(rng.randint(2, 6) if mode == 0 else rng.randint(1, 3))]
+            words = [rng.randint(10, 30) for _ in range(rng.randint(2, 6) if mode == 0 else rng.randint(1, 5))]
             tags = self.mode_tokens
             think = [tags.think, words[0], tags.end_think, *words[1:]]
             completions.append(think if mode == 0 else [tags.no_think, *words, tags.end_no_think])

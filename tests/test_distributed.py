@@ -123,8 +123,8 @@ def test_two_processes_take_the_steps_of_one(
             assert together["log"][step][name] == pytest.approx(alone["log"][step][name], rel=2e-5, abs=1e-6), name
         for name in (key for key in alone["log"][step] if key.startswith("hgpo/faults/")):
             assert together["log"][step][name] == pytest.approx(alone["log"][step][name]), name
-    assert alone["log"][0]["hgpo/faults/overlong"] > 0, "the cap compares responses of both processes"
-    assert alone["log"][0]["hgpo/faults/overlong"] < 0.5
+    capped = [entry["hgpo/faults/overlong"] for entry in alone["log"][:2]]
+    assert 0 < sum(capped) < 1, "some no-think answers are longer than their query's think answers, others are not"
     assert len({max(row["advantages"][1:], default=0.0) > 0 for row in fixed(alone)}) == 2
     sampled = together["log"][2]
     assert all(value == value for value in sampled.values())  # none is NaN
