@@ -232,6 +232,18 @@ def test_groups_straddle_two_processes(model_dir: str, data: Path, tmp_path: Pat
         assert len({prompt[0]["content"] for prompt in group["prompt"]}) == 1
 
 
+def test_a_reward_model_is_whole_in_every_process(
+    model_dir: str, reward_model_dir: str, prompts: Dataset, tmp_path: Path
+) -> None:
+    """Under ZeRO-3, which shards what is loaded: a sharded model cannot score the rows of one process."""
+    answers = [None if row % 2 else answer for row, answer in enumerate(prompts["answer"])]
+    prompts.remove_columns("answer").add_column("answer", answers).to_parquet(tmp_path / "mixed.parquet")
+    fields = {"model_name_or_path": model_dir, "train_data": tmp_path / "mixed.parquet", "max_completion_length": 8}
+    fields |= {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
+    folder = stage("zero3", "hgpo", tmp_path / "run", reward_model=reward_model_dir, save_strategy="no", **fields)
+    assert all("rewards/reward_model/mean" in entry for entry in log_of(folder) if "loss" in entry)
+
+
 def test_processes_that_do_not_divide_the_groups(model_dir: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(
         AssertionError, match=r"per_device_train_batch_size=3 x 2 processes x steps_per_generation=1 = 6"
