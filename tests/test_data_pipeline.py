@@ -448,7 +448,7 @@ def test_nothing_left_says_why(recipe: Any, tmp_path: Path) -> None:
         ({"adapter": "open-r1/OpenR1-Maths"}, r"there is no adapter .*; did you mean 'open-r1/OpenR1-Math-220k'\?"),
         ({"fields": None}, r"sources\[0\] \(problems\) needs `fields`"),
         ({"fields": {"prompt": "q", "anwser": "a"}}, r"sources\[0\] \(problems\): .*anwser"),
-        ({"adapter": "open-r1/OpenR1-Math-220k"}, r"has both an adapter and `fields`"),
+        ({"adapter": "open-r1/OpenR1-Math-220k"}, r"has both an adapter and `fields`, which the adapter knows"),
         ({"name": "chat"}, r"'chat' is there twice. Give each its own `name`"),
     ],
 )
