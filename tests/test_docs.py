@@ -14,7 +14,8 @@ from trl import ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data.difficulty import DifficultyArguments
-from hgpo_trl.scripts.data import DataArguments
+from hgpo_trl.scripts.data_task import DataArguments
+from hgpo_trl.scripts.data_classifier import DataClassifierArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
@@ -26,6 +27,7 @@ TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 OURS = (
     DataArguments,
     DifficultyArguments,
+    DataClassifierArguments,
     HFTArguments,
     HGPOArguments,
     HGPOConfig,

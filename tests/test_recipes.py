@@ -96,6 +96,12 @@ def stage_of(path: Path) -> str:
     return stage
 
 
+def command_of(path: Path) -> tuple[str, ...]:
+    """data_classifier.yaml is one for `hgpo-trl data classifier`."""
+    stage, kind = stage_of(path), path.stem.partition("_")[2]
+    return (stage, kind) if stage == "data" and kind else (stage,)
+
+
 def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
@@ -104,7 +110,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_recipe_loads_through_its_stage(path: Path, parse: Parse) -> None:
     stage = stage_of(path)
     on_cpu = ["--use_cpu", "true"] if stage in ("hft", "hgpo") else []  # else bf16 asks for a GPU
-    parsed = parse(stage, "--config", str(path), *on_cpu)
+    parsed = parse(*command_of(path), "--config", str(path), *on_cpu)
     values = {name: value for part in parsed for name, value in vars(part).items()}
     for key, value in read(path).items():
         if isinstance(value, (int, float)) and key in values:
