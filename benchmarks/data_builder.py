@@ -1,6 +1,6 @@
 """`hgpo-trl data hft` on synthetic rows: rows per second and peak memory, by number of rows and of processes.
 
-    python benchmarks/data_builder.py [--rows 10000 100000 1000000] [--processes 1 2] [--output_dir runs/benchmarks/data]
+    python benchmarks/data_builder.py [--rows 10000 100000 1000000] [--processes 1 2] [--output_dir FOLDER]
 
 Each build is a process of its own, with the default steps (quality, length, reasoning queries, verification) and near
 deduplication. 60 % of the rows think, with traces of 200 words on average, 40 % are short chat answers; one row in a
