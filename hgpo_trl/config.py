@@ -39,6 +39,9 @@ class HGPOConfig(GRPOConfig):
             this; between 0 and 1.
         trim_micro_batches: sort the rows of an optimizer step by length into its micro-batches and trim each to its own
             longest row. The gradient is the same; only the padding goes.
+        no_think_cap: a no-think response whose answer has more tokens than this multiple of the longest answer part
+            among the query's well-formed think responses counts as malformed (`rewards.overlong`). None: no such limit.
+        no_think_max_tokens: the same for a fixed number of tokens.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
 
     Raises:
@@ -95,6 +98,13 @@ class HGPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Sort rows by length into micro-batches and trim each one; same gradient, less padding."},
     )
+    no_think_cap: float | None = field(
+        default=None,
+        metadata={"help": "A no-think answer longer than this multiple of the query's longest think answer scores 0."},
+    )
+    no_think_max_tokens: int | None = field(
+        default=None, metadata={"help": "A no-think answer of more tokens than this scores 0."}
+    )
     eval_margin: float = field(
         default=0.0, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy."}
     )
@@ -115,6 +125,10 @@ class HGPOConfig(GRPOConfig):
             )
         if not 0.0 <= self.off_mode_warning <= 1.0:
             raise ValueError(f"off_mode_warning must lie between 0 and 1; got {self.off_mode_warning}.")
+        for name in ("no_think_cap", "no_think_max_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
         if not 0.0 <= self.eval_margin < float("inf"):
             raise ValueError(f"eval_margin must be a finite number of at least 0; got {self.eval_margin}.")
         if self.scale_rewards not in ("group", True):

@@ -4,6 +4,8 @@ The mode that the model would pick is read from the logits at the end of the pro
 needed.
 """
 
+import asyncio
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +18,8 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBas
 
 from hgpo_trl.decision import read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table, summarize, summarize_by
-from hgpo_trl.modes import MODES, ModeTokens, mode_tokens, split_response
+from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
+from hgpo_trl.rewards import answer_parts, checked, floor_faults, split_completions
 
 PROMPT_ID = "prompt_id"
 
@@ -192,10 +195,11 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
 
     Args:
         samples: of `sample_both_modes`.
-        dataset: the rows that the prompts came from; their columns go to the reward functions as in training.
+        dataset: the rows that the prompts came from; their columns go to the reward functions as in training, with the
+            response's parts as one more, `response`, and its answer part as the completion.
 
     Raises:
-        ValueError: a reward function returns the wrong number of rewards.
+        ValueError: a reward function returns something else than one number or None per sample.
     """
     rows = samples[PROMPT_ID].tolist()
     columns = {name: list(dataset[name]) for name in dataset.column_names}  # a Column is decoded at every look
@@ -204,17 +208,16 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
     completions = samples["completion"].tolist()
     if not isinstance(prompts[0], str):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    totals = np.full((len(reward_funcs), len(samples)), np.nan)
-    for index, reward_func in enumerate(reward_funcs):
-        rewards = reward_func(prompts=prompts, completions=completions, **columns)
-        if len(rewards) != len(samples):
-            name = getattr(reward_func, "__name__", repr(reward_func))
-            raise ValueError(
-                f"The reward function {name!r} returned {len(rewards)} rewards for {len(samples)} completions."
-            )
-        totals[index] = [np.nan if reward is None else reward for reward in rewards]
-    scored = ~np.isnan(totals).all(axis=0)
-    return samples.assign(reward=np.where(scored, np.nansum(totals, axis=0), np.nan))
+    responses = split_completions(completions)
+    answers = answer_parts(completions, responses)
+    rewards = []
+    for reward_func in reward_funcs:
+        scores = checked(reward_func)(prompts=prompts, completions=answers, response=responses, **columns)
+        rewards.append(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
+    faulty = torch.tensor([not response.well_formed for response in responses])
+    totals = floor_faults(torch.tensor(rewards, dtype=torch.float64).T, faulty, torch.tensor(rows))
+    unscored = totals.isnan().all(dim=1)
+    return samples.assign(reward=totals.nansum(dim=1).where(~unscored, torch.nan).numpy())
 
 
 def report_on(samples: pd.DataFrame, margin: float = 0.0, levels: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -246,6 +249,10 @@ def report_on(samples: pd.DataFrame, margin: float = 0.0, levels: Sequence[Any] 
         "samples_per_mode": len(samples) // (len(prompts) * len(MODES)),
         "margin": margin,
         "format_faults": by_mode["faults"].agg(lambda faults: float((faults.str.len() > 0).mean())).to_dict(),
+        "faults": {
+            str(mode): {kind.value: float(faults.map(lambda found, kind=kind: kind in found).mean()) for kind in Fault}
+            for mode, faults in by_mode["faults"]
+        },
         "truncated": by_mode["truncated"].mean().to_dict(),
         "by_level": [] if levels is None else summarize_by(table, [levels[i] for i in prompts[PROMPT_ID]], "level"),
     }

@@ -42,6 +42,14 @@ TAGS = tuple(tag for mode in MODES for tag in (mode.open_tag, mode.close_tag))
 
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 _THINK_TAGS = (Mode.THINK.open_tag, Mode.THINK.close_tag)
+# How models mark a reasoning trace that are not ours to begin with. `List<Thought>` in code is none of them.
+_TRACE = re.compile(
+    r"(?:(?<!\w)<|</)(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)/?>"
+    r"|<\|(?:(?:begin|end)_of_thought|/?think(?:ing)?)\|>"
+    r"|\[/?think\]"
+    r"|◁/?think(?:ing)?▷",
+    re.IGNORECASE,
+)
 
 
 # --- text ---------------------------------------------------------------------------------------------------
@@ -53,9 +61,10 @@ class Fault(StrEnum):
     NO_MODE = "no_mode"  # does not begin with a mode tag
     UNCLOSED = "unclosed"  # the mode's close tag never comes
     NESTED = "nested"  # a tag where none belongs
-    THINK_IN_NO_THINK = "think_in_no_think"  # <think> or </think> inside no-think
+    THINK_IN_NO_THINK = "think_in_no_think"  # a reasoning trace inside no-think, in our tags or other marks
     TRAILING_TEXT = "trailing_text"  # text after </no_think>
     EMPTY_ANSWER = "empty_answer"  # closed, but nothing to score
+    OVERLONG = "overlong"  # a no-think answer beyond the cap (`rewards.overlong`); the text alone does not show it
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,9 @@ def split_response(text: str) -> Response:
 
     Total: never raises, and never loses an answer. Without a mode the answer is the whole text; in an unclosed no-think
     response it is the rest; in an unclosed think response all is reasoning and the answer is empty; text after
-    `</no_think>` is not part of the answer. Reasoning and answer are stripped.
+    `</no_think>` is not part of the answer. Reasoning and answer are stripped. A no-think answer with a reasoning trace
+    in another model's marks (`<thinking>`, `<|begin_of_thought|>`, `[THINK]`, `◁think▷`, ...) has the fault of one in
+    `<think>`; without any mark, prose that reasons is not told from prose that explains.
     """
     tags = list(_TAG.finditer(text))
     mode = next((mode for mode in MODES if tags and tags[0].group() == mode.open_tag), None)
@@ -101,7 +112,7 @@ def split_response(text: str) -> Response:
     found = {
         Fault.UNCLOSED: not closed,
         Fault.NESTED: bool(tags_inside - misplaced or tags_after),
-        Fault.THINK_IN_NO_THINK: bool(misplaced),
+        Fault.THINK_IN_NO_THINK: mode is Mode.NO_THINK and bool(misplaced or _TRACE.search(inside)),
         Fault.TRAILING_TEXT: mode is Mode.NO_THINK and bool(after),
         Fault.EMPTY_ANSWER: closed and not answer,
     }
@@ -112,7 +123,8 @@ def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
     """Write a response in its mode's format; the inverse of `split_response` for text without tags.
 
     Raises:
-        ValueError: `mode` is unknown, a part contains a tag, `answer` is blank, or no-think is given `reasoning`.
+        ValueError: `mode` is unknown, a part contains a tag, `answer` is blank, or no-think is given `reasoning`, also
+            inside `answer` (see `split_response`).
     """
     mode = Mode(mode)
     answer, reasoning = answer.strip(), reasoning.strip()
@@ -125,6 +137,8 @@ def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
         return f"{mode.open_tag}\n{reasoning}\n{mode.close_tag}\n\n{answer}"
     if reasoning:
         raise ValueError(f"reasoning was given for mode {mode}: leave it empty, or use mode {Mode.THINK}.")
+    if trace := _TRACE.search(answer):
+        raise ValueError(f"answer contains {trace.group()}, a reasoning trace, in mode {mode}: use mode {Mode.THINK}.")
     return f"{mode.open_tag}\n{answer}\n{mode.close_tag}"
 
 

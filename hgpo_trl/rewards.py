@@ -1,21 +1,30 @@
-"""Rewards: one scalar per response, from its answer part alone, 0 where the format is broken (Eq. 7, the rule).
+"""Rewards: one scalar per response, from its answer part alone, lowest where the format is broken (Eq. 7).
 
-They are ordinary TRL reward functions and know nothing of what a mode costs: no length penalty and no format bonus,
-both of which a policy learns to exploit.
+Reward functions are TRL's: the trainer and the evaluation split every response once, show the functions its answer part
+in place of the completion, and see themselves to what a broken format is worth. Nothing here knows what a mode costs:
+no length penalty and no format bonus, both of which a policy learns to exploit.
 """
 
+import logging
+import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from torch import Tensor, nn
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from hgpo_trl.imports import load_module
-from hgpo_trl.modes import completion_text, split_response
+from hgpo_trl.modes import Response, completion_text, split_response
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 _IGNORED = "$*" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # around an answer; the blanks of Unicode too
@@ -28,25 +37,180 @@ _TIMEOUT_S = 5  # per parse and per comparison
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
 
-def accuracy_reward(completions: list, answer: list[str | None], **kwargs: Any) -> list[float | None]:
+# --- what a reward function sees, and what becomes of its rewards ------------------------------------------------
+
+
+def split_completions(completions: list) -> list[Response]:
+    """The parts of every completion, each a text or a conversation of one assistant message."""
+    return [split_response(completion_text(completion)) for completion in completions]
+
+
+def answer_parts(completions: list, responses: list[Response]) -> list:
+    """The completions in the form they have, with the answer part as their whole text."""
+    return [
+        response.answer if isinstance(completion, str) else [{**completion[0], "content": response.answer}]
+        for completion, response in zip(completions, responses, strict=True)
+    ]
+
+
+def floor_faults(rewards: Tensor, faulty: Tensor, query: Tensor) -> Tensor:
+    """Give every faulty response the lowest reward, whatever the reward functions made of its answer part.
+
+    That is 0, or the lowest reward of a well-formed response in the same column where that is below 0: with a function
+    whose scores can be negative a broken format must not be the better choice. A column has no say on a query for all
+    of whose responses it is NaN; it stays so. If that is true of all columns, nothing is known of the query and it
+    carries no signal.
+
+    Args:
+        rewards: `[B, F]`, one column per reward function, NaN where it gives none.
+        faulty: `[B]`, whether the response breaks the format.
+        query: `[B]`, the number of the query that a response answers.
+
+    Returns:
+        `[B, F]`.
+    """
+    scored = ~rewards.isnan()
+    counts = torch.zeros(int(query.max()) + 1, rewards.shape[1], dtype=torch.long, device=rewards.device)
+    covered = counts.index_add_(0, query, scored.long())[query] > 0
+    faulty = faulty.bool()[:, None]
+    floor = rewards.where(scored & ~faulty, 0.0).amin(dim=0)  # a faulty row contributes the 0
+    return torch.where(faulty & covered, floor, rewards)
+
+
+def overlong(lengths: Tensor, well_formed: Tensor, cap: float | None = None, max_tokens: int | None = None) -> Tensor:
+    """Which no-think responses answer at greater length than they may: they reason unmarked (TNT, arXiv 2601.04805).
+
+    Args:
+        lengths: `[Q, 2, N/2]`, tokens of the answer part.
+        well_formed: of the same shape.
+        cap: the limit as a multiple of the query's longest answer part among its well-formed think responses; without
+            such a response there is no limit by this rule.
+        max_tokens: the limit in tokens.
+
+    Returns:
+        `[Q, 2, N/2]`, False for every think response.
+    """
+    limit = torch.full_like(lengths[:, 0, 0], torch.inf, dtype=torch.float64)
+    if cap is not None:
+        longest = torch.where(well_formed[:, 0].bool(), lengths[:, 0], -1).amax(dim=1).double()
+        limit = torch.where(longest < 0, torch.inf, cap * longest)
+    if max_tokens is not None:
+        limit = limit.clamp(max=max_tokens)
+    beyond = torch.zeros_like(lengths, dtype=torch.bool)
+    beyond[:, 1] = lengths[:, 1] > limit[:, None]
+    return beyond
+
+
+def checked(reward_func: Any) -> Any:
+    """A reward function whose name stands in every error, its own included; a reward model as it is.
+
+    Raises (when called):
+        ValueError: it returns something else than one number or None per completion.
+    """
+    if isinstance(reward_func, (str, nn.Module)):
+        return reward_func
+    name = get_callable_name(reward_func)
+
+    @contextmanager
+    def named() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"Raised by the reward function {name!r}.")
+            raise
+
+    def numbers(rewards: Any, completions: list) -> list[float]:
+        rule = "it must return one number, or None, per completion"
+        try:
+            values = [math.nan if reward is None else math.fsum((reward,)) for reward in rewards]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The reward function {name!r} returned {_short(rewards)} ({error}): {rule}.") from error
+        if len(values) != len(completions):
+            raise ValueError(
+                f"The reward function {name!r} returned {len(values)} rewards for {len(completions)} completions: "
+                f"{rule}."
+            )
+        return values
+
+    async def later(*, completions: list, **kwargs: Any) -> list[float]:
+        with named():
+            rewards = await reward_func(completions=completions, **kwargs)
+        return numbers(rewards, completions)
+
+    def at_once(*, completions: list, **kwargs: Any) -> list[float]:
+        with named():
+            rewards = reward_func(completions=completions, **kwargs)
+        return numbers(rewards, completions)
+
+    call = later if is_async_callable(reward_func) else at_once
+    call.__name__ = name
+    return call
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------
+
+
+def has_answer(reference: Any) -> bool:
+    """Whether a row's `answer` is one to compare with: not None, and not blank."""
+    return reference is not None and bool(str(reference).strip())
+
+
+def accuracy_reward(
+    completions: list,
+    answer: list | None = None,
+    response: list[Response] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
     """1.0 for a well-formed response whose answer part equals the reference answer, else 0.0.
 
     Args:
-        completions: as TRL passes them, mode tags included.
-        answer: the data set's column of reference answers, one per completion. Rows without one (None or blank) are not
-            scored.
+        completions: answers, as text or as a conversation of one message. A caller that has not split the responses may
+            pass them whole: what begins with a mode tag is taken apart here, anything else is taken for an answer.
+        answer: the data set's column of reference answers, one per completion. A row without one is not scored.
+        response: the parts of every response, from a caller that has split them; `completions` is not read then.
+        log_metric: of TRL. The share of answers that the verifier could not judge goes to `hgpo/verifier_failures`.
 
     Returns:
-        One of 1.0, 0.0 and None (no reference answer) per completion.
+        One of 1.0, 0.0 and None (no reference answer, or none that the verifier could judge) per completion.
     """
-    rewards: list[float | None] = []
-    for completion, reference in zip(completions, answer, strict=True):
-        if reference is None or not str(reference).strip():
-            rewards.append(None)
-            continue
-        response = split_response(completion_text(completion))
-        rewards.append(float(response.well_formed and answers_match(str(reference), response.answer)))
+    responses = response or [_answer_or_response(completion_text(completion)) for completion in completions]
+    references = answer or [None] * len(responses)
+    rewards: list[float | None] = [
+        0.0 if has_answer(reference) else None for reference, _ in zip(references, responses, strict=True)
+    ]
+    rows = [row for row, reward in enumerate(rewards) if reward is not None and responses[row].well_formed]
+    verdicts = check_answers([str(references[row]) for row in rows], [responses[row].answer for row in rows])
+    for row, verdict in zip(rows, verdicts, strict=True):
+        rewards[row] = None if verdict is None else float(verdict)
+    if None in verdicts:
+        _warn_once(
+            "The verifier was stuck or crashed and could not judge an answer. Such a response gets no reward and "
+            "carries no signal; hgpo/verifier_failures is their share."
+        )
+    if rows and log_metric is not None:
+        log_metric("hgpo/verifier_failures", verdicts.count(None) / len(rows))
     return rewards
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _answer_or_response(text: str) -> Response:
+    response = split_response(text)
+    return response if response.mode else Response(None, "", response.answer, ())
+
+
+def check_answers(references: list[str], answers: list[str]) -> list[bool | None]:
+    """`answers_match` of every pair."""
+    return [answers_match(reference, answer) for reference, answer in zip(references, answers, strict=True)]
 
 
 def answers_match(reference: str, answer: str) -> bool:
@@ -85,6 +249,9 @@ def _parse_answer(text: str) -> list:
     if short and not _MARKED.search(bare) and not _WORD.search(_COMMAND.sub("", bare)):
         return _parse(f"${bare}$")
     return _parse(_DOLLAR_SIGN.sub("", text.strip())) or (_parse(f"${bare}$") if short else [])
+
+
+# --- reward functions by name -------------------------------------------------------------------------------------
 
 
 def load_reward(name: str) -> Callable | str:

@@ -24,6 +24,11 @@ def check_backend(field: str, backend: str) -> None:
         raise ValueError(f"{field} must be one of {', '.join(BACKENDS)}; got {backend!r}.")
 
 
+def default_device() -> torch.device:
+    """The accelerator that there is, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 @contextmanager
 def loaded_sampler(
     model: str,
@@ -52,8 +57,7 @@ def loaded_sampler(
     """
     tokens = mode_tokens(tokenizer)
     if backend == "transformers":
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=default_device())
         check_embeddings(loaded, tokens)
 
         def sample(prompts: Sequence[Any], **settings: Any) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,8 @@ from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
-from hgpo_trl.modes import MODES, check_embeddings, completion_text, mode_tokens, split_response
+from hgpo_trl.modes import MODES, Fault, Response, check_embeddings, mode_tokens
+from hgpo_trl.rewards import answer_parts, checked, floor_faults, overlong, split_completions
 from hgpo_trl.vllm_support import (
     check_server,
     check_vllm_installed,
@@ -71,13 +73,15 @@ class HGPOTrainer(GRPOTrainer):
     the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10).
 
     What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
-    `_calculate_rewards` keeps the rewards, `_generate_and_score_completions` replaces the advantages and logs both
-    modes, `_prepare_inputs` and `_get_per_token_logps_and_entropies` take the padding out of the micro-batches. The
-    loss and everything else is inherited.
+    `_calculate_rewards` splits the responses and keeps the rewards, `_generate_and_score_completions` replaces the
+    advantages and logs both modes, `_prepare_inputs` and `_get_per_token_logps_and_entropies` take the padding out of
+    the micro-batches. The loss and everything else is inherited.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode
-            tags (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning sees to.
+            tags (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning sees to. Reward functions get the answer
+            part of every response as its completion, and all its parts as the column `response` (a
+            `hgpo_trl.modes.Response` each); a malformed response gets the lowest reward whatever they return.
         args: `HGPOConfig`.
 
     Raises:
@@ -157,6 +161,9 @@ class HGPOTrainer(GRPOTrainer):
             if dataset is not None:
                 check_dataset(name, dataset, processing_class)
 
+        if reward_funcs is not None:
+            listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            reward_funcs = [checked(reward_func) for reward_func in listed]
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
@@ -168,7 +175,7 @@ class HGPOTrainer(GRPOTrainer):
         self._budget_for_the_forced_token()
         self._warned_off_mode = False
         self._rewards_per_func: Tensor  # [B, F] over all processes, kept between two overrides
-        self._faulty: Tensor  # [B] over all processes, 1 where a response breaks the format
+        self._faults: Tensor  # [B, len(Fault)] over all processes, 1 where a response has the fault
         self._lengths: Tensor  # [B] over all processes, tokens
         self._truncated: Tensor  # [B] over all processes, 1 where a response ran out of tokens
 
@@ -257,19 +264,47 @@ class HGPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
     ) -> Tensor:
-        """TRL's rewards, kept for the advantages, together with what the per-mode metrics need of the responses."""
-        device = self.accelerator.device
+        """TRL's rewards of the answer parts, lowest where the format is broken; kept for the advantages and metrics."""
+        responses = split_completions(completions)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         facts = torch.tensor(
             [
-                (not split_response(completion_text(completion)).well_formed, len(ids), ids[-1] not in ends)
-                for completion, ids in zip(completions, completion_ids_list, strict=True)
+                (len(ids), ids[-1] not in ends, *(fault in response.faults for fault in Fault))
+                for response, ids in zip(responses, completion_ids_list, strict=True)
             ],
-            device=device,
+            device=self.accelerator.device,
         )
-        self._faulty, self._lengths, self._truncated = self.accelerator.gather(facts).unbind(dim=1)
-        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        facts = self.accelerator.gather(facts)
+        self._lengths, self._truncated, self._faults = facts[:, 0], facts[:, 1], facts[:, 2:]
+        responses = self._cap_no_think(responses)
+        rewards = super()._calculate_rewards(
+            [{**row, "response": response} for row, response in zip(inputs, responses, strict=True)],
+            prompts,
+            answer_parts(completions, responses),
+            completion_ids_list,
+        )
+        query = torch.arange(len(rewards), device=rewards.device) // self._group_size()
+        self._rewards_per_func = floor_faults(rewards, self._faults.any(dim=1), query)
         return self._rewards_per_func
+
+    def _cap_no_think(self, responses: list[Response]) -> list[Response]:
+        """This process's responses and `_faults`, with `Fault.OVERLONG` where a no-think answer is beyond the cap."""
+        cap, max_tokens = self.args.no_think_cap, self.args.no_think_max_tokens
+        if cap is None and max_tokens is None:
+            return responses
+        answers = self._tokenizer([response.answer for response in responses], add_special_tokens=False)["input_ids"]
+        local = torch.tensor([len(ids) for ids in answers], device=self.accelerator.device)
+        shape = (-1, len(MODES), self._group_size() // len(MODES))
+        well_formed = ~self._faults.any(dim=1)
+        beyond = overlong(
+            self.accelerator.gather(local).view(shape), well_formed.view(shape), cap, max_tokens
+        ).flatten()
+        self._faults[:, list(Fault).index(Fault.OVERLONG)] = beyond
+        first = self.accelerator.process_index * len(responses)
+        return [
+            replace(response, faults=(*response.faults, Fault.OVERLONG)) if far else response
+            for response, far in zip(responses, beyond[first : first + len(responses)].tolist(), strict=True)
+        ]
 
     def _read_decision(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decision:
         """The old policy's first-token distribution for every query of the global batch, `[Q]` entries each.
@@ -400,7 +435,10 @@ class HGPOTrainer(GRPOTrainer):
         phase = "train" if self.model.training else "eval"
         metrics = self._metrics[phase]
         shape = rewards.shape
-        lengths, faulty, truncated = (x.view(shape).float() for x in (self._lengths, self._faulty, self._truncated))
+        faulty = self._faults.any(dim=1)
+        lengths, faulty, truncated = (x.view(shape).float() for x in (self._lengths, faulty, self._truncated))
+        for kind, found in zip(Fault, self._faults.float().unbind(dim=1), strict=True):
+            metrics[f"hgpo/faults/{kind}"] += found.view(len(rewards), -1).mean(dim=1).tolist()
         for index, mode in enumerate(MODES):
             metrics[f"hgpo/reward/{mode}"] += rewards[:, index].nanmean(dim=1).tolist()
             metrics[f"hgpo/length/{mode}"] += lengths[:, index].mean(dim=1).tolist()
@@ -479,7 +517,8 @@ def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -
         tokenizer: must have a chat template if the prompts are conversations.
 
     Raises:
-        ValueError: not a data set, no `prompt` column, no rows, an empty prompt, images, or no chat template.
+        ValueError: not a data set, no `prompt` column, no rows, an empty prompt, a column `response`, images, or no
+            chat template.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise ValueError(f"{name} must be a datasets.Dataset or IterableDataset; got {type(dataset).__name__}.")
@@ -489,6 +528,11 @@ def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -
     if "prompt" not in first:
         raise ValueError(
             f"{name} has no column `prompt`; its columns are {sorted(first)}. Rename the one that holds it."
+        )
+    if "response" in first:
+        raise ValueError(
+            f"{name} has a column `response`, the name under which reward functions get the parts of a response. "
+            "Rename or remove it."
         )
     if "image" in first or "images" in first:
         raise NotImplementedError(f"{name} has images; HGPOTrainer trains text-only models. Remove the column.")

@@ -1,12 +1,21 @@
 """A tiny chain-sum model, untrained, and its prompts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
+from hgpo_trl.modes import ModeTokens
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, load_task, prompt_dataset
+from hgpo_trl.trainer import HGPOTrainer
 
 TASK = load_task("hgpo_trl.tasks.chain_sum")
 
@@ -30,6 +39,43 @@ def model_dir(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
 def prompts() -> Dataset:
     """32 prompts of the training part, with answer and level."""
     return prompt_dataset(draw(TASK, 32, held_out=False, fraction=0.2, seed=0))
+
+
+def well_formed_ids(ids: list[int], tokens: ModeTokens, fillers: list[int]) -> list[int]:
+    """A response in its mode's format, of the words that were sampled, as far as they are words."""
+    words = [token for token in ids[1:] if token in fillers]
+    words += fillers[: max(0, 2 - len(words))]
+    if ids[0] == tokens.think:
+        return [tokens.think, words[0], tokens.end_think, *words[1:]]
+    return [tokens.no_think, *words, tokens.end_no_think]
+
+
+@pytest.fixture
+def well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled responses in their mode's format; an untrained model's are nearly all malformed, and so all worth 0."""
+    generate = HGPOTrainer._generate_single_turn
+
+    def repaired(self: HGPOTrainer, *args: Any) -> Any:
+        ids, log_probs = generate(self, *args)
+        tokens, tokenizer = self.mode_tokens, self.processing_class
+        fillers = tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)])
+        return [well_formed_ids(row, tokens, fillers) for row in ids], log_probs
+
+    monkeypatch.setattr(HGPOTrainer, "_generate_single_turn", repaired)
+
+
+@pytest.fixture(scope="session")
+def reward_model_dir(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random reward model with a tokenizer and chat template."""
+    path = tmp_path_factory.mktemp("reward_model")
+    set_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, max_position_embeddings=128, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -40,8 +40,10 @@ class FixedRollouts(HGPOTrainer):
         completions = []
         for row, (ids, mode) in enumerate(zip(prompt_ids, self._row_modes(len(prompt_ids)), strict=True)):
             rng = random.Random(f"{ids}/{(first + row) % GROUP}/{self.state.global_step}")
-            length = rng.randint(2, 7) if mode == 0 else rng.randint(1, 3)
-            completions.append([self.mode_tokens.decision[mode], *(rng.randint(10, 30) for _ in range(length))])
+            words = [rng.randint(10, 30) for _ in range(rng.randint(2, 6) if mode == 0 else rng.randint(1, 5))]
+            tags = self.mode_tokens
+            think = [tags.think, words[0], tags.end_think, *words[1:]]
+            completions.append(think if mode == 0 else [tags.no_think, *words, tags.end_no_think])
         return completions, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def main() -> None:
         max_steps=FIXED_STEPS + 1,
         learning_rate=1e-2,
         beta=0.04,
+        no_think_cap=1.0,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         use_cpu="cpu" in fields,
         bf16=False,

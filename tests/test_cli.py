@@ -479,8 +479,14 @@ CONVERSATION = [{"role": "user", "content": "a = 1 sum mod 10 ?"}]
         ({"prompt": [], "answer": []}, r"=.*has no rows\. Give it at least one"),
         ({"prompt": ["a", " "], "answer": ["1", "2"]}, r"has an empty `prompt` in row 1\. Remove the row"),
         ({"prompt": [CONVERSATION, []], "answer": ["1", "2"]}, r"has an empty `prompt` in row 1\. Remove the row"),
+        ({"prompt": [CONVERSATION], "response": ["1"]}, r"has a column `response`.*Rename or remove it"),
+        (
+            {"prompt": [CONVERSATION] * 3, "answer": ["1", None, " "]},
+            ": 2 of 3 rows have no `answer`.* Name a reward_model",
+        ),
+        ({"prompt": [CONVERSATION] * 3}, ": 3 of 3 rows have no `answer`.* Name a reward_model"),
     ],
-    ids=["no prompt", "empty", "blank prompt", "no messages"],
+    ids=["no prompt", "empty", "blank prompt", "no messages", "response", "answers missing", "no answers"],
 )
 @pytest.mark.usefixtures("no_model")
 def test_bad_data(field: str, rows: dict[str, list], words: str, config: Config, tmp_path: Path) -> None:

@@ -218,7 +218,9 @@ def test_shares(recipe: Any, tmp_path: Path, settings: Any, expected: dict[str, 
     run(recipe, tmp_path / "out", **settings)
     rows = rows_of(tmp_path / "out")
     counts = Counter([row["mode"] for row in rows] + [row["domain"] for row in rows])
-    assert {name: counts[name] if name != "total" else len(rows) for name in expected} == expected
+    counts["total"] = len(rows)
+    for name, count in expected.items():
+        assert count - 1 <= counts[name] <= count  # each cell is rounded down
 
 
 def test_caps_are_random_and_nested(recipe: Any, tmp_path: Path) -> None:
@@ -271,14 +273,17 @@ def test_the_last_word(recipe: Any, tmp_path: Path) -> None:
 
 
 def test_processes_and_units_do_not_matter(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(recipe, tmp_path / "one")
-    run(recipe, tmp_path / "two", processes=2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    out = {
+        name: tmp_path / name / "out" for name in ("one", "two", "whole", "other")
+    }  # the card says its folder's name
+    run(recipe, out["one"])
+    run(recipe, out["two"], processes=2)
+    assert contents(out["one"]) == contents(out["two"])
     monkeypatch.setattr(sources, "UNIT_BYTES", 10**9)
-    run(recipe, tmp_path / "whole")
-    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "whole")
-    run(recipe, tmp_path / "other", seed=1)
-    assert rows_of(tmp_path / "one") != rows_of(tmp_path / "other")
+    run(recipe, out["whole"])
+    assert rows_of(out["one"]) == rows_of(out["whole"])
+    run(recipe, out["other"], seed=1)
+    assert rows_of(out["one"]) != rows_of(out["other"])
 
 
 SCRIPT = """
@@ -286,40 +291,31 @@ import json, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_data_pipeline as t
-from hgpo_trl.data import pipeline, sources
+from hgpo_trl.data import sources
 sources.UNIT_BYTES = 20_000
-write_json = pipeline.write_json
-def slowly(path, content):  # so that a kill finds it at work
-    write_json(path, content)
-    time.sleep(0.15)
-pipeline.write_json = slowly
 replace = Path.replace
-def replace_slowly(self, target):
-    time.sleep(0.02)
+def replace_slowly(self, target):  # so that a kill finds it at work
+    time.sleep(0.05)
     return replace(self, target)
 Path.replace = replace_slowly
-print("go", flush=True)
 t.run(json.loads({recipe!r}), Path({out!r}))
 """
 
 
-def test_a_killed_build_goes_on(recipe: Any, tmp_path: Path) -> None:
-    run(recipe, tmp_path / "whole")
-    out = tmp_path / "killed"
+@pytest.mark.parametrize("at", ["chunk-*3.parquet", "chunk-*5.removed.parquet", "chunk-*7.json", "shard-00002*"])
+def test_a_killed_build_goes_on(recipe: Any, tmp_path: Path, at: str) -> None:
+    """Killed as soon as a file is there, complete or not."""
+    run(recipe, tmp_path / "whole" / "out")
+    out = tmp_path / "killed" / "out"
     code = SCRIPT.format(tests=str(Path(__file__).parent), recipe=json.dumps(recipe), out=str(out))
-    begun = set()
-    for delay in (0.3, 0.9, 1.3, 0.7):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        begun.add(len(list(out.glob(".work/*.json"))))
-    assert len(begun) > 1  # it got on between two kills
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any((*out.rglob(at), *out.rglob(f".{at}.part"))):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
     run(recipe, out)
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole" / "out")
 
 
 def test_what_is_done_is_not_done_again(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +360,7 @@ def test_a_folder_of_another_build_is_refused(recipe: Any, tmp_path: Path, monke
 
 def test_no_room(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any file of a build: the error names it, what is there stays whole, and the same build goes on."""
-    run(recipe, tmp_path / "whole")
+    run(recipe, tmp_path / "whole" / "out")
     write_table = pq.write_table
     calls = 0
 
@@ -380,7 +376,7 @@ def test_no_room(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     chunks = len(plan(resolve(recipe, "hft"), 2**20))
     for limit in (1, 5, 2 * chunks + 2):  # a chunk's rows, another's, the second shard
         calls = 0
-        out = tmp_path / f"full-{limit}"
+        out = tmp_path / f"full-{limit}" / "out"
         with pytest.raises(OSError, match=r"No space left on device while writing .*parquet\. Make room") as e:
             run(recipe, out)
         assert e.value.errno == errno.ENOSPC
@@ -388,13 +384,13 @@ def test_no_room(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         for path in out.rglob("*.parquet"):
             pq.read_table(path)
         run(recipe, out)
-        assert contents(out) == contents(tmp_path / "whole")
+        assert contents(out) == contents(tmp_path / "whole" / "out")
 
 
 def test_a_limit_of_the_system(recipe: Any, tmp_path: Path) -> None:
     code = (
         f"import sys, json, resource, signal; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\nimport test_data_pipeline as t\n"
+        "from pathlib import Path\nimport test_data_pipeline as t\nt.sources.UNIT_BYTES = 20_000\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         f"t.run(json.loads({json.dumps(recipe)!r}), Path({str(tmp_path / 'out')!r}))"
@@ -452,7 +448,7 @@ def test_nothing_left_says_why(recipe: Any, tmp_path: Path) -> None:
         ({"adapter": "open-r1/OpenR1-Maths"}, r"there is no adapter .*; did you mean 'open-r1/OpenR1-Math-220k'\?"),
         ({"fields": None}, r"sources\[0\] \(problems\) needs `fields`"),
         ({"fields": {"prompt": "q", "anwser": "a"}}, r"sources\[0\] \(problems\): .*anwser"),
-        ({"adapter": "open-r1/OpenR1-Math-220k"}, r"has both an adapter and `fields`"),
+        ({"adapter": "open-r1/OpenR1-Math-220k"}, r"has both an adapter and `fields`, which the adapter knows"),
         ({"name": "chat"}, r"'chat' is there twice. Give each its own `name`"),
     ],
 )

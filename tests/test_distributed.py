@@ -121,6 +121,11 @@ def test_two_processes_take_the_steps_of_one(
     for step in range(2):
         for name in ("loss", "grad_norm"):
             assert together["log"][step][name] == pytest.approx(alone["log"][step][name], rel=2e-5, abs=1e-6), name
+        for name in (key for key in alone["log"][step] if key.startswith("hgpo/faults/")):
+            assert together["log"][step][name] == pytest.approx(alone["log"][step][name]), name
+    capped = [entry["hgpo/faults/overlong"] for entry in alone["log"][:2]]
+    assert 0 < sum(capped) < 1, "some no-think answers are longer than their query's think answers, others are not"
+    assert len({max(row["advantages"][1:], default=0.0) > 0 for row in fixed(alone)}) == 2
     sampled = together["log"][2]
     assert all(value == value for value in sampled.values())  # none is NaN
     assert {row["completion"][0] for row in together["rows"] if row["step"] == 2} == {
@@ -225,6 +230,18 @@ def test_groups_straddle_two_processes(model_dir: str, data: Path, tmp_path: Pat
         assert completion[0]["content"].startswith(f"<{mode}>")
     for _, group in table.groupby(table.index // 4):
         assert len({prompt[0]["content"] for prompt in group["prompt"]}) == 1
+
+
+def test_a_reward_model_is_whole_in_every_process(
+    model_dir: str, reward_model_dir: str, prompts: Dataset, tmp_path: Path
+) -> None:
+    """Under ZeRO-3, which shards what is loaded: a sharded model cannot score the rows of one process."""
+    answers = [None if row % 2 else answer for row, answer in enumerate(prompts["answer"])]
+    prompts.remove_columns("answer").add_column("answer", answers).to_parquet(tmp_path / "mixed.parquet")
+    fields = {"model_name_or_path": model_dir, "train_data": tmp_path / "mixed.parquet", "max_completion_length": 8}
+    fields |= {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
+    folder = stage("zero3", "hgpo", tmp_path / "run", reward_model=reward_model_dir, save_strategy="no", **fields)
+    assert all("rewards/reward_model/mean" in entry for entry in log_of(folder) if "loss" in entry)
 
 
 def test_processes_that_do_not_divide_the_groups(model_dir: str, data: Path, tmp_path: Path) -> None:

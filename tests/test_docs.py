@@ -14,13 +14,14 @@ from trl import ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data.difficulty import DifficultyArguments
-from hgpo_trl.scripts.data_task import DataArguments
 from hgpo_trl.scripts.data_classifier import DataClassifierArguments
+from hgpo_trl.scripts.data_task import DataArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
 from hgpo_trl.scripts.merge import MergeArguments
 from hgpo_trl.scripts.report import ReportArguments
+from hgpo_trl.scripts.rewards import RewardArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -30,6 +31,7 @@ OURS = (
     DataClassifierArguments,
     HFTArguments,
     HGPOArguments,
+    RewardArguments,
     HGPOConfig,
     MergeArguments,
     EvaluateArguments,

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from hgpo_trl import vllm_support
 from hgpo_trl.decision import OFF_MODE, Decision, read_decision
 from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
-from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
+from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
+from hgpo_trl.reward_model import RewardModel
+from hgpo_trl.scripts import evaluate as evaluation_script
 from hgpo_trl.scripts.evaluate import main
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 6, 3, 24
@@ -233,6 +235,20 @@ def test_the_models_own_generation_config_does_not_change_the_distribution(
 # --- Scoring ------------------------------------------------------------------
 
 
+ANSWERS = ["4", "about 12", ""]  # the last one is a fault
+
+
+@pytest.fixture(scope="module")
+def answered(samples: pd.DataFrame) -> pd.DataFrame:
+    """The samples with responses that are well formed but for a third of them."""
+    answers = [ANSWERS[row % 3] for row in range(len(samples))]
+    texts = [
+        f"<think> so </think> {answer}" if mode == "think" else f"<no_think> {answer} </no_think>"
+        for mode, answer in zip(samples["mode"], answers, strict=True)
+    ]
+    return samples.assign(completion=texts)
+
+
 def by_length(completions: list, **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"])) for completion in completions]
 
@@ -241,16 +257,54 @@ def long_ones(completions: list, level: list[int], **kwargs: Any) -> list[float 
     return [1000.0 if n >= 3 else None for n in level]
 
 
-def test_scores_are_summed(few: Dataset, samples: pd.DataFrame) -> None:
-    levels = [few[row]["level"] for row in samples["prompt_id"]]
+def test_scores_of_answer_parts_are_summed(few: Dataset, answered: pd.DataFrame) -> None:
+    levels = [few[row]["level"] for row in answered["prompt_id"]]
     assert {level >= 3 for level in levels} == {True, False}
-    scored = score_samples(samples, few, [by_length, long_ones])
-    expected = [len(text) + 1000 * (level >= 3) for text, level in zip(samples["completion"], levels, strict=True)]
+    scored = score_samples(answered, few, [by_length, long_ones])
+    lengths = [len(ANSWERS[row % 3]) for row in range(len(answered))]
+    expected = [(n + 1000 * (level >= 3)) * (n > 0) for n, level in zip(lengths, levels, strict=True)]
     assert scored["reward"].tolist() == expected
-    alone = score_samples(samples, few, [long_ones])["reward"]
+    alone = score_samples(answered, few, [long_ones])["reward"]
     assert alone.isna().tolist() == [level < 3 for level in levels]
-    assert set(alone.dropna()) == {1000.0}
-    assert "reward" not in samples.columns
+    assert alone[alone.notna()].tolist() == [1000.0 * (n > 0) for n, x in zip(lengths, alone, strict=True) if x == x]
+    assert "reward" not in answered.columns
+
+
+def test_a_broken_format_scores_lowest(few: Dataset, answered: pd.DataFrame) -> None:
+    """Also where the function would give it more, nothing at all, or others less than 0."""
+    empty = [row % 3 == 2 for row in range(len(answered))]
+
+    def shorter_is_better(completions: list, **kwargs: Any) -> list[float]:
+        return [9.0 - len(completion[0]["content"]) for completion in completions]
+
+    def refuses_nothing(completions: list, **kwargs: Any) -> list[float | None]:
+        return [-5.0 if completion[0]["content"] == "4" else 3.0 if completion[0]["content"] else None
+                for completion in completions]  # fmt: skip
+
+    scored = score_samples(answered, few, [shorter_is_better])["reward"]
+    assert scored[empty].tolist() == [0.0] * sum(empty)
+    assert scored.max() == 8.0
+    scored = score_samples(answered, few, [refuses_nothing])["reward"]
+    assert scored[empty].tolist() == [-5.0] * sum(empty)
+
+
+async def later(completions: list, **kwargs: Any) -> list[float]:
+    return [2.0] * len(completions)
+
+
+def test_asynchronous_functions_score_too(few: Dataset, answered: pd.DataFrame) -> None:
+    assert set(score_samples(answered, few, [later])["reward"]) == {0.0, 2.0}
+
+
+def test_trls_own_rewards_score_the_answer(few: Dataset, answered: pd.DataFrame) -> None:
+    from trl.rewards import accuracy_reward
+
+    solved = few.map(lambda row: {"solution": "$4$"})
+    texts = answered["completion"].str.replace(" 4", r" \boxed{4}", regex=False)
+    right = texts.str.replace(r"\boxed{4}", "", regex=False) != texts
+    swapped = texts.where(right, texts.str.replace("so", r"\boxed{4}", regex=False))  # right in the reasoning alone
+    scored = score_samples(answered.assign(completion=swapped), solved, [accuracy_reward])["reward"]
+    assert scored.fillna(0.0).tolist() == right.astype(float).tolist()
 
 
 def test_reward_functions_get_what_they_get_in_training(few: Dataset, samples: pd.DataFrame) -> None:
@@ -262,15 +316,17 @@ def test_reward_functions_get_what_they_get_in_training(few: Dataset, samples: p
         return [0.0] * len(kwargs["completions"])
 
     score_samples(shuffled, few, [spy])
-    assert set(seen) == {"prompts", "completions", "answer", "level"}
+    assert set(seen) == {"prompts", "completions", "answer", "level", "response"}
+    responses = [split_response(text) for text in shuffled["completion"]]
+    assert seen["response"] == responses
     assert seen["prompts"] == [few[row]["prompt"] for row in shuffled["prompt_id"]]
     assert seen["answer"] == [few[row]["answer"] for row in shuffled["prompt_id"]]
-    assert seen["completions"] == [[{"role": "assistant", "content": text}] for text in shuffled["completion"]]
+    assert seen["completions"] == [[{"role": "assistant", "content": part.answer}] for part in responses]
 
     text_prompts = few.map(lambda row: {"prompt": row["prompt"][0]["content"]})
     score_samples(shuffled, text_prompts, [spy])
     assert seen["prompts"] == [few[row]["prompt"][0]["content"] for row in shuffled["prompt_id"]]
-    assert seen["completions"] == shuffled["completion"].tolist()
+    assert seen["completions"] == [part.answer for part in responses]
 
 
 def test_a_wrong_number_of_rewards_is_named(few: Dataset, samples: pd.DataFrame) -> None:
@@ -359,6 +415,9 @@ def test_report_by_hand() -> None:
     )
     assert report["format_faults"] == pytest.approx({"think": 2 / 6, "no_think": 2 / 6})
     assert report["truncated"] == pytest.approx({"think": 2 / 6, "no_think": 1 / 6})
+    none = dict.fromkeys(Fault, 0.0)
+    assert report["faults"]["think"] == pytest.approx(none | {"unclosed": 2 / 6})
+    assert report["faults"]["no_think"] == pytest.approx(none | {"unclosed": 2 / 6, "nested": 1 / 6})
     easy, hard = report["by_level"]
     assert (easy["level"], easy["num_prompts"], easy["hybrid_accuracy"], easy["thinking_ratio"]) == (1, 1, 1.0, 0.1)
     assert (hard["level"], hard["num_prompts"], hard["hybrid_accuracy"], hard["accuracy"]["auto"]) == (3, 2, 1.0, 1.0)
@@ -508,6 +567,40 @@ def test_impossible_settings_are_refused(
         evaluate(**{field: value})
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reward_model_scores_rows_without_an_answer(
+    evaluate: Callable[..., Path], prompts: Dataset, reward_model_dir: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The others are the rule's."""
+    sample = evaluation_script.sample_both_modes
+
+    def sample_well(*args: Any, **kwargs: Any) -> pd.DataFrame:
+        samples = sample(*args, **kwargs)
+        responses = {"think": "<think> 4 </think> ", "no_think": "<no_think> "}
+        texts = [
+            f"{responses[mode]}{'4' if index == 0 else '4 5'}{'' if mode == 'think' else ' </no_think>'}"
+            for mode, index in zip(samples["mode"], samples["sample"], strict=True)
+        ]
+        return samples.assign(completion=texts)
+
+    monkeypatch.setattr(evaluation_script, "sample_both_modes", sample_well)
+    references = ["4" if row % 2 else None for row in range(len(prompts))]
+    mixed = prompts.remove_columns("answer").add_column("answer", references)
+    mixed.to_parquet(tmp_path / "mixed.parquet")
+    with pytest.raises(ValueError, match=r"data: 4 of 8 rows have no `answer`.*Name a reward_model"):
+        evaluate(data=tmp_path / "mixed.parquet")
+    output_dir = evaluate(data=tmp_path / "mixed.parquet", reward_model=reward_model_dir)
+    samples = pd.read_parquet(output_dir / "samples.parquet")
+    scorer = RewardModel(reward_model_dir)
+    for row in samples.itertuples():
+        part = split_response(row.completion).answer
+        if row.prompt_id % 2:
+            assert row.reward == float(part == "4")
+        else:
+            expected = torch.sigmoid(scorer.scores([mixed[row.prompt_id]["prompt"]], [part])).item()
+            assert row.reward == pytest.approx(expected, abs=1e-5)
+    assert samples["reward"].nunique() > 4
 
 
 def test_a_reward_model_is_refused(evaluate: Callable[..., Path]) -> None:

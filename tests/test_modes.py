@@ -45,7 +45,14 @@ def test_the_tags_and_their_order():
         (" \n<think>a</think>b\n", "think", "a", "b", ""),
         ("\t<no_think>2</no_think> \n", "no_think", "", "2", ""),
         ("<think></think>2", "think", "", "2", ""),
-        ("<no_think>a < b, <b>c</b>, <thinking></no_think>", "no_think", "", "a < b, <b>c</b>, <thinking>", ""),
+        (
+            "<no_think>a < b, <b>c</b>, [think], I think</no_think>",
+            "no_think",
+            "",
+            "a < b, <b>c</b>, [think], I think",
+            "think_in_no_think",
+        ),
+        ("<think><thinking>a</thinking></think>b", "think", "<thinking>a</thinking>", "b", ""),
         ("", None, "", "", "no_mode"),
         (" 2 ", None, "", "2", "no_mode"),
         ("So: <think>a</think>b", None, "", "So: <think>a</think>b", "no_mode"),
@@ -107,9 +114,39 @@ def test_what_was_formatted_splits_into_the_same_parts(mode, answer, reasoning):
     assert format_response(mode, split_response(text).answer, split_response(text).reasoning) == text
 
 
+TRACES = [
+    "<thinking>a</thinking>", "<Thinking>", "</thinking>", "a</thinking>b", "<THINK>a</THINK>", "<think/>", "<thought>",
+    "</thoughts>", "<reasoning>a", "<reflection>", "<scratchpad>\n1 + 1\n</scratchpad>", "<|begin_of_thought|>",
+    "a<|end_of_thought|>", "<|think|>", "[THINK]a[/THINK]", "◁think▷a◁/think▷", "◁/THINK▷",
+]  # fmt: skip
+NO_TRACES = [
+    "I think, on reflection, that this reasoning is a thought.", "a < thinking > b", "[thinking] or [a thought]",
+    "<b>think</b>", "<reason>x</reason>", "<thinkpad>", "<div class='thinking'>a</div>", "<rethink>",
+    "<p>reasoning</p>",
+    "List<Thought> thoughts = new ArrayList<Reflection>();", "vector<thinking>", "array[thinking]", "|think|",
+    "▷think◁",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_a_trace_in_other_marks_is_a_fault_of_no_think_alone(trace):
+    for answer in (trace, f"So.\n{trace} 2"):
+        assert split_response(f"<no_think>{answer}</no_think>").faults == (Fault.THINK_IN_NO_THINK,)
+        assert split_response(f"<think>{answer}</think>{answer}").well_formed
+        with pytest.raises(ValueError, match="a reasoning trace, in mode no_think: use mode think"):
+            format_response("no_think", answer)
+        assert split_response(format_response("think", answer, answer)).answer == answer
+
+
+@pytest.mark.parametrize("answer", NO_TRACES)
+def test_prose_and_code_about_thinking_are_no_trace(answer):
+    assert split_response(format_response("no_think", answer)) == Response(Mode.NO_THINK, "", answer, ())
+
+
 def test_splitting_takes_linear_time():
+    near = "<no_think>" + "<thinking" * 100_000 + "<|/think" * 100_000
     start = time.perf_counter()
-    for text in ("<" * 1_000_000, "<think>" * 100_000, "<no_think>" + "</think" * 100_000, " " * 1_000_000):
+    for text in ("<" * 1_000_000, "<think>" * 100_000, "<no_think>" + "</think" * 100_000, " " * 1_000_000, near):
         split_response(text)
     assert time.perf_counter() - start < 5
 

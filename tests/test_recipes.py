@@ -157,9 +157,20 @@ def test_the_papers_settings(size: str) -> None:
         assert recipe["lr_scheduler_type"] == "constant"
         assert recipe["vllm_max_model_length"] == 2048 + recipe["max_completion_length"]
         assert recipe["vllm_max_model_length"] <= hft["model_init_kwargs"]["max_position_embeddings"]
+    assert hgpo["reward_model"] == "allenai/Llama-3.1-Tulu-3-8B-RM"
     assert (evaluate["temperature"], evaluate["top_p"], evaluate["max_new_tokens"]) == (0.6, 0.95, 35000)
     assert evaluate["max_new_tokens"] + 2048 <= hft["model_init_kwargs"]["max_position_embeddings"]
     assert hgpo["model_name_or_path"] == hft["output_dir"]
+    data_hft, data_hgpo = (read(folder / f"data_{stage}.yaml") for stage in ("hft", "hgpo"))
+    assert hft["train_data"] == data_hft["output_dir"]
+    assert hgpo["train_data"] == server["train_data"] == data_hgpo["output_dir"]
+    assert data_hft["tokenizer"] == data_hgpo["tokenizer"] == hft["model_name_or_path"]
+    assert data_hft["max_tokens"] == hft["max_length"]
+    assert data_hgpo["max_tokens"] == hgpo["vllm_max_model_length"] - hgpo["max_completion_length"]
+    traces_missing = 137_497 + 741  # AOPS and AIME come without
+    assert sum(source["rows"] for source in data_hft["sources"]) == 1_694_586 - traces_missing
+    assert sum(source["rows"] for source in data_hgpo["sources"]) == 76_000
+    assert len(data_hft["decontamination"]) == len(data_hgpo["decontamination"]) == 8
     assert evaluate["model"] == hgpo["output_dir"]
 
     differ = {key for key in hgpo.keys() | server.keys() if hgpo.get(key) != server.get(key)}
@@ -178,12 +189,14 @@ SMALL_STAGE = {
 
 @pytest.fixture(scope="session")
 def examples(prompts: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Data of both training stages."""
+    """Data of both training stages; half of the rows of `mixed` have no answer."""
     folder = tmp_path_factory.mktemp("examples")
     queries = draw(load_task("hgpo_trl.tasks.chain_sum"), 32, held_out=False, fraction=0.2, seed=0)
     hft_dataset(queries, 0.6, 0).to_parquet(folder / "hft.parquet")
     prompts.to_parquet(folder / "hgpo.parquet")
-    return {stage: str(folder / f"{stage}.parquet") for stage in ("hft", "hgpo")}
+    answers = [None if row % 2 else answer for row, answer in enumerate(prompts["answer"])]
+    prompts.remove_columns("answer").add_column("answer", answers).to_parquet(folder / "mixed.parquet")
+    return {name: str(folder / f"{name}.parquet") for name in ("hft", "hgpo", "mixed")}
 
 
 def learning_rates(trainer: Trainer, steps: int) -> list[float]:
@@ -197,7 +210,12 @@ def learning_rates(trainer: Trainer, steps: int) -> list[float]:
 
 @pytest.mark.parametrize("path", TRAINING, ids=name_of)
 def test_recipe_trains(
-    path: Path, model_dir: str, examples: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    model_dir: str,
+    reward_model_dir: str,
+    examples: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The stage's own main with the recipe, scaled down: one step, and the settings in force are the recipe's."""
     recipe, stage = read(path), stage_of(path)
@@ -211,6 +229,8 @@ def test_recipe_trains(
 
     monkeypatch.setattr(module, "train_and_save", look_and_train)
     paths = {"model_name_or_path": model_dir, "train_data": examples[stage], "output_dir": str(tmp_path / "run")}
+    if "reward_model" in recipe:
+        paths |= {"reward_model": reward_model_dir, "train_data": examples["mixed"]}
     overrides = {**SMALL, **SMALL_STAGE[stage], **paths}
     argv = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
     module.main(["--config", str(path), *argv])
@@ -242,7 +262,9 @@ def test_recipe_trains(
         assert (args.alpha, args.margin, trainer.num_generations) == tuple(
             recipe[key] for key in ("alpha", "margin", "num_generations")
         )
-        assert [function.__name__ for function in trainer.reward_funcs] == ["accuracy_reward"]
+        scorers = ["accuracy_reward", "reward_model"] if "reward_model" in recipe else ["accuracy_reward"]
+        assert [function.__name__ for function in trainer.reward_funcs] == scorers
+        assert all(f"rewards/{name}/mean" in trainer.state.log_history[0] for name in scorers)
     else:
         assert trainer.completion_only_loss
         assert trainer.padding_free == recipe.get("packing", False)
@@ -261,14 +283,14 @@ def test_recipe_trains(
 @pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "1.0e-4", "0.0001", "+1E-4"])
 def test_learning_rate_reaches_the_dataclass_as_a_float(text: str, recipe: Callable, parse: Parse) -> None:
     """PyYAML alone reads 1e-4 as text."""
-    _, training_args, _ = parse("hgpo", "--config", hgpo(recipe, f"learning_rate: {text}\n"))
+    _, training_args, *_ = parse("hgpo", "--config", hgpo(recipe, f"learning_rate: {text}\n"))
     assert type(training_args.learning_rate) is float
     assert training_args.learning_rate == 1e-4
 
 
 def test_numbers_inside_lists_and_mappings_are_numbers(recipe: Callable, parse: Parse) -> None:
     text = "reward_weights: [1e-1, 2]\nlr_scheduler_kwargs: {min_lr: 1e-7, power: 2}\n"
-    _, training_args, _ = parse("hgpo", "--config", hgpo(recipe, text))
+    _, training_args, *_ = parse("hgpo", "--config", hgpo(recipe, text))
     assert training_args.reward_weights == [0.1, 2.0]
     assert all(type(weight) is float for weight in training_args.reward_weights)
     assert training_args.lr_scheduler_kwargs == {"min_lr": 1e-7, "power": 2}
@@ -276,7 +298,7 @@ def test_numbers_inside_lists_and_mappings_are_numbers(recipe: Callable, parse: 
 
 def test_values_take_the_type_of_their_field(recipe: Callable, parse: Parse) -> None:
     text = "num_generations: 8.0\nmax_steps: '12'\ngradient_checkpointing: 'false'\nnum_generations_eval: null\n"
-    _, training_args, _ = parse("hgpo", "--config", hgpo(recipe, text))
+    _, training_args, *_ = parse("hgpo", "--config", hgpo(recipe, text))
     assert (training_args.num_generations, type(training_args.num_generations)) == (8, int)
     assert (training_args.max_steps, type(training_args.max_steps)) == (12, int)
     assert training_args.gradient_checkpointing is False
@@ -298,9 +320,9 @@ def test_mapping_field_from_yaml_and_from_the_command_line(recipe: Callable, par
 def test_command_line_overrides_the_recipe(recipe: Callable, parse: Parse) -> None:
     path = hgpo(recipe, "margin: 0.4\nalpha: 2\nseed: 3\nreward_funcs: [a.b]\n")
     argv = ("--margin", "-0.1", "--config", path, "--seed=7", "--reward_funcs", "c.d", "e.f")
-    script_args, training_args, model_args = parse("hgpo", *argv)
+    _, training_args, model_args, reward_args = parse("hgpo", *argv)
     assert (training_args.margin, training_args.alpha, training_args.seed) == (-0.1, 2.0, 7)
-    assert script_args.reward_funcs == ["c.d", "e.f"]
+    assert reward_args.reward_funcs == ["c.d", "e.f"]
     assert model_args.model_name_or_path == "m"
 
 
@@ -400,6 +422,9 @@ def test_value_that_hgpo_refuses(text: str, words: str, recipe: Callable, refuse
         ("data", ("--output_dir", "o", "--num_hft", "0"), "num_hft must be at least 1; got 0"),
         ("data", ("--output_dir", "o", "--think_share", "1"), "think_share must lie between 0 and 1; got 1.0"),
         ("data", ("--output_dir", "o", "--hidden_size", "30"), "hidden_size=30 must be divisible by num_heads=4"),
+        ("evaluate", ("--reward_model_batch_size", "0"), "reward_model_batch_size must be at least 1; got 0"),
+        ("evaluate", ("--reward_model_scale", "0"), "reward_model_scale must be a finite number above 0; got 0.0"),
+        ("evaluate", ("--reward_model_center", "nan"), "reward_model_center must be a finite number; got nan"),
         ("evaluate", ("--samples_per_mode", "0"), "samples_per_mode must be at least 1; got 0"),
         ("evaluate", ("--max_new_tokens", "1"), "max_new_tokens must be at least 2"),
         ("evaluate", ("--margin", "nan"), "margin must be a finite number of at least 0; got nan"),

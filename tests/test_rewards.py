@@ -1,23 +1,40 @@
 """`hgpo_trl.rewards`: what is scored, when two answers are equal, real answers, reward functions by name."""
 
+import asyncio
+import itertools
 import json
+import math
 import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hgpo_trl import rewards as rewards_module
 from hgpo_trl.modes import MODES, format_response
-from hgpo_trl.rewards import accuracy_reward, answers_match, load_reward
+from hgpo_trl.rewards import (
+    accuracy_reward,
+    answer_parts,
+    answers_match,
+    checked,
+    floor_faults,
+    load_reward,
+    overlong,
+    split_completions,
+)
 
 
-def score(response: str, reference: Any) -> float | None:
-    (reward,) = accuracy_reward([response], [reference])
+def score(response: Any, reference: Any) -> float | None:
+    """As the trainer and the evaluation call it."""
+    parts = split_completions([response])
+    (reward,) = accuracy_reward(answer_parts([response], parts), [reference], response=parts)
     return reward
 
 
@@ -48,7 +65,59 @@ def score(response: str, reference: Any) -> float | None:
 )
 def test_only_a_well_formed_answer_counts(response: str, expected: float) -> None:
     assert score(response, "4") == expected
-    assert accuracy_reward([[{"role": "assistant", "content": response}]], ["4"]) == [expected]
+    assert score([{"role": "assistant", "content": response}], "4") == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("4", 1.0),
+        ("The answer is $4$.", 1.0),
+        ("5", 0.0),
+        ("", 0.0),
+        ("<think> it is 4 </think> 4", 1.0),
+        ("<think> it is 4 </think> 5", 0.0),
+        ("<no_think> 4 </no_think>", 1.0),
+        ("<no_think> 4 </no_think> so 4", 0.0),
+        ("<think> it is 4", 0.0),
+    ],
+)
+def test_called_on_its_own_it_takes_answers_and_whole_responses(completion: str, expected: float) -> None:
+    assert accuracy_reward([completion], ["4"]) == [expected]
+    assert accuracy_reward([[{"role": "assistant", "content": completion}]], ["4"]) == [expected]
+    assert accuracy_reward([completion]) == [None]
+
+
+def test_parts_that_were_split_already_are_not_split_again() -> None:
+    """An answer may begin with a tag; its response is malformed then, and what the trainer says of it counts."""
+    response = "<think> a </think> <no_think> 4 </no_think>"
+    assert score(response, "4") == 0.0
+
+
+def test_a_verifier_that_fails_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def check(references: list[str], answers: list[str]) -> list[bool | None]:
+        asked.append((references, answers))
+        return [
+            None if answer == "stuck" else answer == reference
+            for reference, answer in zip(references, answers, strict=True)
+        ]
+
+    monkeypatch.setattr(rewards_module, "check_answers", check)
+    logged: list[tuple[str, float]] = []
+    rewards_module._warn_once.cache_clear()
+    for _ in range(2):
+        rewards = accuracy_reward(
+            ["4", "stuck", "<think> a", "5", "4"], ["4", 4, "4", "4", None], log_metric=lambda *x: logged.append(x)
+        )
+        assert rewards == [1.0, None, 0.0, 0.0, None]
+    assert asked == [(["4", "4", "4"], ["4", "stuck", "5"])] * 2, "one call for all; no malformed or unanswered row"
+    assert logged == [("hgpo/verifier_failures", 1 / 3)] * 2
+    assert [record.message for record in caplog.records if "verifier" in record.message] == [
+        "The verifier was stuck or crashed and could not judge an answer. Such a response gets no reward and "
+        "carries no signal; hgpo/verifier_failures is their share."
+    ]
 
 
 @pytest.mark.parametrize("reference", [None, "", "  "])
@@ -68,6 +137,108 @@ def test_references_may_be_numbers(reference: Any) -> None:
 @given(answer=st.text(min_size=1).filter(str.strip), reasoning=st.text(), mode=st.sampled_from(MODES))
 def test_any_text_equals_itself(answer: str, reasoning: str, mode: str) -> None:
     assert score(format_response(mode, answer, reasoning if mode == "think" else ""), answer) == 1.0
+
+
+# --- What becomes of the rewards ----------------------------------------------
+
+scores = st.sampled_from([math.nan, -2.5, 0.0, 0.25, 7.0])
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.tuples(scores, scores)), min_size=1, max_size=12),
+)
+def test_faults_get_the_lowest_reward(rows: list[tuple[int, bool, tuple[float, float]]]) -> None:
+    query, faulty, given_rewards = (list(column) for column in zip(*rows, strict=True))
+    rewards = torch.tensor(given_rewards, dtype=torch.float64)
+    result = floor_faults(rewards, torch.tensor(faulty), torch.tensor(query))
+    for row, column in itertools.product(range(len(rows)), range(2)):
+        before, after = given_rewards[row][column], result[row, column].item()
+        of_query = [given_rewards[other][column] for other in range(len(rows)) if query[other] == query[row]]
+        valid = [given_rewards[other][column] for other in range(len(rows)) if not faulty[other]]
+        valid = [value for value in valid if not math.isnan(value)]
+        if faulty[row] and not all(math.isnan(value) for value in of_query):
+            assert after == min([0.0, *valid])
+        else:
+            assert after == before or (math.isnan(after) and math.isnan(before))
+
+
+lengths = st.integers(0, 9)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    groups=st.lists(st.lists(st.tuples(lengths, st.booleans()), min_size=4, max_size=4), min_size=1, max_size=4),
+    cap=st.none() | st.sampled_from([0.5, 1.0, 1.5]),
+    max_tokens=st.none() | st.integers(1, 9),
+)
+def test_no_think_is_capped_by_its_own_query(
+    groups: list[list[tuple[int, bool]]], cap: float | None, max_tokens: int | None
+) -> None:
+    data = torch.tensor(groups).view(-1, 2, 2, 2)
+    beyond = overlong(data[..., 0], data[..., 1].bool(), cap, max_tokens)
+    for group, found in zip(groups, beyond.view(-1, 4).tolist(), strict=True):
+        thoughts = [tokens for tokens, well_formed in group[:2] if well_formed]
+        limits = [cap * max(thoughts)] if cap is not None and thoughts else []
+        limits += [max_tokens] if max_tokens is not None else []
+        assert found == [False, False, *(any(tokens > limit for limit in limits) for tokens, _ in group[2:])]
+
+
+def returns(value: Any) -> Callable[..., Any]:
+    def mine(**kwargs: Any) -> Any:
+        return value
+
+    return mine
+
+
+async def asynchronous(completions: list, **kwargs: Any) -> list[int | None]:
+    return [1, None]
+
+
+class Scorer:
+    def __call__(self, completions: list, factor: float, **kwargs: Any) -> list[float]:
+        return [factor] * len(completions)
+
+
+def test_checked_functions_return_numbers() -> None:
+    assert checked(returns([1, True, torch.tensor(0.5), -2.0]))(completions=["a"] * 4) == [1.0, 1.0, 0.5, -2.0]
+    assert checked(returns(torch.tensor([1.0, 2.0])))(completions=["a"] * 2) == [1.0, 2.0]
+    assert math.isnan(checked(returns([None]))(completions=["a"])[0])
+    one, none = asyncio.run(checked(asynchronous)(completions=["a", "b"]))
+    assert (one, math.isnan(none)) == (1.0, True)
+    assert checked(Scorer())(completions=["a"], factor=2.0) == [2.0]
+    assert checked("a/model") == "a/model"
+    names = [checked(function).__name__ for function in (accuracy_reward, partial(accuracy_reward), Scorer())]
+    assert names == ["accuracy_reward", "accuracy_reward", "Scorer"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0], r"'mine' returned 1 rewards for 2 completions: it must return one number, or None, per completion"),
+        (
+            ["good", 1.0],
+            r"'mine' returned \['good', 1\.0\] \(must be real number, not str\): it must return one number",
+        ),
+        ([[1.0], [2.0]], r"'mine' returned .*must be real number, not list"),
+        ({"a": 1.0, "b": 2.0}, r"'mine' returned .*must be real number, not str"),
+        (1.0, r"'mine' returned 1\.0 \('float' object is not iterable\)"),
+        (None, r"'mine' returned None"),
+        ("x" * 1000, r"'mine' returned 'x{79}\.\.\. \(must"),
+    ],
+)
+def test_what_is_no_list_of_rewards_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked(returns(value))(completions=["a", "b"])
+
+
+def test_an_error_in_a_function_names_it() -> None:
+    def broken(**kwargs: Any) -> list[float]:
+        return kwargs["nothing"]
+
+    with pytest.raises(KeyError, match="nothing") as caught:
+        checked(broken)(completions=["a"])
+    assert caught.value.__notes__ == ["Raised by the reward function 'broken'."]
 
 
 # --- Equality -----------------------------------------------------------------

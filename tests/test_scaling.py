@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -26,6 +26,12 @@ SHAPES = {  # config.json of Qwen/Qwen2.5-Math-1.5B and -7B
 }  # fmt: skip
 
 
+TULU = LlamaConfig(  # config.json of allenai/Llama-3.1-Tulu-3-8B-RM
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128264, num_labels=1,
+)  # fmt: skip
+
+
 def build(shape: Qwen2Config) -> Qwen2ForCausalLM:
     with torch.device("meta"):
         model = Qwen2ForCausalLM(shape)
@@ -39,6 +45,10 @@ L = {
     name: max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
     for name, model in MODELS.items()
 }
+
+
+with torch.device("meta"):
+    REWARD_MODEL = LlamaForSequenceClassification(TULU).num_parameters()
 
 
 def table(*columns: str) -> list[list[str]]:
@@ -174,11 +184,23 @@ def test_where_it_adds_up() -> None:
             "step": (4 * P[model] / n + (4 * L[model] if sharded else 0)) / GIB,
             "activations": fields["per_device_train_batch_size"] * length * per_token(model)[0] / GIB,
             "vllm": fields.get("vllm_gpu_memory_utilization", 0.0) * GPU / GIB,
+            "reward model": 2 * REWARD_MODEL / GIB if "reward_model" in fields else 0.0,
         }
         for cell, (what, value) in zip(cells, expected.items(), strict=False):
             assert (0.0 if cell == "–" else gib(cell)) == pytest.approx(value, abs=0.051), (name, what)
         assert gib(cells[-1]) == pytest.approx(sum(expected.values()), abs=0.11), name
         assert gib(cells[-1]) < 0.9 * GPU / GIB
+
+
+def test_reward_model() -> None:
+    assert f"{REWARD_MODEL:,} parameters of 2 bytes" in TEXT
+    per_token = 2 * (3 * TULU.intermediate_size + 8 * TULU.hidden_size)
+    assert "2 x (3 x 14,336 + 8 x 4,096) bytes" in TEXT
+    for path in ROOT.glob("recipes/qwen*/hgpo*.yaml"):
+        text, batch = path.read_text(encoding="utf-8"), yaml.safe_load(path.read_text())["reward_model_batch_size"]
+        assert f"{2 * REWARD_MODEL / GIB:.1f} GiB ({2 * REWARD_MODEL / 1e9:.0f} GB) in bfloat16 per process" in text
+        took = f"a batch of {batch} conversations of 2,048 tokens takes {batch * 2048 * per_token / GIB:.1f} GiB"
+        assert took in TEXT.replace("\n", " ")
 
 
 def test_cache() -> None:

@@ -12,10 +12,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
+from trl.rewards import accuracy_reward as trl_accuracy
 
 from hgpo_trl.advantages import compute_advantages
 from hgpo_trl.config import HGPOConfig
-from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.modes import MODES, Fault, mode_tokens, split_response
+from hgpo_trl.reward_model import RewardModel
+from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.trainer import HGPOTrainer
 
 
@@ -148,6 +151,7 @@ def test_forced_token_has_no_sampling_log_probability(make_trainer: Callable, mo
 # --- advantages -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("well_formed")
 @pytest.mark.parametrize("weighting", ["saturating", "uniform"])
 def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weighting: str) -> None:
     trainer = make_trainer(decision_weighting=weighting, alpha=0.5, margin=0.1)
@@ -156,7 +160,9 @@ def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weig
         [ids[mask.bool()] for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)],
         skip_special_tokens=True,
     )
-    rewards = torch.tensor(lottery([[{"content": text}] for text in texts])).view(2, 2, 2)
+    answers = [split_response(text).answer for text in texts]
+    rewards = torch.tensor(lottery([[{"content": answer}] for answer in answers])).view(2, 2, 2)
+    assert rewards.unique().numel() > 1
     with torch.no_grad():
         logits = trainer.model(batch["prompt_ids"], attention_mask=batch["prompt_mask"]).logits[::4, -1]
     probs = logits.softmax(-1)[:, list(trainer.mode_tokens.decision)]
@@ -171,6 +177,7 @@ def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weig
     assert batch["advantages"].shape == batch["completion_ids"].shape
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_a_step_changes_every_parameter(make_trainer: Callable) -> None:
     trainer = make_trainer()
     before = weights(trainer)
@@ -178,6 +185,7 @@ def test_a_step_changes_every_parameter(make_trainer: Callable) -> None:
     assert unchanged(before, trainer) == []
 
 
+@pytest.mark.usefixtures("well_formed")
 @pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed"])
 @pytest.mark.parametrize("ties", ["all", "first"])
 @pytest.mark.parametrize("intra_scope", ["mode", "all"])
@@ -189,6 +197,7 @@ def test_every_estimator_trains(make_trainer: Callable, estimator: str, ties: st
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
+@pytest.mark.usefixtures("well_formed")
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
 def test_every_loss_type_trains(make_trainer: Callable, loss_type: str) -> None:
     sequence = {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
@@ -217,6 +226,7 @@ def test_with_equal_modes_only_the_margin_moves_the_decision(make_trainer: Calla
     assert logged(trainer, "hgpo/think_win_rate") == [0.0] * 3
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_invalid_rewards_carry_no_signal(make_trainer: Callable) -> None:
     def partly(completions: list, **kwargs: Any) -> list[float | None]:
         return [None if row % 4 == 0 else reward for row, reward in enumerate(lottery(completions))]
@@ -226,9 +236,184 @@ def test_invalid_rewards_carry_no_signal(make_trainer: Callable) -> None:
     assert batch["advantages"][::4].abs().max() == 0
 
 
+# --- what the rewards see, and what becomes of them ---------------------------------------------------------------
+
+
+def calculate(trainer: HGPOTrainer, texts: list[str], prompt: Any = None, **columns: list) -> torch.Tensor:
+    """The rewards, `[B, F]`, of whole responses in groups of four, as sampling would hand them over."""
+    trainer.model.train()
+    chat = prompt is None
+    prompt = [{"role": "user", "content": "a = 1 sum mod 10 ?"}] if chat else prompt
+    completions = [[{"role": "assistant", "content": text}] if chat else text for text in texts]
+    ids = [trainer.processing_class(text)["input_ids"] for text in texts]
+    inputs = [{"prompt": prompt, **{key: column[row] for key, column in columns.items()}} for row in range(len(texts))]
+    return trainer._calculate_rewards(inputs, [prompt] * len(texts), completions, ids)
+
+
+def grid(rewards: torch.Tensor) -> list[list[float | None]]:
+    return [[None if value != value else value for value in column] for column in rewards.T.tolist()]
+
+
+GROUP = [
+    r"<think> 1 </think> \boxed{4}",
+    r"<think> \boxed{4} </think> 5",
+    r"<no_think> \boxed{4} </no_think>",
+    r"<no_think> \boxed{4}",
+]
+
+
+@pytest.mark.usefixtures("well_formed")
+@pytest.mark.parametrize("conversational", [True, False])
+def test_every_reward_function_sees_the_answer_part(
+    make_trainer: Callable, prompts: Dataset, conversational: bool
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def record(**kwargs: Any) -> list[float]:
+        calls.append(kwargs)
+        return [1.0] * len(kwargs["prompts"])
+
+    async def record_later(**kwargs: Any) -> list[float]:
+        return record(**kwargs)
+
+    data = prompts if conversational else prompts.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+    trainer = make_trainer([record, record_later], dataset=data)
+    batch = rollout(trainer)
+    texts = trainer.processing_class.batch_decode(batch["completion_ids"], skip_special_tokens=True)
+    parts = [split_response(text) for text in texts]
+    assert all(part.well_formed for part in parts)
+    assert len(calls) == 2
+    for call in calls:
+        assert call["response"] == parts
+        assert call["completions"] == [
+            [{"role": "assistant", "content": part.answer}] if conversational else part.answer for part in parts
+        ]
+        assert call["completion_ids"] == [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+        ]
+        assert set(call) >= {"answer", "level", "prompts", "trainer_state", "log_metric", "log_extra"}
+    assert [part.mode for part in parts] == ["think", "think", "no_think", "no_think"] * 2
+    assert [text[0]["content"] if conversational else text for text in trainer._logs["completion"]] == texts
+
+
+def test_trls_own_rewards_work_as_they_are(make_trainer: Callable, prompts: Dataset) -> None:
+    """Its accuracy takes the last mathematics of a text: in the whole response that may be the reasoning's."""
+    trainer = make_trainer(trl_accuracy, dataset=prompts.map(lambda row: {"solution": f"${row['answer']}$"}))
+    assert grid(calculate(trainer, GROUP, solution=["$4$"] * 4)) == [[1.0, 0.0, 1.0, 0.0]]
+    trainer.train()
+    assert logged(trainer, "rewards/accuracy_reward/mean") != []
+
+
+def test_a_malformed_response_gets_the_lowest_reward(make_trainer: Callable) -> None:
+    def long(completions: list, **kwargs: Any) -> list[float | None]:
+        return [len(completion[0]["content"]) - 20.0 or None for completion in completions]
+
+    def elsewhere(completions: list, **kwargs: Any) -> list[None]:
+        return [None] * len(completions)
+
+    trainer = make_trainer([constant, long, elsewhere])
+    texts = [f"<think> 1 </think> {'4' * 20}", "<think> 1", "<no_think> 4 </no_think>", "<no_think> 4 </no_think> 4"]
+    assert grid(calculate(trainer, texts)) == [[1.0, 0.0, 1.0, 0.0], [None, -19.0, -19.0, -19.0], [None] * 4]
+    assert grid(calculate(make_trainer(constant), ["4"] * 4)) == [[0.0] * 4]
+
+
+@pytest.mark.usefixtures("well_formed")
+def test_a_verifier_that_fails_stops_nothing(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 0 of every batch has no verdict: no advantage, and the rest goes on."""
+
+    def check(references: list[str], answers: list[str]) -> list[bool | None]:
+        return [None, *(zlib.crc32(f"{row}".encode()) % 2 == 0 for row in range(1, len(answers)))]
+
+    monkeypatch.setattr("hgpo_trl.rewards.check_answers", check)
+    batch = rollout(make_trainer(accuracy_reward))
+    assert batch["advantages"][0].abs().max() == 0
+    assert batch["advantages"].isfinite().all()
+    assert batch["advantages"][1:].abs().max() > 0
+    trainer = make_trainer(accuracy_reward, max_steps=2)
+    before = weights(trainer)
+    trainer.train()
+    assert unchanged(before, trainer) == []
+    assert logged(trainer, "hgpo/verifier_failures") == [1 / 8] * 2
+
+
+@pytest.mark.usefixtures("well_formed")
+def test_the_rule_and_a_reward_model_share_the_rows(
+    make_trainer: Callable, prompts: Dataset, reward_model_dir: str
+) -> None:
+    """A query with an answer is the rule's, any other the reward model's; one batch has both."""
+    reward_model = RewardModel(reward_model_dir)
+    trainer = make_trainer([accuracy_reward, reward_model])
+    rewards = calculate(trainer, GROUP * 2, answer=["4"] * 4 + [None] * 4)
+    rule, scores = grid(rewards)
+    assert rule == [1.0, 0.0, 1.0, 0.0, *[None] * 4]
+    answers = [r"\boxed{4}", "5", r"\boxed{4}"]
+    expected = torch.sigmoid(reward_model.scores([[{"role": "user", "content": "a = 1 sum mod 10 ?"}]] * 3, answers))
+    assert scores[:4] == [None] * 4
+    assert scores[4:] == pytest.approx([*expected.tolist(), 0.0], abs=1e-6)
+
+    mixed = prompts.remove_columns("answer").add_column("answer", ["4" if row % 2 else None for row in range(32)])
+    trainer = make_trainer([accuracy_reward, reward_model], dataset=mixed, max_steps=4)
+    before = weights(trainer)
+    trainer.train()
+    assert unchanged(before, trainer) == []
+    assert len(logged(trainer, "rewards/reward_model/mean")) == 4
+    assert any(0 < mean < 1 for mean in logged(trainer, "rewards/reward_model/mean"))
+
+
+@pytest.mark.parametrize(
+    ("caps", "overlong"),
+    [
+        ({}, []),
+        ({"no_think_cap": 1.0}, [3]),  # the longest well-formed think answer of the first query has 3 tokens
+        ({"no_think_cap": 0.5}, [2, 3]),
+        ({"no_think_cap": 0.5, "no_think_max_tokens": 5}, [2, 3, 7]),
+        ({"no_think_max_tokens": 3}, [3, 7]),
+    ],
+)
+def test_the_cap_on_no_think_answers(make_trainer: Callable, caps: dict[str, float], overlong: list[int]) -> None:
+    """Tokens are words here. The second query has no well-formed think response, so only a fixed cap can hold."""
+    seen: list[tuple] = []
+
+    def record(completions: list, response: list, **kwargs: Any) -> list[float]:
+        seen.extend(part.faults for part in response)
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(record, **caps)
+    texts = [
+        "<think> 1 1 1 1 1 1 </think> 4", "<think> 1 </think>\n\n4 4 4", "<no_think>\n4 4 4\n</no_think>",
+        "<no_think> 4 4 4 4 </no_think>",
+        "<think> 1 1 1 1 1 1", "<think> 4 </think> 4 <think>", "<no_think> 4 </no_think>",
+        "<no_think> 4 4 4 4 4 4 </no_think>",
+    ]  # fmt: skip
+    rewards = calculate(trainer, texts)
+    faulty = [4, 5, *overlong]
+    assert grid(rewards) == [[float(row not in faulty) for row in range(8)]]
+    assert [row for row, faults in enumerate(seen) if Fault.OVERLONG in faults] == overlong
+    assert trainer._faults[:, list(Fault).index(Fault.OVERLONG)].nonzero().flatten().tolist() == overlong
+
+
+def test_faults_are_counted_by_kind(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["<think> 4", "<think> 4 </think> 4", "<no_think> 4 <think> 4 </no_think>", "<no_think> 4 </no_think> 4"]
+
+    def generate(self: HGPOTrainer, prompt_ids: list, *args: Any) -> tuple:
+        return [self.processing_class(texts[row % 4])["input_ids"] for row in range(len(prompt_ids))], None
+
+    monkeypatch.setattr(HGPOTrainer, "_generate_single_turn", generate)
+    trainer = make_trainer(constant, no_think_max_tokens=2)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    counts = {key.removeprefix("hgpo/faults/"): value for key, value in log.items() if key.startswith("hgpo/faults/")}
+    assert counts == dict.fromkeys(Fault, 0.0) | dict.fromkeys(
+        ["unclosed", "think_in_no_think", "trailing_text", "overlong"], 0.25
+    )
+    assert (log["hgpo/format_faults/think"], log["hgpo/format_faults/no_think"]) == (0.5, 1.0)
+
+
 # --- everything else of GRPOTrainer --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_weighted_and_async_rewards(make_trainer: Callable) -> None:
     async def later(completions: list, **kwargs: Any) -> list[float]:
         await asyncio.sleep(0)
@@ -239,6 +424,7 @@ def test_weighted_and_async_rewards(make_trainer: Callable) -> None:
     assert batch["advantages"][:, 1:].abs().max() == 0, "the weighted sum of the two is 0 everywhere"
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_reward_model(make_trainer: Callable, tokenizer: PreTrainedTokenizerFast) -> None:
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -251,6 +437,7 @@ def test_reward_model(make_trainer: Callable, tokenizer: PreTrainedTokenizerFast
     assert unchanged(before, trainer) == []
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_several_updates_per_rollout(make_trainer: Callable) -> None:
     trainer = make_trainer(num_iterations=2, steps_per_generation=2, per_device_train_batch_size=4, max_steps=4)
     before = weights(trainer)
@@ -287,6 +474,7 @@ def test_model_as_an_object_and_default_arguments(model_dir: str, prompts: Datas
 # --- what is logged -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_completion_table_shows_modes_and_hgpo_advantages(make_trainer: Callable, tmp_path: Path) -> None:
     make_trainer(log_completions=True, max_steps=2).train()
     table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
@@ -299,6 +487,7 @@ def test_completion_table_shows_modes_and_hgpo_advantages(make_trainer: Callable
                 assert (mode["advantage"] > 0).equals(best)
 
 
+@pytest.mark.usefixtures("well_formed")
 def test_metrics_of_both_modes(make_trainer: Callable, prompts: Dataset) -> None:
     trainer = make_trainer(
         trainer={"eval_dataset": prompts.select(range(5))}, eval_strategy="steps", eval_steps=1, num_generations_eval=4
@@ -344,6 +533,10 @@ def test_warns_once_when_the_policy_leaves_both_modes(make_trainer: Callable, ca
         ({"discount": 0.0}, "discount must lie in"),
         ({"max_completion_length": 1}, "max_completion_length must be at least 2"),
         ({"off_mode_warning": 2.0}, "off_mode_warning must lie between 0 and 1"),
+        ({"no_think_cap": 0.0}, "no_think_cap must be a finite number above 0, or null for no cap; got 0.0"),
+        ({"no_think_cap": float("inf")}, "no_think_cap must be a finite number"),
+        ({"no_think_cap": float("nan")}, "no_think_cap must be a finite number"),
+        ({"no_think_max_tokens": -1}, "no_think_max_tokens must be a finite number above 0"),
         ({"eval_margin": -0.1}, "eval_margin must be a finite number of at least 0"),
         ({"chat_template_kwargs": {"thinking_mode": "think"}}, "chat_template_kwargs sets thinking_mode"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch' has no effect"),
@@ -375,6 +568,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"prompt": ["1 + 1", "  "]}, "empty `prompt` in row 1"),
         ({"prompt": [[{"role": "user", "content": "1 + 1"}], []]}, "empty `prompt` in row 1"),
         ({"prompt": [[{"role": "user", "content": ""}]]}, "empty `prompt` in row 0"),
+        ({"prompt": ["1 + 1"], "response": ["2"]}, "train_dataset has a column `response`"),
     ],
 )
 def test_bad_data(make_trainer: Callable, rows: dict[str, list], message: str) -> None:
@@ -422,5 +616,5 @@ def test_a_reward_function_that_returns_the_wrong_count(make_trainer: Callable) 
     def short(completions: list, **kwargs: Any) -> list[float]:
         return [1.0]
 
-    with pytest.raises(ValueError, match=r"'short' returned 1 rewards, but 8"):
+    with pytest.raises(ValueError, match=r"'short' returned 1 rewards for 8 completions"):
         make_trainer(short).train()

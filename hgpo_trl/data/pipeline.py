@@ -130,8 +130,6 @@ def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str,
             if isinstance(found, Example):
                 if build.stage == "hgpo":  # prompts alone
                     found.mode, found.reasoning, found.answer = None, "", ""
-                if source.domain is not None:
-                    found.domain = source.domain
                 found = _fits_stage(build.stage, found) or found
             if isinstance(found, Drop):
                 counts["schema", found.reason] += 1
@@ -560,8 +558,8 @@ def _source_manifests(
         manifests[source.label] = {
             "path": source.path,
             "licence": None if adapter.licence == "not stated" else adapter.licence,
-            "mode": None if build.stage == "hgpo" else str(source.mode or adapter.mode or ", ".join(sorted(modes))),
-            "domain": source.domain or ", ".join(sorted({rows.cells[i][1] for i in cells})) or adapter.domain,
+            "mode": None if build.stage == "hgpo" else ", ".join(sorted(modes)) or str(adapter.mode),
+            "domain": ", ".join(sorted({rows.cells[i][1] for i in cells})) or adapter.domain,
             "rows_read": sum(chunk["read"] for chunk in done),
             "steps": [{"name": name, "dropped": dict(sorted(dropped[name].items()))} for name in ran],
             "kept": int((fate.kept & of_source).sum()),

@@ -42,9 +42,11 @@ class Source:
             "generic".
         subset: configuration on the hub; default: the adapter's.
         split: default: the adapter's.
-        mode: "think" or "no_think", where the adapter leaves it open, or to refuse the other.
-        domain: default: the adapter's, or what its rows say.
-        fields: for the generic adapter: our name -> column.
+        files: glob of files within the folder or repository, in place of subset and split.
+        licence: for the card; default: the adapter's.
+        mode: "think" or "no_think"; generic adapter only, to refuse the other.
+        domain: as "maths"; generic adapter only, the others know it.
+        fields: generic adapter only: our name -> column.
         rows: at most so many, drawn at random from what is left after all filters, or domain -> so many of it; a domain
             that is not named is left out. None: all.
     """
@@ -54,6 +56,8 @@ class Source:
     adapter: str | None = None
     subset: str | None = None
     split: str | None = None
+    files: str | None = None
+    licence: str | None = None
     mode: str | None = None
     domain: str | None = None
     fields: dict[str, str] | None = None

@@ -47,8 +47,9 @@ class BuilderArguments:
     dedup_threshold: float = field(
         default=0.8, metadata={"help": "Similarity (Jaccard) from which queries are near duplicates."}
     )
-    decontaminate_against: list[dict[str, Any]] = field(
-        default_factory=list, metadata={"help": "Mappings: path, field, and perhaps name, subset, split."}
+    decontamination: list[dict[str, Any]] = field(
+        default_factory=list,
+        metadata={"help": "Benchmarks; mappings: path, field, and perhaps name, subset, split, files."},
     )
     decontamination_ngram: int = field(default=8, metadata={"help": "Words of an n-gram."})
     decontamination_threshold: float = field(
@@ -88,20 +89,22 @@ class BuilderArguments:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One entry of `decontaminate_against`.
+    """One entry of `decontamination`.
 
     Args:
         path: file, folder, or id on the hub.
         field: its column of questions.
         name: in the report; default: `path`.
-        subset, split: on the hub.
+        subset, split: of a folder or on the hub.
+        files: glob of files there, in place of both.
     """
 
     path: str
     field: str = "problem"
     name: str | None = None
     subset: str | None = None
-    split: str = "test"
+    split: str = "train"
+    files: str | None = None
 
 
 def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Adapter]]:
@@ -126,8 +129,11 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
                 raise ValueError(f"{where}: {error}") from None
         elif name in ADAPTERS:
             adapter = ADAPTERS[name]
-            if source.fields:
-                raise ValueError(f"{where} has both an adapter and `fields`. Set adapter: generic, or drop `fields`.")
+            if given := [key for key in ("fields", "mode", "domain") if getattr(source, key) is not None]:
+                raise ValueError(
+                    f"{where} has both an adapter and `{given[0]}`, which the adapter knows. Drop it, or set adapter: "
+                    "generic. (Only some domains: rows, as {maths: 1000}.)"
+                )
         else:
             nearest = get_close_matches(name, ADAPTERS, n=1, cutoff=0.4)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
@@ -137,7 +143,7 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
                 f"{where} has prompts alone, and Stage I needs responses. {adapter.note} Use it in `data hgpo`, or add "
                 "responses of a model and read them as generic."
             )
-        resolved.append((replace(source, adapter=name), adapter))
+        resolved.append((source, replace(adapter, licence=source.licence or adapter.licence)))
     labels = [source.label for source, _ in resolved]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"sources: {twice!r} is there twice. Give each its own `name`.")
@@ -154,7 +160,7 @@ def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit
     for index, (source, adapter) in enumerate(sources):
         where = f"sources[{index}].path"
         subset, split = source.subset or adapter.subset, source.split or adapter.split
-        files = list_files(where, source.path, subset, split, adapter.files)
+        files = list_files(where, source.path, subset, split, source.files or adapter.files)
         mine = [unit for file in files for unit in split_into_units(index, file)]
         if not mine:
             raise ValueError(f"{where}={source.path!r} has no rows. Give it at least one, or drop it.")
@@ -182,7 +188,7 @@ def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_b
 
 
 def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
-    files = list_files(where, benchmark.path, benchmark.subset, benchmark.split)
+    files = list_files(where, benchmark.path, benchmark.subset, benchmark.split, benchmark.files)
     for file in files:
         for unit in split_into_units(0, file):
             for place, row in read_unit(unit, max_row_bytes=2**26):
@@ -198,11 +204,11 @@ def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
 
 def decontaminator(args: BuilderArguments) -> Decontaminator | None:
     """The step against the recipe's benchmarks, None where there are none; ValueError if one cannot be read."""
-    benchmarks = parse_entries("decontaminate_against", args.decontaminate_against, Benchmark)
+    benchmarks = parse_entries("decontamination", args.decontamination, Benchmark)
     if not benchmarks:
         return None
     questions = {
-        benchmark.name or benchmark.path: list(_questions(benchmark, f"decontaminate_against[{index}]"))
+        benchmark.name or benchmark.path: list(_questions(benchmark, f"decontamination[{index}]"))
         for index, benchmark in enumerate(benchmarks)
     }
     return Decontaminator(questions, n=args.decontamination_ngram, threshold=args.decontamination_threshold)

@@ -21,8 +21,9 @@ from hgpo_trl.evaluation import PROMPT_ID, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.rewards import load_reward
-from hgpo_trl.sampling import check_backend, loaded_sampler
+from hgpo_trl.sampling import check_backend, default_device, loaded_sampler
 from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.trainer import check_dataset
 from hgpo_trl.vllm_support import check_vllm_installed
@@ -50,10 +51,6 @@ class EvaluateArguments:
     tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs that share the model."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: its share of each GPU's memory."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["hgpo_trl.rewards.accuracy_reward"],
-        metadata={"help": "Functions that score a response (package.module.function or file.py:function)."},
-    )
 
     def __post_init__(self) -> None:
         for name in ("samples_per_mode", "batch_size", "tensor_parallel_size"):
@@ -84,7 +81,7 @@ def _load_function(name: str) -> Callable:
     if isinstance(reward, str):
         raise ValueError(
             f"reward_funcs: {name!r} is a reward model; evaluation takes functions only. Name a function "
-            "(package.module.function or file.py:function), which may call the model."
+            "(package.module.function or file.py:function) there, and a reward model as reward_model."
         )
     return reward
 
@@ -122,17 +119,21 @@ def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts
 
 
 def main(argv: Sequence[str]) -> None:
-    (args,) = RecipeParser(EvaluateArguments, prog="hgpo-trl evaluate").parse_recipe(argv)
+    args, reward_args = RecipeParser((EvaluateArguments, RewardArguments), prog="hgpo-trl evaluate").parse_recipe(argv)
     if args.backend == "vllm":
         check_vllm_installed("backend=vllm")
-    rewards = [_load_function(name) for name in args.reward_funcs]
+    rewards = [_load_function(name) for name in reward_args.reward_funcs]
     dataset = load_data("data", args.data, args.split)
     if args.num_prompts is not None:
         dataset = dataset.select(range(min(args.num_prompts, len(dataset))))
     check_model_path("model", args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     check_dataset("data", dataset, tokenizer)
+    check_answers_are_there("data", dataset, rewards, reward_args)
     _try_rewards(rewards, dataset)
+    reward_model = reward_args.build_reward_model(default_device(), dataset[0]["prompt"])
+    if reward_model is not None:
+        rewards.append(reward_model)  # its weights are loaded when the sampling has left the memory to them
     samples = _sample(args, tokenizer, dataset["prompt"])
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

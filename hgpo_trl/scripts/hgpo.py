@@ -17,6 +17,7 @@ from hgpo_trl.data_files import load_data
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import claim_run_dir
 from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
 from hgpo_trl.trainer import HGPOTrainer, check_dataset
@@ -24,36 +25,39 @@ from hgpo_trl.trainer import HGPOTrainer, check_dataset
 
 @dataclass
 class HGPOArguments:
-    """Data and rewards of Stage II."""
+    """Data of Stage II."""
 
     train_data: str = field(metadata={"help": "Data set with `prompt` and what the rewards need: path or hub id."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data."})
     eval_data: str | None = field(default=None, metadata={"help": "The same for evaluation inside training."})
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
     eval_prompts: int | None = field(default=None, metadata={"help": "Use only the first so many rows of eval_data."})
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["hgpo_trl.rewards.accuracy_reward"],
-        metadata={"help": "Functions (package.module.function or file.py:function) or reward models (id or path)."},
-    )
 
 
 def main(argv: Sequence[str]) -> None:
-    script_args, training_args, model_args = RecipeParser(
-        (HGPOArguments, HGPOConfig, ModelConfig), prog="hgpo-trl hgpo"
+    script_args, training_args, model_args, reward_args = RecipeParser(
+        (HGPOArguments, HGPOConfig, ModelConfig, RewardArguments), prog="hgpo-trl hgpo"
     ).parse_recipe(argv)
-    rewards = [load_reward(name) for name in script_args.reward_funcs]
-    checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args)
+    rewards = [load_reward(name) for name in reward_args.reward_funcs]
+    checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args, reward_args)
 
     tokenizer = load_tokenizer(training_args, model_args, truncation_side="left", padding_side="left")
     tokens = mode_tokens(tokenizer)
     train_dataset = load_data("train_data", script_args.train_data, script_args.train_split)
     check_dataset("train_data", train_dataset, tokenizer)
+    check_answers_are_there("train_data", train_dataset, rewards, reward_args)
     eval_dataset = None
     if script_args.eval_data:
         eval_dataset = load_data("eval_data", script_args.eval_data, script_args.eval_split)
         if script_args.eval_prompts is not None:
             eval_dataset = eval_dataset.select(range(min(script_args.eval_prompts, len(eval_dataset))))
+        check_dataset("eval_data", eval_dataset, tokenizer)
+        check_answers_are_there("eval_data", eval_dataset, rewards, reward_args)
 
+    reward_model = reward_args.build_reward_model(training_args.device, train_dataset[0]["prompt"])
+    if reward_model is not None:
+        reward_model.scores([train_dataset[0]["prompt"]], ["0"])  # loads it before the policy, and shows that it runs
+        rewards.append(reward_model)
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     trainer = HGPOTrainer(
         model=model_args.model_name_or_path,

@@ -23,7 +23,7 @@ _FREE = {
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "deepspeed", "disable_tqdm", "do_eval", "local_rank", "num_completions_to_print", "num_generations_eval",
     "off_mode_warning", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
-    "resume_from_checkpoint", "run_name", "use_cpu", "vllm_gpu_memory_utilization",
+    "resume_from_checkpoint", "reward_model_batch_size", "run_name", "use_cpu", "vllm_gpu_memory_utilization",
 }  # fmt: skip
 
 
