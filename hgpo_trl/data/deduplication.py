@@ -5,6 +5,7 @@ together is found afterwards, from the columns of keys.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 
 import numpy as np
 import xxhash
@@ -76,6 +77,7 @@ def dedup_keys(
     return keys
 
 
+@cache  # an integral is solved for each candidate
 def _bands(num_perm: int, threshold: float) -> tuple[int, int]:
     """Number of bands and of rows in each with the fewest wrong decisions around the threshold."""
     if not 0.0 < threshold < 1.0:
@@ -86,6 +88,7 @@ def _bands(num_perm: int, threshold: float) -> tuple[int, int]:
     return index.b, index.r
 
 
+@lru_cache(2**16)
 def _is_exact(token: str) -> bool:
     """Whether a token must be the same in near-duplicates: a number, a sign, or a letter that is a variable."""
     return token in SIGNS or token[0].isdigit() or (len(token) == 1 and token.isascii() and token not in "ai")

@@ -420,13 +420,17 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
                 writers[i] = stack.enter_context(pa.ipc.new_stream(str(bucket), schema))
         for number, start, stop in tqdm(list(rows.chunks()), desc="shuffling", unit="chunk"):
             ranks = rank[start:stop]
-            shard_of = np.where(ranks < 0, -1, ranks // build.rows_per_shard)
-            if not (wanted := buckets.keys() & set(shard_of.tolist())):
+            order = np.argsort(ranks, kind="stable")
+            order = order[np.searchsorted(ranks[order], 0) :]  # without rows that are left out
+            shards, begins = np.unique(ranks[order] // build.rows_per_shard, return_index=True)
+            if not buckets.keys() & set(shards.tolist()):
                 continue
             table = pq.read_table(_Chunk(work, number).rows).append_column(schema.field("_rank"), pa.array(ranks))
-            for i in sorted(wanted):
-                with _naming(buckets[i]):
-                    writers[i].write_table(table.filter(pa.array(shard_of == i)))
+            table = table.take(pa.array(order))
+            for i, begin, end in zip(shards.tolist(), begins, [*begins[1:], len(order)], strict=True):
+                if i in buckets:
+                    with _naming(buckets[i]):
+                        writers[i].write_table(table.slice(begin, end - begin))
     for i, bucket in tqdm(buckets.items(), desc="writing", unit="shard"):
         with pa.memory_map(str(bucket)) as file:
             table = pa.ipc.open_stream(file).read_all().sort_by("_rank").drop_columns("_rank")
