@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data_adapters import ROWS
@@ -31,7 +32,9 @@ from hgpo_trl.data.filters import quality, verified_answers
 from hgpo_trl.data.pipeline import Build, Deduplication, build_dataset, claim
 from hgpo_trl.data_files import load_data
 from hgpo_trl.modes import split_response
+from hgpo_trl.scripts import building
 from hgpo_trl.scripts.building import plan, resolve
+from hgpo_trl.scripts.data_hft import HFTDataArguments
 
 WORDS = [f"{a}{b}" for a in ("ba", "ko", "lu", "mi", "ne", "ri", "su", "ta") for b in "bdfgklmnprst"]
 
@@ -252,7 +255,7 @@ def test_prompts_alone(tmp_path: Path) -> None:
         row["q"]: (row["a"], str(row["level"])) for row in rows
     }
     assert manifest["rows"]["mode"] == {"prompt": 40}
-    with pytest.raises(ValueError, match=r"No row is left. .*40 rows read; schema: no_response 40"):
+    with pytest.raises(ValueError, match="give prompts alone, and Stage I needs responses"):
         run(recipe, tmp_path / "hft")
 
 
@@ -455,14 +458,106 @@ def test_a_killed_worker(recipe: Any, tmp_path: Path) -> None:
         run(recipe, tmp_path / "out", processes=2, steps=[("dies", _dies)])
 
 
+def _slow(examples: list[Example]) -> list[Drop | None]:
+    time.sleep(0.2)
+    return [None] * len(examples)
+
+
+def test_workers_end_with_a_parent_that_is_killed(recipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_data_pipeline as t\nt.sources.UNIT_BYTES = 2_000\n"
+        "if __name__ == '__main__':\n"
+        f"    t.run(json.loads({json.dumps(recipe)!r}), Path({str(out)!r}), 2, steps=[('slow', t._slow)])"
+    )
+    (tmp_path / "build.py").write_text(code)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "build.py")], stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.rglob("chunk-*.json"))) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    time.sleep(0.3)
+    files = set(out.rglob("*"))
+    time.sleep(1)
+    assert set(out.rglob("*")) == files
+
+
+def test_one_process_builds_at_a_time(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "out" / ".work" / "lock"),
+        pytest.raises(ValueError, match=r"another process builds there\. Wait for it"),
+    ):
+        run(recipe, tmp_path / "out")
+    run(recipe, tmp_path / "out")
+
+
+def test_more_shards_than_files_that_may_be_open(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe, tmp_path / "one" / "out", rows_per_shard=20)
+    monkeypatch.setattr(pipeline, "_OPEN_SHARDS", 3)
+    run(recipe, tmp_path / "more" / "out", rows_per_shard=20)
+    assert len(list((tmp_path / "more" / "out" / "data").iterdir())) == 25
+    assert contents(tmp_path / "one" / "out") == contents(tmp_path / "more" / "out")
+
+
+def test_what_a_kill_at_the_very_end_leaves_is_removed(recipe: Any, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "out")
+    (tmp_path / "out" / ".work").mkdir()
+    (tmp_path / "out" / ".work" / "plan.json").write_text("{}")
+    run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / ".work").exists()
+
+
 # --- bad input ------------------------------------------------------------------------------------------------
 
 
 def test_a_field_that_is_not_there(recipe: Any, tmp_path: Path) -> None:
     recipe[1]["fields"] = {"prompt": "q", "answer": "aa"}
-    with pytest.raises(ValueError, match=r"sources\[1\] .*none of the first 20 rows has 'aa'; did you mean 'a'\?"):
+    with pytest.raises(ValueError, match=r"sources\[1\] .*none of the first rows has 'aa'; did you mean 'a'\?"):
         run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_optional_field_that_is_nowhere(recipe: Any, tmp_path: Path) -> None:
+    recipe[1]["fields"] |= {"reference": "aa"}
+    with pytest.raises(ValueError, match=r"sources\[1\] .*none of the first rows has 'aa'; did you mean 'a'\?"):
+        run(recipe, tmp_path / "out")
+    rows = [{"q": f"Question {i} ?", "a": "Yes ."} | ({"s": "Be brief."} if i == 30 else {}) for i in range(40)]
+    fields = {"prompt": "q", "answer": "a", "system": "s"}
+    run([{"path": write_lines(tmp_path / "x.jsonl", rows), "fields": fields}], tmp_path / "out")
+
+
+def test_folders_that_cannot_be_taken(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir='.*file' cannot be written: Not a directory. Choose another"):
+        run(recipe, tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"has a manifest.json that is not of a build"):
+        run(recipe, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"domain_shares": {"maths": 0.6, "code": 0.6}}, "domain_shares=.* must sum to 1"),
+        ({"dedup_threshold": 1.0}, "must lie between 0 and 1; got 1.0. For 1 set deduplicate: exact"),
+        ({"mode_shares": {"think": 0.5, "nothink": 0.5}}, "mode_shares names 'nothink'; the modes are think, no_think"),
+    ],
+)
+def test_fields_are_checked_before_any_work(field: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HFTDataArguments(sources=[{"path": "x"}], output_dir="out", **field)
+
+
+def test_what_the_recipe_names_is_checked_before_any_work(recipe: Any, tmp_path: Path) -> None:
+    args = HFTDataArguments(sources=recipe, output_dir=str(tmp_path / "out"), source_shares={"talk": 1.0})
+    with pytest.raises(ValueError, match="source_shares names 'talk'; the sources are problems, chat"):
+        building.run("hft", args, [])
+    args = replace(args, source_shares=None, tokenizer=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"tokenizer='.*nothing': there is no such folder"):
+        building.common_steps(args)
 
 
 def test_mixed_schemas_lose_the_rows_that_do_not_fit(tmp_path: Path) -> None:
@@ -489,6 +584,14 @@ def test_nothing_left_says_why(recipe: Any, tmp_path: Path) -> None:
         ({"fields": None}, r"sources\[0\] \(problems\) needs `fields`"),
         ({"fields": {"prompt": "q", "anwser": "a"}}, r"sources\[0\] \(problems\): .*anwser"),
         ({"adapter": "open-r1/OpenR1-Math-220k"}, r"has both an adapter and `fields`, which the adapter knows"),
+        ({"fields": {"prompt": "q"}}, "give prompts alone, and Stage I needs responses"),
+        ({"mode": "no_think"}, "mode no_think needs answer without reasoning, or response, or messages"),
+        ({"mode": "thinking"}, "mode must be think or no_think, or left out; got 'thinking'"),
+        ({"rows": -1}, "greater than or equal to 0"),
+        (
+            {"fields": {"prompt": "q", "answer": "a"}, "rows": {"math": 3}},
+            "rows names the domain 'math'; all its rows are",
+        ),
         ({"name": "chat"}, r"'chat' is there twice. Give each its own `name`"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -162,9 +163,15 @@ def test_a_folder_is_resolved_by_its_splits(tmp_path: Path) -> None:
         list_files("x", str(tmp_path), None, "train", "*.parquet")
 
 
-def test_what_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
+def test_what_is_not_there_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"sources\[2\].path='./nowhere/data.jsonl': there is no such file or folder"):
         list_files("sources[2].path", "./nowhere/data.jsonl", None, "train")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for pattern in (None, "*.jsonl"):
+        with pytest.raises(
+            ValueError, match=r"x='some/thing': there is no such .* and the hub cannot be read: .*network"
+        ):
+            list_files("x", "some/thing", None, "train", pattern)
     (tmp_path / "data.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match=r"data.csv is not of a type that can be read: .jsonl, .json, .parquet"):
         list_files("x", str(tmp_path / "data.csv"), None, "train")

@@ -571,7 +571,8 @@ def generic(fields: Mapping[str, str], mode: Mode | str | None = None, domain: s
         domain: of rows that do not say.
 
     Raises:
-        ValueError: a name is unknown, two exclude each other, one needs another, or none gives the prompt.
+        ValueError: a name is unknown, two exclude each other, one needs another, none gives the prompt, or they cannot
+            give the mode.
     """
     if unknown := [name for name in fields if name not in FIELDS]:
         raise ValueError(f"fields: unknown name {unknown[0]!r}; the names are {', '.join(FIELDS)}.")
@@ -583,8 +584,19 @@ def generic(fields: Mapping[str, str], mode: Mode | str | None = None, domain: s
         raise ValueError(f"fields={dict(fields)!r}: reasoning needs answer.")
     if "messages" in fields and "system" in fields:
         raise ValueError(f"fields={dict(fields)!r}: messages hold their own system message; leave system out.")
-    wanted = None if mode is None else Mode(mode)
+    wanted = None if mode is None else _wanted(fields, mode)
     return Adapter("generic", "not stated", "hft", domain, wanted, partial(_generic, dict(fields), wanted))
+
+
+def _wanted(fields: Mapping[str, str], mode: Mode | str) -> Mode:
+    """A source's only mode, which its fields can give."""
+    if mode not in list(Mode):
+        raise ValueError(f"mode must be {' or '.join(Mode)}, or left out; got {mode!r}.")
+    wanted, needed = Mode(mode), "answer and reasoning" if mode == Mode.THINK else "answer without reasoning"
+    separate = wanted is (Mode.THINK if "reasoning" in fields else Mode.NO_THINK) and "answer" in fields
+    if not (separate or "response" in fields or "messages" in fields):
+        raise ValueError(f"fields={dict(fields)!r}: mode {wanted} needs {needed}, or response, or messages.")
+    return wanted
 
 
 def _generic(fields: dict[str, str], wanted: Mode | None, row: Row) -> Parts:

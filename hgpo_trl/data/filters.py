@@ -146,7 +146,7 @@ def language(wanted: Collection[str]) -> Step:
     known = set(_identifier().labels)
     if not wanted or not known.issuperset(wanted):
         unknown = sorted(set(wanted) - known)
-        raise ValueError(f"language={unknown or list(wanted)!r}: give codes of {', '.join(sorted(known))}.")
+        raise ValueError(f"languages={unknown or list(wanted)!r}: give codes of {', '.join(sorted(known))}.")
     return partial(_language, frozenset(wanted))
 
 

@@ -8,9 +8,12 @@ Units, their order and a row's random number depend on the sources and the seed 
 for byte, whatever the number of processes and however often the build was interrupted.
 """
 
+import errno
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +25,14 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -51,6 +56,7 @@ _VERSIONS = ("hgpo-trl", "datasets", "pyarrow", "datasketch", "scikit-learn", "m
 _BLOCK = 1_000  # rows that go through the steps together
 _ID_BYTES = 96
 _HISTOGRAM_BINS = 40
+_OPEN_SHARDS = 500  # files written at a time: a process may have 1,024 open by default
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCHEMAS = {
@@ -222,10 +228,11 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise OSError(
             error.errno,
-            f"{error.strerror or error} while writing {path}. Make room and start the same command again: it goes on "
-            "with what is done",
+            f"{error.strerror or error} while writing {path}. {'Make room' if full else 'Mend that'} and start the "
+            "same command again: it goes on with what is done",
         ) from error
 
 
@@ -258,7 +265,16 @@ _worker: Callable[[int, Unit], int]
 
 def _start_worker(build: Build, work: Path) -> None:
     global _worker
+    Thread(target=_end_with_parent, daemon=True).start()
     _worker = partial(make_chunk, build, work)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would go on writing chunks, beside those of the run that takes over."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(number: int, unit: Unit) -> int:
@@ -414,7 +430,18 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
     paths = _shard_paths(target, len(by_rank), build.rows_per_shard)
     target.mkdir(parents=True, exist_ok=True)
     schema = _SCHEMAS[build.stage].append(pa.field("_rank", pa.int64()))
-    buckets = {i: work / f"bucket-{i:05}.arrow" for i, path in enumerate(paths) if not path.is_file()}
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    for begin in range(0, len(missing), _OPEN_SHARDS):
+        some = {i: paths[i] for i in missing[begin : begin + _OPEN_SHARDS]}
+        _write_some(work, rows, rank, some, build.rows_per_shard, schema)
+    return paths
+
+
+def _write_some(
+    work: Path, rows: _Rows, rank: NDArray[np.int64], paths: dict[int, Path], rows_per_shard: int, schema: pa.Schema
+) -> None:
+    """Write the shards of these numbers in one pass over the chunks."""
+    buckets = {i: work / f"bucket-{i:05}.arrow" for i in paths}
     with ExitStack() as stack:
         writers = {}
         for i, bucket in buckets.items():
@@ -424,7 +451,7 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
             ranks = rank[start:stop]
             order = np.argsort(ranks, kind="stable")
             order = order[np.searchsorted(ranks[order], 0) :]  # without rows that are left out
-            shards, begins = np.unique(ranks[order] // build.rows_per_shard, return_index=True)
+            shards, begins = np.unique(ranks[order] // rows_per_shard, return_index=True)
             if not buckets.keys() & set(shards.tolist()):
                 continue
             table = pq.read_table(_Chunk(work, number).rows).append_column(schema.field("_rank"), pa.array(ranks))
@@ -438,7 +465,6 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
             table = pa.ipc.open_stream(file).read_all().sort_by("_rank").drop_columns("_rank")
             _write_table(paths[i], table.combine_chunks())
         bucket.unlink()
-    return paths
 
 
 def _shard_paths(folder: Path, rows: int, rows_per_shard: int) -> list[Path]:
@@ -595,9 +621,12 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
     remedy = "Choose another output_dir, or remove this one."
     manifest, plan = output_dir / MANIFEST, output_dir / WORK / "plan.json"
     if manifest.is_file():
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content: Any = json.loads(manifest.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "recipe" not in content:
+            raise ValueError(f"output_dir={str(output_dir)!r} has a {MANIFEST} that is not of a build. {remedy}")
         _check_same(f"output_dir={str(output_dir)!r} holds another data set", content["recipe"], recipe, remedy)
-        return content
+        shutil.rmtree(output_dir / WORK, ignore_errors=True)  # if it was killed at the very end
+        return cast(Manifest, content)
     wanted = json.loads(json.dumps({"recipe": recipe, "units": [asdict(unit) for unit in units]}))
     if plan.is_file():
         before = json.loads(plan.read_text(encoding="utf-8"))
@@ -607,7 +636,12 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
             raise ValueError(f"{what}: the sources' files have changed since. {remedy}")
     elif (output_dir / "data").exists():
         raise ValueError(f"output_dir={str(output_dir)!r} has a folder `data` that is not of a build. {remedy}")
-    write_json(plan, wanted)
+    try:
+        write_json(plan, wanted)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} cannot be written: {error.strerror}. Choose another."
+        ) from error
     return None
 
 
@@ -638,12 +672,32 @@ def build_dataset(
         finish: the last word on rows that are otherwise done.
 
     Raises:
-        ValueError: a file cannot be read, the shares cannot be had, or no row is left.
+        ValueError: a file cannot be read, the shares cannot be had, no row is left, or another process builds here.
         OSError: no room to write; RuntimeError: a worker was killed. What is done stays, in both cases.
     """
+    work = output_dir / WORK
+    try:
+        with FileLock(work / "lock", timeout=0):
+            manifest = _build(build, units, output_dir, work, recipe, num_processes, finish)
+    except Timeout:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r}: another process builds there. Wait for it, or choose another output_dir."
+        ) from None
+    shutil.rmtree(work)
+    return manifest
+
+
+def _build(
+    build: Build,
+    units: Sequence[Unit],
+    output_dir: Path,
+    work: Path,
+    recipe: dict[str, Any],
+    num_processes: int,
+    finish: Finish | None,
+) -> Manifest:
     from hgpo_trl.data.card import write_card  # workers, which import this module, do without figures
 
-    work = output_dir / WORK
     make_chunks(build, work, units, num_processes)
     rows = _gather(build, work, units)
     first, exact = _first(build, work, rows)
@@ -692,5 +746,4 @@ def build_dataset(
     }
     write_card(output_dir, manifest)
     write_json(output_dir / MANIFEST, manifest)
-    shutil.rmtree(work)
     return manifest

@@ -12,6 +12,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from typing import IO, Any, cast
 
 import fsspec
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from hgpo_trl.data.example import Drop
 from hgpo_trl.files import looks_like_path
@@ -62,7 +63,7 @@ class Source:
     mode: str | None = None
     domain: str | None = None
     fields: dict[str, str] | None = None
-    rows: int | dict[str, int] | None = None
+    rows: NonNegativeInt | dict[str, NonNegativeInt] | None = None
 
     @property
     def label(self) -> str:
@@ -135,14 +136,16 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
         raise ValueError(f"{where}={name!r}: there is no such file or folder. Fix the path.")
     elif pattern is not None:
         base = str(path) if path.is_dir() else f"hf://datasets/{name}"
-        fs, root = fsspec.core.url_to_fs(f"{base}/{pattern}")
-        found = [cast(str, fs.unstrip_protocol(match)) if not path.is_dir() else match for match in fs.glob(root)]
+        with _explaining(where, name):
+            fs, root = fsspec.core.url_to_fs(f"{base}/{pattern}")
+            found = [cast(str, fs.unstrip_protocol(match)) if not path.is_dir() else match for match in fs.glob(root)]
         if not found:
             raise ValueError(f"{where}={name!r}: no file there matches {pattern!r}.")
     else:
         from datasets import load_dataset_builder  # takes seconds to import, and workers do without
 
-        data_files = load_dataset_builder(name, subset).config.data_files or {}
+        with _explaining(where, name):
+            data_files = load_dataset_builder(name, subset).config.data_files or {}
         if split not in data_files:
             raise ValueError(f"{where}={name!r} has no split {split!r}; its splits are {sorted(map(str, data_files))}.")
         found = [str(file) for file in data_files[split]]
@@ -153,6 +156,19 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
                 f"also compressed ({', '.join(_COMPRESSIONS)})."
             )
     return sorted(found)
+
+
+@contextmanager
+def _explaining(where: str, name: str) -> Iterator[None]:
+    """What goes wrong with a folder or on the hub (network, name, access, subset), by the name of the source."""
+    try:
+        yield
+    except Exception as error:  # of datasets, huggingface_hub or httpx: they have no base in common
+        found = "the folder" if Path(name).is_dir() else "there is no such file or folder, and the hub"
+        raise ValueError(
+            f"{where}={name!r}: {found} cannot be read: {type(error).__name__}: {error}. Fix the path or the subset, "
+            "or check the network and your access to the hub."
+        ) from error
 
 
 def _suffix(path: str) -> str:
