@@ -112,11 +112,17 @@ def split_response(text: str) -> Response:
     found = {
         Fault.UNCLOSED: not closed,
         Fault.NESTED: bool(tags_inside - misplaced or tags_after),
-        Fault.THINK_IN_NO_THINK: mode is Mode.NO_THINK and bool(misplaced or _TRACE.search(inside)),
+        Fault.THINK_IN_NO_THINK: mode is Mode.NO_THINK and bool(misplaced or trace_mark(inside)),
         Fault.TRAILING_TEXT: mode is Mode.NO_THINK and bool(after),
         Fault.EMPTY_ANSWER: closed and not answer,
     }
     return Response(mode, reasoning, answer, tuple(fault for fault, present in found.items() if present))
+
+
+def trace_mark(text: str) -> str | None:
+    """The first mark of a reasoning trace that is not one of our tags, as `<thinking>`; None where there is none."""
+    found = _TRACE.search(text)
+    return found.group() if found else None
 
 
 def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
@@ -137,8 +143,8 @@ def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
         return f"{mode.open_tag}\n{reasoning}\n{mode.close_tag}\n\n{answer}"
     if reasoning:
         raise ValueError(f"reasoning was given for mode {mode}: leave it empty, or use mode {Mode.THINK}.")
-    if trace := _TRACE.search(answer):
-        raise ValueError(f"answer contains {trace.group()}, a reasoning trace, in mode {mode}: use mode {Mode.THINK}.")
+    if mark := trace_mark(answer):
+        raise ValueError(f"answer contains {mark}, a reasoning trace, in mode {mode}: use mode {Mode.THINK}.")
     return f"{mode.open_tag}\n{answer}\n{mode.close_tag}"
 
 

@@ -27,7 +27,8 @@ def test_files_and_headings_exist() -> None:
     headings = {
         re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
     }
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert target[1:] in headings if target.startswith("#") else (ROOT / "docs" / target).is_file(), target
+    for target in re.findall(r"\]\((?!https:)([^)]+)\)", TEXT):
+        file, _, anchor = target.partition("#")
+        assert (ROOT / "docs" / file).is_file() if file else anchor in headings, target
     for path in re.findall(r"(?:recipes|examples)/[\w./-]+\.(?:yaml|jsonl)", TEXT):
         assert (ROOT / path).is_file(), path

@@ -8,6 +8,7 @@ from dataclasses import astuple
 
 import pytest
 import torch
+import transformers.integrations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -15,7 +16,6 @@ from tokenizers_zoo import FAMILIES, llama3, qwen2, tiny_llama, tiny_qwen2, word
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hgpo_trl import modes
 from hgpo_trl.modes import (
     MODES,
     TAGS,
@@ -449,7 +449,7 @@ def test_zero3_gathers_the_weights_and_rank_0_spreads_them(monkeypatch):
 
     zero = types.SimpleNamespace(GatheredParameters=GatheredParameters)
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
-    monkeypatch.setattr(modes, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(transformers.integrations, "is_deepspeed_zero3_enabled", lambda: True)
 
     tokenizer = qwen2()
     model = tiny_qwen2(len(tokenizer) + SPARE)

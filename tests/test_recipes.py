@@ -168,7 +168,8 @@ def test_the_papers_settings(size: str) -> None:
     assert data_hft["max_tokens"] == hft["max_length"]
     assert data_hgpo["max_tokens"] == hgpo["vllm_max_model_length"] - hgpo["max_completion_length"]
     traces_missing = 137_497 + 741  # AOPS and AIME come without
-    assert sum(source["rows"] for source in data_hft["sources"]) == 1_694_586 - traces_missing
+    caps = [source["rows"] for source in data_hft["sources"]]
+    assert sum(sum(cap.values()) if isinstance(cap, dict) else cap for cap in caps) == 1_694_586 - traces_missing
     assert sum(source["rows"] for source in data_hgpo["sources"]) == 76_000
     assert len(data_hft["decontamination"]) == len(data_hgpo["decontamination"]) == 8
     assert evaluate["model"] == hgpo["output_dir"]
@@ -449,7 +450,7 @@ def test_value_that_another_stage_refuses(
 
 def test_wrong_type_and_missing_field_on_the_command_line(recipe: Callable, refused: Callable[..., str]) -> None:
     assert "argument --num_generations" in refused("hgpo", "--config", hgpo(recipe), "--num_generations", "four")
-    assert "the following arguments are required: --output_dir" in refused("data")
+    assert "the following arguments are required: --output_dir" in refused("data", "task")
 
 
 def test_shortened_option_is_not_guessed(refused: Callable[..., str]) -> None:
@@ -490,8 +491,9 @@ def test_config_without_a_path(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_the_fields(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = ["task"] if stage == "data" else []
     with pytest.raises(SystemExit) as caught:
-        importlib.import_module(f"hgpo_trl.scripts.{stage}").main(["--help"])
+        importlib.import_module(f"hgpo_trl.scripts.{stage}").main([*kind, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "--config RECIPE.yaml" in text

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import xxhash
 
 from hgpo_trl.data.example import Drop, Example
-from hgpo_trl.modes import TAGS, Mode
+from hgpo_trl.modes import TAGS, Mode, trace_mark
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]
@@ -67,8 +67,9 @@ def adapt(adapter: Adapter, row: Row, source: str) -> Example | Drop:
 
     Reasons: "missing_field" (absent or null), "empty_field", "not_text", "null_messages", "unknown_role",
     "roles_out_of_order", "no_prompt", "no_answer", "unknown_format" (a response without the marks of a trace),
-    "unbalanced_tags", "tag_in_text" (one of the four mode tags inside a part), "invalid_unicode", "wrong_mode" and what
-    a source says against its own row: "toxic", "redacted", "not_verified", "truncated".
+    "unbalanced_tags", "tag_in_text" (one of the four mode tags inside a part), "trace_in_no_think" (a trace in other
+    marks), "invalid_unicode", "wrong_mode" and what a source says against its own row: "toxic", "redacted",
+    "not_verified", "truncated".
 
     Args:
         adapter: how to read it.
@@ -190,6 +191,8 @@ def _check_text(example: Example) -> None:
     for name, text in (("prompt", prompt), ("reasoning", example.reasoning), ("answer", example.answer)):
         if tag := next((tag for tag in TAGS if tag in text), None):
             raise _Fault("tag_in_text", part=name, tag=tag)
+    if example.mode is Mode.NO_THINK and (mark := trace_mark(example.answer)):
+        raise _Fault("trace_in_no_think", mark=mark)
     for text in (prompt, example.reasoning, example.answer, example.reference or "", example.id):
         try:
             text.encode()

@@ -70,7 +70,7 @@ class Deduplication:
     """What counts as the same query (`hgpo_trl.data.deduplication`)."""
 
     near: bool = True
-    threshold: float = 0.8
+    threshold: float = 0.7
     num_perm: int = 128
     across_modes: bool = False
 

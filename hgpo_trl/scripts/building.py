@@ -30,7 +30,7 @@ class BuilderArguments:
     """Sources, and what is done to their rows. docs/data.md explains every step."""
 
     sources: list[dict[str, Any]] = field(
-        metadata={"help": "Mappings: path, and perhaps name, adapter, subset, split, mode, domain, fields, rows."}
+        metadata={"help": "Mappings: path, and perhaps name, adapter, fields, mode, domain, rows, ..."}
     )
     output_dir: str = field(metadata={"help": "Folder to write to."})
     tokenizer: str | None = field(
@@ -45,7 +45,7 @@ class BuilderArguments:
         default="near", metadata={"help": f"Duplicate queries: {', '.join(DEDUPLICATIONS)}.", "choices": DEDUPLICATIONS}
     )
     dedup_threshold: float = field(
-        default=0.8, metadata={"help": "Similarity (Jaccard) from which queries are near duplicates."}
+        default=0.7, metadata={"help": "Similarity (Jaccard) from which queries are near duplicates."}
     )
     decontamination: list[dict[str, Any]] = field(
         default_factory=list,

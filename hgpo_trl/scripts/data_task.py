@@ -48,7 +48,7 @@ class DataArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    (args,) = RecipeParser(DataArguments, prog="hgpo-trl data task").parse_recipe(argv)
+    (args,) = RecipeParser(DataArguments, prog="hgpo-trl data").parse_recipe(argv)
     task = load_task(args.task)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
