@@ -21,7 +21,6 @@ from hgpo_trl.decision import OFF_MODE, Decision, read_decision
 from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
 from hgpo_trl.reward_model import RewardModel
-from hgpo_trl.scripts import evaluate as evaluation_script
 from hgpo_trl.scripts.evaluate import main
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 6, 3, 24
