@@ -1,6 +1,5 @@
 """The `hgpo-trl` command: `hgpo-trl STAGE [--config recipe.yaml] [--field value ...]`."""
 
-import dis
 import importlib
 import sys
 from itertools import takewhile
@@ -39,13 +38,12 @@ def main() -> None:
 
 
 def _explains_itself(error: ValueError) -> bool:
-    """Whether a `raise` of this library made it, to say what is wrong with the input. Others need their traceback."""
+    """Whether this library raised it, to say what is wrong with the input. Others need their traceback."""
     place = error.__traceback__
     assert place is not None
     while place.tb_next is not None:
         place = place.tb_next
-    raised = dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
-    return type(error) is ValueError and raised and place.tb_frame.f_globals["__name__"].startswith("hgpo_trl.")
+    return type(error) is ValueError and place.tb_frame.f_globals["__name__"].startswith("hgpo_trl.")
 
 
 if __name__ == "__main__":

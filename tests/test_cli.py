@@ -237,20 +237,6 @@ def test_other_errors_keep_their_traceback(line: str, tmp_path: Path) -> None:
         run("data", TINY | {"output_dir": str(tmp_path / "data"), "task": str(path)})
 
 
-@pytest.mark.parametrize("accident", ["list(zip([1], [], strict=True))", "int('x')", "[].index(1)"])
-def test_an_accident_in_the_library_keeps_its_traceback(accident: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace: dict[str, Any] = {"__name__": "hgpo_trl.scripts.merge"}
-    exec(f"def main(argv):\n    {accident}", namespace)
-    monkeypatch.setattr("hgpo_trl.scripts.merge.main", namespace["main"])
-    monkeypatch.setattr(sys, "argv", ["hgpo-trl", "merge"])
-    with pytest.raises(ValueError):
-        main()
-    exec("def main(argv):\n    raise ValueError('model=1 is none')", namespace)
-    monkeypatch.setattr("hgpo_trl.scripts.merge.main", namespace["main"])
-    with refused("^model=1 is none$"):
-        main()
-
-
 # --- the whole method -----------------------------------------------------------------------------------------
 
 
