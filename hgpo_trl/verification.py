@@ -43,14 +43,18 @@ _IGNORED = "$*" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # aroun
 
 _ANCHOR = re.compile(r"\banswer\b(?:[^\n.:=$\\]{0,60}?\s(?:is|are|equals)\b|\s*[:=])[\s:*]*|####\s*", re.IGNORECASE)
 _MATHS = re.compile(
-    r"\$\$(.{1,400}?)\$\$|(?<!\\)\$((?:\\\$|[^$\n]){1,400}?)(?<!\\)\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL
+    r"\$\$(.{1,400}?)\$\$|(?<!\\)\$((?:\\\$|[^$]){1,400}?)(?<!\\)\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL
 )
 _JOINT = re.compile(r"\s*(?:,?\s*(?:and|or)\b|,|;)\s*")
 _SENTENCE_END = re.compile(r"\.(?=\s)|\n|$")
-_MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
+_MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
 _COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
-_WORD = re.compile(r"[A-Za-z]{2,}")
+_WORD = re.compile(  # of prose; "ab" and "ABC" may be products
+    r"(?<![A-Za-z])(?:[A-Za-z][a-z]{2,}|[Aa]n|as|at|be|by|he|if|in|is|it|no|of|on|or|so|to|we)(?![A-Za-z])"
+)
 _PHRASE = re.compile(r"[^\W\d]+(?:[ '-][^\W\d]+){0,3}")  # an answer in words
+_UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
+_ANY_DOLLAR = re.compile(r"\\?\$")
 _DOLLAR_SIGN = re.compile(r"(?<!\\)\\\$")
 
 
@@ -107,16 +111,16 @@ def _statement(answer: str) -> str | None:
     if box is not None:
         return _bare(box)
     bare = _bare(answer)
-    if _is_expression(bare) or _PHRASE.fullmatch(bare):
+    if _is_expression(bare):
         return bare
     whole = _MATHS.fullmatch(answer.strip(" \n*."))
     if whole and "$" not in (inside := next(filter(None, whole.groups()))):
         return _bare(inside)
     anchor = None
-    for anchor in _ANCHOR.finditer(answer[-20 * _MAX_TEXT :]):  # noqa: B007
+    for anchor in _ANCHOR.finditer(answer.strip()[-20 * _MAX_TEXT :]):  # noqa: B007
         pass
     if anchor is None:
-        return None
+        return bare if _PHRASE.fullmatch(bare) else None
     rest = anchor.string[anchor.end() :]
     maths = _joined_maths(rest)
     if maths is not None:
@@ -148,7 +152,7 @@ _SPELLINGS = [
         (r"\s+(?![\w\\])|(?<![\w,])\s+|(?<=\d)\s+(?=[A-Za-z\\])", ""),
     )
 ]
-_CHARACTERS = str.maketrans({"−": "-", "–": "-", "∞": "\\infty ", "π": "\\pi ", "×": "\\times ", "·": "\\cdot "})  # noqa: RUF001
+_CHARACTERS = str.maketrans({"−": "-", "–": "-", "∞": "\\infty ", "π": "\\pi ", "×": "\\times ", "·": "\\cdot "})
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
 _UNIT = r"(?:\\text\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
@@ -158,7 +162,9 @@ _RATIO = re.compile(
     rf"(?P<sign>[+-]?)(?P<whole>\d{{0,{_MAX_DIGITS}}})\\frac\{{(?P<top>{_INTEGER})\}}\{{(?P<bottom>{_INTEGER})\}}"
     rf"(?P<percent>%?){_UNIT}"
 )
-_SLASH = re.compile(rf"(?P<sign>[+-]?)(?P<whole>)(?P<top>\d{{1,{_MAX_DIGITS}}})/(?P<bottom>\d{{1,{_MAX_DIGITS}}})(?P<percent>%?)")
+_SLASH = re.compile(
+    rf"(?P<sign>[+-]?)(?P<whole>)(?P<top>\d{{1,{_MAX_DIGITS}}})/(?P<bottom>\d{{1,{_MAX_DIGITS}}})(?P<percent>%?)"
+)
 _BASED = re.compile(r"(?P<digits>[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]*)")
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
@@ -274,7 +280,11 @@ def _equal_lists(a: _List, b: _List) -> bool | None:
         verdicts = [_settle_normalised(x, y)[0] for x, y in zip(a.items, b.items, strict=True)]
         return False if False in verdicts else None if None in verdicts else True
     table = [[_settle_normalised(x, y)[0] for y in b.items] for x in a.items]
-    if len(a.items) == len(b.items) and all(True in row for row in table) and all(map(_any_true, zip(*table, strict=True))):
+    if (
+        len(a.items) == len(b.items)
+        and all(True in row for row in table)
+        and all(map(_any_true, zip(*table, strict=True)))
+    ):
         return True
     return None if any(None in row for row in table) or len(a.items) != len(b.items) else False
 
@@ -326,7 +336,7 @@ def _reference(text: str) -> str:
         except (SyntaxError, ValueError):
             return _bare(bare)
         bare = ", ".join(_bare(str(entry)) for entry in entries)
-    return _bare(bare)
+    return _bare(_UNESCAPED_DOLLAR.sub("", bare))
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -374,7 +384,7 @@ def _parse_answer(answer: str, timeout: int | None) -> list:
     """What the answer states, as a whole; else what math-verify finds at the end of the prose."""
     statement = _statement(answer)
     if statement is not None and len(statement) <= _MAX_EXPRESSION:
-        found = _parse(f"${statement}$", timeout)
+        found = _parse(f"${_ANY_DOLLAR.sub('', statement)}$", timeout)
         if found:
             return found
     elif statement is not None:
@@ -385,7 +395,9 @@ def _parse_answer(answer: str, timeout: int | None) -> list:
 def _symbolic(reference: str, answer: str, timeout: int | None = None) -> bool:
     from math_verify import verify
 
-    return verify(_parse_reference(_reference(reference), timeout), _parse_answer(answer, timeout), timeout_seconds=timeout)
+    return verify(
+        _parse_reference(_reference(reference), timeout), _parse_answer(answer, timeout), timeout_seconds=timeout
+    )
 
 
 # --- Workers ------------------------------------------------------------------
@@ -405,9 +417,9 @@ def _check_chunk(compare: Callable[[str, str], bool], pairs: list[tuple[str, str
 
 def _serve(channel: Connection, workers: int) -> None:
     """Answer batches of pairs until the other end is closed. Runs in a process that imports nothing heavy."""
-    import math_verify  # noqa: F401  # before the workers are forked
     from pebble import ProcessExpired, ProcessPool
 
+    _symbolic("x = 1", "$\\frac{2}{2}$")  # what is loaded and compiled before the workers are forked they share
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with ProcessPool(workers, initializer=_prepare_worker, context=multiprocessing.get_context("fork")) as pool:
         while True:
@@ -457,7 +469,9 @@ class _Server:
             "from hgpo_trl.verification import _serve\n"
             f"_serve(Connection({other.fileno()}), {max(1, workers)})"
         )
-        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[other.fileno()], stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[other.fileno()], stdin=subprocess.DEVNULL
+        )
         other.close()
 
     def ask(self, pairs: list[tuple[str, str]], compare: Callable, timeout: float) -> list[bool | None]:
