@@ -1,4 +1,4 @@
-r"""Whether an answer equals the reference answer: cheap exact rungs first, then math-verify, in workers with a time limit.
+r"""Whether an answer equals the reference answer: exact rungs first, then math-verify, in workers with a time limit.
 
 What counts of an answer is its last `\boxed{}`, else what it states as the answer, else its last mathematics: an answer
 that names several candidates is not right because one of them is. The rungs, each of which settles or passes on:
@@ -15,6 +15,7 @@ Only the last can get stuck. `check_answers` gives it to processes that are kill
 import ast
 import atexit
 import functools
+import logging
 import multiprocessing
 import os
 import re
@@ -23,18 +24,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
 from decimal import Decimal
 from fractions import Fraction
 from multiprocessing.connection import Connection, Pipe
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TIMEOUT_S = 5.0  # for a sample, in a worker of its own; in-process, for each parse and for the comparison
 _CHUNK_TIMEOUT_S = 2.0  # for a chunk of samples of a few milliseconds each; when it is up they are tried one by one
 _CHUNK = 8  # samples
 _WORKER_MEMORY = 4 << 30  # bytes of address space
-_MAX_EXPRESSION = 200  # characters; LaTeX without end takes math-verify minutes
+_MAX_EXPRESSION = 400  # characters; LaTeX without end takes math-verify minutes
+_MAX_STATEMENT = 2_000  # characters that the exact rungs look at
 _MAX_TEXT = 1_000  # characters of prose, from its end, that math-verify looks through
+_MAX_ANSWER = 20_000  # characters, from its end, in which the statement is looked for
 _MAX_DIGITS = 1_000  # of a fraction's parts; Python refuses to make an integer of more than 4,300
 
 _IGNORED = "$*" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # around an answer; the blanks of Unicode too
@@ -46,6 +48,7 @@ _MATHS = re.compile(
     r"\$\$(.{1,400}?)\$\$|(?<!\\)\$((?:\\\$|[^$]){1,400}?)(?<!\\)\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL
 )
 _JOINT = re.compile(r"\s*(?:,?\s*(?:and|or)\b|,|;)\s*")
+_BETWEEN_BOXES = re.compile(r"[\s$]*(?:,?\s*(?:and|or)\b|,|;)[\s$]*")
 _SENTENCE_END = re.compile(r"\.(?=\s)|\n|$")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
 _COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
@@ -73,9 +76,8 @@ def _closing_brace(text: str, start: int) -> int:
     return -1
 
 
-def _last_box(text: str) -> str | None:
-    r"""The content of the last `\boxed{}` that is closed."""
-    end = len(text)
+def _last_box(text: str, end: int | None = None) -> tuple[int, int, str] | None:
+    r"""Where the last `\boxed{}` that is closed begins and ends, and its content."""
     for _ in range(8):  # a policy in a loop may open boxes without end
         start = max(text.rfind("\\boxed{", 0, end), text.rfind("\\fbox{", 0, end))
         if start < 0:
@@ -83,9 +85,21 @@ def _last_box(text: str) -> str | None:
         inside = text.index("{", start) + 1
         close = _closing_brace(text, inside)
         if close >= 0:
-            return text[inside:close]
+            return start, close + 1, text[inside:close]
         end = start
     return None
+
+
+def _boxed(text: str) -> str | None:
+    """What the last box holds, and the boxes joined to it by a comma, "and" or "or"."""
+    box = _last_box(text)
+    if box is None:
+        return None
+    contents = [box[2]]
+    while (before := _last_box(text, box[0])) and _BETWEEN_BOXES.fullmatch(text[before[1] : box[0]]):
+        contents.insert(0, before[2])
+        box = before
+    return ", ".join(dict.fromkeys(content.strip() for content in contents))
 
 
 def _is_expression(text: str) -> bool:
@@ -107,7 +121,8 @@ def _joined_maths(text: str) -> str | None:
 
 def _statement(answer: str) -> str | None:
     """The expression or the words that the answer gives as its result; None where that takes a search in prose."""
-    box = _last_box(answer)
+    answer = answer[-_MAX_ANSWER:]
+    box = _boxed(answer)
     if box is not None:
         return _bare(box)
     bare = _bare(answer)
@@ -117,7 +132,7 @@ def _statement(answer: str) -> str | None:
     if whole and "$" not in (inside := next(filter(None, whole.groups()))):
         return _bare(inside)
     anchor = None
-    for anchor in _ANCHOR.finditer(answer.strip()[-20 * _MAX_TEXT :]):  # noqa: B007
+    for anchor in _ANCHOR.finditer(answer.strip()):  # noqa: B007
         pass
     if anchor is None:
         return bare if _PHRASE.fullmatch(bare) else None
@@ -168,6 +183,10 @@ _SLASH = re.compile(
 _BASED = re.compile(r"(?P<digits>[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]*)")
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
+_OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
+_DEPTH = {**dict.fromkeys((*_OPENING, "{"), 1), **dict.fromkeys((*_CLOSING, "}"), -1)}
+_BRACKET = re.compile(r"\\[{}]|\\.|[()\[\]{},]")
+_MAX_DEPTH, _MAX_SET = 20, 30
 _NAME = re.compile(r"(?:[A-Za-z](?:_\{?\w+\}?)?|[a-zA-Z]\([a-z]\))(?:=|\\in(?![A-Za-z]))\s*")
 
 
@@ -196,22 +215,15 @@ def _number(text: str) -> _Number | None:
 
 
 def _equal_numbers(a: _Number, b: _Number) -> bool | None:
-    if isinstance(a.value, Decimal) and isinstance(b.value, Decimal):
-        if a.percent == b.percent:
-            return a.value == b.value
-        parts, other = (a.value, b.value) if a.percent else (b.value, a.value)
-        return parts == other or parts.scaleb(-2) == other
-    if max(len(str(n.value)) for n in (a, b) if isinstance(n.value, Decimal)) > _MAX_DIGITS if _mixed(a, b) else False:
-        return False
+    """Exactly; "50%" equals both 50 and 0.5. None where a rounded decimal may be near enough to a fraction."""
+    both_decimal = isinstance(a.value, Decimal) and isinstance(b.value, Decimal)
+    if both_decimal and a.percent == b.percent:
+        return a.value == b.value
     x, y = Fraction(a.value), Fraction(b.value)
     if x == y or (a.percent != b.percent and (x / 100 == y if a.percent else x == y / 100)):
         return True
-    # A rounded decimal may be near enough for math-verify.
-    return None if _mixed(a, b) and abs(x - y) < Fraction(1, 1000) * max(1, abs(x)) else False
-
-
-def _mixed(a: _Number, b: _Number) -> bool:
-    return isinstance(a.value, Decimal) != isinstance(b.value, Decimal)
+    exact = both_decimal or isinstance(a.value, Fraction) == isinstance(b.value, Fraction)
+    return False if exact or abs(x - y) * 1000 > abs(x) else None
 
 
 def _words(text: str) -> str | None:
@@ -226,71 +238,52 @@ def _words(text: str) -> str | None:
 
 
 class _List(NamedTuple):
-    opening: str
+    opening: str  # "" for none
     items: list[str]
     closing: str
 
 
-def _items(text: str) -> _List | None:
-    """The entries at the top level of a list, and its brackets: "" for none."""
-    opening = next((o for o in ("(", "[", "\\{") if text.startswith(o)), "")
-    depth, start, items = 0, len(opening), []
-    closing, end = "", len(text)
-    for match in re.finditer(r"\\[{}]|\\.|[()\[\]{},]", text):
-        token = match[0]
-        if token in ("(", "[", "{", "\\{"):
-            depth += 1
-        elif token in (")", "]", "}", "\\}"):
-            depth -= 1
-            if depth == 0 and opening and not closing:
-                if match.end() != len(text):
-                    opening = ""  # the bracket belongs to the first entry only
-                    return _plain_items(text)
-                closing, end = token, match.start()
-        elif token == "," and depth == (1 if opening else 0):
-            items.append(text[start : match.start()])
-            start = match.end()
-    items.append(text[start:end])
-    if depth != 0 or len(items) < 2 or bool(opening) != bool(closing):
-        return None
-    return _List(opening, [item.strip() for item in items], closing)
-
-
-def _plain_items(text: str) -> _List | None:
+def _split(text: str) -> list[str] | None:
+    """The text at its commas outside all brackets; None where brackets do not pair up or nest too deep."""
     depth, start, items = 0, 0, []
-    for match in re.finditer(r"\\[{}]|\\.|[()\[\]{},]", text):
-        token = match[0]
-        depth += {"(": 1, "[": 1, "{": 1, "\\{": 1, ")": -1, "]": -1, "}": -1, "\\}": -1}.get(token, 0)
-        if token == "," and depth == 0:
-            items.append(text[start : match.start()])
+    for match in _BRACKET.finditer(text):
+        depth += _DEPTH.get(match[0], 0)
+        if not 0 <= depth <= _MAX_DEPTH:
+            return None
+        if match[0] == "," and depth == 0:
+            items.append(text[start : match.start()].strip())
             start = match.end()
-    items.append(text[start:])
-    return _List("", [item.strip() for item in items], "") if depth == 0 and len(items) > 1 else None
+    return [*items, text[start:].strip()] if depth == 0 else None
+
+
+def _items(text: str) -> _List | None:
+    """A list of at least two entries."""
+    for opening in _OPENING:
+        closing = next((bracket for bracket in _CLOSING if text.endswith(bracket)), "")
+        if text.startswith(opening) and closing:
+            items = _split(text[len(opening) : -len(closing)])
+            if items and len(items) > 1:
+                return _List(opening, items, closing)
+    items = _split(text)
+    return _List("", items, "") if items and len(items) > 1 else None
 
 
 def _equal_lists(a: _List, b: _List) -> bool | None:
-    ordered = a.opening in ("(", "[") or b.opening in ("(", "[")
-    if ordered:
-        if a.opening and b.opening and (a.opening, a.closing) != (b.opening, b.closing):
-            return False if "\\{" not in (a.opening, b.opening) else None
-        if (a.opening, a.closing) != (b.opening, b.closing):
-            return None
+    """Tuples and intervals in order and with their brackets; sets and bare lists in any order."""
+    brackets, others = (a.opening, a.closing), (b.opening, b.closing)
+    if a.opening in ("(", "[") or b.opening in ("(", "["):
+        if brackets != others:
+            return False if a.opening in ("(", "[") and b.opening in ("(", "[") else None
         if len(a.items) != len(b.items):
             return False
         verdicts = [_settle_normalised(x, y)[0] for x, y in zip(a.items, b.items, strict=True)]
         return False if False in verdicts else None if None in verdicts else True
+    if len(a.items) != len(b.items) or len(a.items) > _MAX_SET:
+        return None
     table = [[_settle_normalised(x, y)[0] for y in b.items] for x in a.items]
-    if (
-        len(a.items) == len(b.items)
-        and all(True in row for row in table)
-        and all(map(_any_true, zip(*table, strict=True)))
-    ):
+    if all(True in row for row in table) and all(True in column for column in zip(*table, strict=True)):
         return True
-    return None if any(None in row for row in table) or len(a.items) != len(b.items) else False
-
-
-def _any_true(column: Sequence[bool | None]) -> bool:
-    return True in column
+    return None if any(None in row for row in table) else False
 
 
 def _settle_normalised(reference: str, answer: str) -> tuple[bool | None, str]:
@@ -346,16 +339,16 @@ def _normalised_reference(text: str) -> str:
 
 def _settle(reference: str, answer: str) -> tuple[bool | None, str]:
     """The verdict of the exact rungs on a whole answer, and the rung that gave it."""
-    if _reference(reference) == _bare(answer):
+    bare = _bare(answer)
+    if bare in (_bare(reference), _reference(reference)):
         return True, "text"
-    if len(answer) <= 5_000:
-        number, other = _number(_reference(reference)), _number(_bare(answer))
+    if len(bare) <= _MAX_STATEMENT:
+        number, other = _number(_reference(reference)), _number(bare)
         if number and other:
             verdict = _equal_numbers(number, other)
-            if verdict is not None:
-                return verdict, "numbers"
+            return verdict, "numbers" if verdict is not None else "symbolic"
     statement = _statement(answer)
-    if statement is None or len(statement) > 100 * _MAX_EXPRESSION:
+    if statement is None or max(len(statement), len(reference)) > _MAX_STATEMENT:
         return None, "symbolic"
     verdict, rung = _settle_normalised(_normalised_reference(reference), _normalise(statement))
     return verdict, rung if verdict is not None else "symbolic"
@@ -392,33 +385,55 @@ def _parse_answer(answer: str, timeout: int | None) -> list:
     return _parse(_DOLLAR_SIGN.sub("", answer.strip()[-_MAX_TEXT:]), timeout)
 
 
+def _differ_clearly(a: list, b: list) -> bool:
+    """Whether both are numbers whose values are far apart: cheaper than to simplify their difference."""
+    from sympy import Expr
+
+    if not (a and b and isinstance(a[0], Expr) and isinstance(b[0], Expr) and a[0].is_number and b[0].is_number):
+        return False
+    x, y = complex(a[0].evalf(15)), complex(b[0].evalf(15))
+    return abs(x - y) > 1e-3 * max(abs(x), abs(y), 1.0)
+
+
 def _symbolic(reference: str, answer: str, timeout: int | None = None) -> bool:
     from math_verify import verify
 
-    return verify(
-        _parse_reference(_reference(reference), timeout), _parse_answer(answer, timeout), timeout_seconds=timeout
-    )
+    a, b = _parse_reference(_reference(reference), timeout), _parse_answer(answer, timeout)
+    return not _differ_clearly(a, b) and verify(a, b, timeout_seconds=timeout)
 
 
 # --- Workers ------------------------------------------------------------------
 
 
 def _prepare_worker() -> None:
-    import logging
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (_WORKER_MEMORY, _WORKER_MEMORY))
-    logging.disable(logging.WARNING)  # math-verify warns of every sample that it cannot take
 
 
 def _check_chunk(compare: Callable[[str, str], bool], pairs: list[tuple[str, str]]) -> list[bool]:
     return [compare(reference, answer) for reference, answer in pairs]
 
 
+def _run(
+    pool: Any, compare: Callable[[str, str], bool], chunks: list[list[tuple[str, str]]], limit: float
+) -> list[bool | None]:
+    """The verdicts on all pairs, in order; None for all of a chunk that did not end well within the limit."""
+    futures = [pool.schedule(_check_chunk, args=(compare, chunk), timeout=limit) for chunk in chunks]
+    verdicts: list[bool | None] = []
+    for chunk, future in zip(chunks, futures, strict=True):
+        try:
+            verdicts += future.result()
+        except Exception:  # the time was up, the worker died (pebble's ProcessExpired), or the rung itself raised
+            verdicts += [None] * len(chunk)
+    return verdicts
+
+
 def _serve(channel: Connection, workers: int) -> None:
     """Answer batches of pairs until the other end is closed. Runs in a process that imports nothing heavy."""
-    from pebble import ProcessExpired, ProcessPool
+    from pebble import ProcessPool
 
+    logging.disable(logging.WARNING)  # math-verify warns of having no time limit, and of what it cannot take
     _symbolic("x = 1", "$\\frac{2}{2}$")  # what is loaded and compiled before the workers are forked they share
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with ProcessPool(workers, initializer=_prepare_worker, context=multiprocessing.get_context("fork")) as pool:
@@ -428,26 +443,12 @@ def _serve(channel: Connection, workers: int) -> None:
             except EOFError:
                 pool.stop()
                 return
-
-            def run(jobs: list[list[int]], limit: float) -> list[int]:
-                futures = [
-                    pool.schedule(_check_chunk, args=(compare, [pairs[i] for i in job]), timeout=limit)  # noqa: B023
-                    for job in jobs
-                ]
-                failed = []
-                for job, future in zip(jobs, futures, strict=True):
-                    try:
-                        for i, verdict in zip(job, future.result(), strict=True):
-                            verdicts[i] = verdict  # noqa: B023
-                    except (TimeoutError, ProcessExpired, CancelledError, Exception):
-                        failed += job
-                return failed
-
-            verdicts: list[bool | None] = [None] * len(pairs)
             size = max(1, min(_CHUNK, -(-len(pairs) // workers)))
-            chunks = [list(range(start, min(start + size, len(pairs)))) for start in range(0, len(pairs), size)]
-            failed = run(chunks, min(timeout, _CHUNK_TIMEOUT_S))
-            run([[i] for i in failed], timeout)
+            chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+            verdicts = _run(pool, compare, chunks, min(timeout, _CHUNK_TIMEOUT_S))
+            failed = [i for i, verdict in enumerate(verdicts) if verdict is None]
+            for i, verdict in zip(failed, _run(pool, compare, [[pairs[i]] for i in failed], timeout), strict=True):
+                verdicts[i] = verdict
             channel.send(verdicts)
 
 
@@ -511,16 +512,18 @@ os.register_at_fork(after_in_child=_forget)
 def _ask_server(pairs: list[tuple[str, str]], compare: Callable, timeout: float) -> list[bool | None]:
     global _server
     with _lock:
-        if _server is None:
-            _server = _Server()
-        try:
-            return _server.ask(pairs, compare, timeout)
-        except (EOFError, OSError):  # the server was killed
-            _close()
-            return [None] * len(pairs)
-        except BaseException:  # an interrupt: what the server still sends would be taken for the next batch's verdicts
-            _close()
-            raise
+        for _ in range(2):  # a server that was killed, for want of memory or by a user, is replaced once
+            if _server is None or _server.process.poll() is not None:
+                _close()
+                _server = _Server()
+            try:
+                return _server.ask(pairs, compare, timeout)
+            except (EOFError, OSError):
+                _close()
+            except BaseException:  # an interrupt: what is still to come would be taken for the next batch's verdicts
+                _close()
+                raise
+    return [None] * len(pairs)
 
 
 # --- Public -------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""`hgpo_trl.verification`: when two answers are equal, real answers, stuck and crashing samples, processes and threads."""
+"""`hgpo_trl.verification`: when two answers are equal, real answers, stuck samples, processes and threads."""
 
+import ast
 import json
 import multiprocessing
 import os
@@ -258,8 +259,8 @@ def test_a_degenerate_answer_is_wrong_and_cheap(answer: str) -> None:
 # --- Real answers -------------------------------------------------------------
 
 FILES = ("math_train", "aime_train", "math500_test", "aime24_test", "amc_test", "olympiadbench_test", "gsm8k_test")
-FORMS = ("{}", "The answer is ${}$.", "The answer is {}.", "First, some thoughts ... so the answer is $\\boxed{{{}}}$.")
-# Another row's answer that is equal all the same: a unit, a per cent sign or the unknown's name is no part of the value.
+FORMS = ("{}", "The answer is ${}$.", "The answer is {}.", "Some thoughts ... so the answer is $\\boxed{{{}}}$.")
+# Another row's answer that is equal all the same: a unit, a per cent sign or the unknown's name is no part of it.
 KNOWN_EQUAL = {
     ("8", "K=8"),
     ("25\\%", "25"),
@@ -277,11 +278,7 @@ def gold_answers(shared_data: Path, name: str) -> list[str]:
 
 def as_answer(gold: str) -> str:
     """OlympiadBench gives lists as text: what a model would write is their entries."""
-    return (
-        ", ".join(json.loads(gold.replace("'", '"').replace("\\\\", "\\").replace("\\", "\\\\")))
-        if gold[:2] in ("['", '["')
-        else gold
-    )
+    return ", ".join(ast.literal_eval(gold)).replace("$", "") if gold[:2] in ("['", '["') else gold
 
 
 @pytest.mark.parametrize("name", FILES)
