@@ -2,8 +2,8 @@ r"""`hgpo_trl.verification.check_answers` against `trl.rewards.accuracy_reward`,
 
     python benchmarks/rewards.py [--data DIR] [--queries 100] [--repeats 3] [--output_dir runs/benchmarks/rewards]
 
-DIR holds JSON files of rows with "answer" and, if they like, "solution" (prose for the long answers); without it both are
-made up. Half the answers are right, the others state another query's reference answer. Kinds, in equal parts:
+DIR holds JSON files of rows with "answer" and, if they like, "solution" (prose for the long answers); without it both
+are made up. Half the answers are right, the others state another query's reference answer. Kinds, in equal parts:
 
     short       $X$                                      bare        X, no delimiters
     prose       a sentence or two, then \\boxed{X}       statement   a sentence or two, then "The answer is $X$."
@@ -112,7 +112,14 @@ def compare(rows: list[dict[str, str]], per_query: int, queries: int, repeats: i
             wrong["trl"] += stock_verdict != case[3]
             if mine != stock_verdict:
                 differences.append(
-                    dict(reference=case[0], answer=case[1], kind=case[2], made=case[3], ours=mine, trl=stock_verdict)
+                    {
+                        "reference": case[0],
+                        "answer": case[1],
+                        "kind": case[2],
+                        "made": case[3],
+                        "ours": mine,
+                        "trl": stock_verdict,
+                    }
                 )
     median = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     return {
