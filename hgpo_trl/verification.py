@@ -106,8 +106,11 @@ def _boxed(text: str) -> str | None:
 
 def _broken_off(text: str) -> bool:
     """Whether the answer ends within a box: nobody knows what it would have held."""
-    start = text.rfind("\\boxed{")
-    return start >= 0 and _closing_brace(text, start + len("\\boxed{")) < 0
+    start = text.rfind("\\boxed")
+    if start < 0:
+        return False
+    rest = text[start + len("\\boxed") :].strip(f"{_IGNORED}.")
+    return not rest or (rest.startswith("{") and _closing_brace(rest, 1) < 0)
 
 
 def _is_expression(text: str) -> bool:
@@ -190,6 +193,7 @@ _SLASH = re.compile(
 )
 _BASED = re.compile(r"(?P<digits>[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]*)")
+_NAMES = re.compile(r"\\text\{[^{}\d]+\}|[A-Za-z]{3,}[A-Za-z ]*")
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
 _DEPTH = {**dict.fromkeys((*_OPENING, "{"), 1), **dict.fromkeys((*_CLOSING, "}"), -1)}
@@ -294,6 +298,15 @@ def _equal_lists(a: _List, b: _List) -> bool | None:
     return None if any(None in row for row in table) else False
 
 
+def _one_of_several(several: _List, single: str) -> bool | None:
+    """A list is not a number, unless it is one with blanks between its thousands, or equal entries."""
+    if several.opening in ("(", "["):
+        return False
+    if all(re.fullmatch(r"\d{3}", item) for item in several.items[1:]):
+        return None
+    return False if any(_settle_normalised(item, single)[0] is False for item in several.items) else None
+
+
 def _settle_normalised(reference: str, answer: str) -> tuple[bool | None, str]:
     """The verdict of the exact rungs and the rung; None where they do not settle it."""
     if reference.replace(" ", "") == answer.replace(" ", ""):
@@ -324,12 +337,12 @@ def _settle_normalised(reference: str, answer: str) -> tuple[bool | None, str]:
     lists = _items(reference), _items(answer)
     if lists[0] and lists[1]:
         return _equal_lists(lists[0], lists[1]), "lists"
-    if bool(lists[0]) != bool(lists[1]):
-        several, other_text = (lists[0], answer) if lists[0] else (lists[1], reference)
-        one_number = _value(other_text, _some) is not None
-        return (False if one_number and several and several.opening in ("(", "[") else None), "lists"
-    if (b and words is not None and len(words) > 2) or (a and other_words is not None and len(other_words) > 2):
-        return False, "words"
+    several, single = (lists[0], answer) if lists[0] else (lists[1], reference)
+    if several and _value(single, _some) is not None:
+        return _one_of_several(several, single), "lists"
+    for number, text in ((a, answer), (b, reference)):
+        if number and (_NAMES.fullmatch(text) or text.startswith("\\begin{")):
+            return False, "words"
     return _different_values(reference, answer), "values"
 
 
