@@ -558,7 +558,10 @@ def _differ_clearly(a: list, b: list) -> bool:
 
     if not (a and b and isinstance(a[0], Expr) and isinstance(b[0], Expr) and a[0].is_number and b[0].is_number):
         return False
-    x, y = complex(a[0].evalf(15)), complex(b[0].evalf(15))
+    try:
+        x, y = complex(a[0].evalf(15)), complex(b[0].evalf(15))
+    except (TypeError, ValueError, ArithmeticError):  # a number that sympy cannot evaluate, such as a huge power
+        return False
     return abs(x - y) > 1e-3 * max(abs(x), abs(y), 1.0)
 
 
@@ -570,6 +573,23 @@ def _symbolic(reference: str, answer: str, timeout: int | None = None) -> bool:
 
 
 # --- Workers ------------------------------------------------------------------
+
+
+_REHEARSAL = (  # the grammar's parser is slow on the first sight of a construct
+    ("\\sin^2 y + \\cos(2x)", "\\frac{16}{5}"),
+    ("\\begin{pmatrix} -1/3 \\\\ 2 \\end{pmatrix}", "\\left( \\frac{1}{4}, -\\frac{3}{4} \\right)"),
+    ("(-\\infty,-8]\\cup [8,\\infty)", "(0,5) \\cup (5,\\infty)"),
+    ("26x^2+30x - 1", "x(30+26x) - y"),
+    ("7\\text{ hours}", "\\frac{1}{7}\\triangle ABC"),
+    ("\\log\\left(\\frac{2007}{2006}\\right)", "\\ln 2 + \\lfloor\\sqrt{n-1}\\rfloor"),
+    ("12x - 4y + 3z - 169 = 0", "y = 2x + 3"),
+    ("\\{1, \\sqrt[3]{2}\\}", "1 \\pm \\sqrt{19}"),
+    ("x \\in [-2,7]", "-2 \\le x < 7"),
+    ("\\binom{2n}{n}", "\\frac{(2n)!}{n! \\cdot n!}"),
+    ("2^{1009} + |x|", "3 \\times e^{i \\pi}"),
+    ("1:4", "10\\%"),
+    ("A, B", "\\text{Evelyn}"),
+)
 
 
 def _prepare_worker() -> None:
@@ -601,8 +621,10 @@ def _serve(channel: Connection, workers: int) -> None:
     from pebble import ProcessPool
 
     logging.disable(logging.WARNING)  # math-verify warns of having no time limit, and of what it cannot take
-    _symbolic("x = 1", "$\\frac{2}{2}$")  # what is loaded and compiled before the workers are forked they share
+    for reference, answer in _REHEARSAL:  # what is imported and learnt before the workers are forked they share
+        _symbolic(reference, f"${answer}$")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel.send("ready")
     with ProcessPool(workers, initializer=_prepare_worker, context=multiprocessing.get_context("fork")) as pool:
         while True:
             try:
@@ -641,6 +663,11 @@ class _Server:
             [sys.executable, "-c", code], pass_fds=[other.fileno()], stdin=subprocess.DEVNULL
         )
         other.close()
+        try:
+            self.channel.recv()
+        except (EOFError, OSError) as error:
+            self.close()
+            raise RuntimeError("The process that verifies answers did not start; its own error is above.") from error
 
     def ask(self, pairs: list[tuple[str, str]], compare: Callable, timeout: float) -> list[bool | None]:
         self.channel.send((pairs, compare, timeout))
