@@ -194,6 +194,9 @@ _SLASH = re.compile(
 _BASED = re.compile(r"(?P<digits>[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]*)")
 _NAMES = re.compile(r"\\text\{[^{}\d]+\}|[A-Za-z]{3,}[A-Za-z ]*")
+_SET = re.compile(
+    r"\\(?:cup|cap|infty|begin|leqslant|geqslant|le|ge)(?![A-Za-z])|[<>]"
+)  # or a matrix, or an inequality
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _OPENING, _CLOSING = ("(", "[", "\\{"), (")", "]", "\\}")
 _DEPTH = {**dict.fromkeys((*_OPENING, "{"), 1), **dict.fromkeys((*_CLOSING, "}"), -1)}
@@ -341,7 +344,7 @@ def _settle_normalised(reference: str, answer: str) -> tuple[bool | None, str]:
     if several and _value(single, _some) is not None:
         return _one_of_several(several, single), "lists"
     for number, text in ((a, answer), (b, reference)):
-        if number and (_NAMES.fullmatch(text) or text.startswith("\\begin{")):
+        if number and (_NAMES.fullmatch(text) or _SET.search(text)):
             return False, "words"
     return _different_values(reference, answer), "values"
 
@@ -632,7 +635,7 @@ def _serve(channel: Connection, workers: int) -> None:
             except EOFError:
                 pool.stop()
                 return
-            size = max(1, min(_CHUNK, -(-len(pairs) // workers)))
+            size = max(1, min(_CHUNK, len(pairs) // (2 * workers)))
             chunks = [pairs[start : start + size] for start in range(0, len(pairs), size)]
             verdicts = _run(pool, compare, chunks, min(timeout, _CHUNK_TIMEOUT_S))
             failed = [i for i, verdict in enumerate(verdicts) if verdict is None]

@@ -240,14 +240,23 @@ def test_no_answer_raises(reference: str, answer: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        "9" * 100_000,
-        "\\boxed{" + "9" * 100_000 + "}",
-        "." * 100_000 + "x",
-        "(" * 10_000,
-        "\\frac{" * 10_000,
-        "a 5 " * 20_000,
+        "9" * 1_000_000,
+        "\\boxed{" + "9" * 1_000_000 + "}",
+        "." * 1_000_000 + "x",
+        " " * 1_000_000 + "x",
+        "(" * 1_000_000,
+        "\\frac{" * 200_000,
+        "\\boxed{" * 150_000,
+        "\\boxed{5}, " * 100_000,
+        "a 5 " * 250_000,
+        "$x$ and " * 125_000,
+        "The answer is 5 " * 60_000,
+        "answer" + " " * 1_000_000 + "is 5",
+        "1," * 500_000,
+        "(1," * 600,
+        "\\text{" + "." * 1_900,
     ],
-    ids=["digits", "boxed digits", "dots", "brackets", "LaTeX", "words"],
+    ids=lambda answer: f"{answer[:9]!r} x {len(answer)}",
 )
 def test_a_degenerate_answer_is_wrong_and_cheap(answer: str) -> None:
     """A policy in a loop; Python refuses to make a number of more than 4,300 digits."""
@@ -340,14 +349,14 @@ def test_a_stuck_sample_costs_itself_only() -> None:
 
 
 def test_many_stuck_samples() -> None:
-    answers = [f"{i}x" for i in range(40)]
-    verdicts = check_answers(["y"] * 40, answers, timeout=0.5, compare=sleep_on_five)
+    answers = [f"\\sin({i}x)" for i in range(40)]
+    verdicts = check_answers(["\\sin y"] * 40, answers, timeout=0.5, compare=sleep_on_five)
     assert verdicts == [None if "5" in answer else True for answer in answers]
 
 
 def test_crashing_workers() -> None:
-    answers = [f"{i}x" for i in range(20)]
-    verdicts = check_answers(["y"] * 20, answers, compare=crash_on_five)
+    answers = [f"\\sin({i}x)" for i in range(20)]
+    verdicts = check_answers(["\\sin y"] * 20, answers, compare=crash_on_five)
     assert verdicts == [None if "5" in answer else True for answer in answers]
     assert check_answers(["x+1"], ["1+x"]) == [True]
 
@@ -360,6 +369,21 @@ def test_a_killed_server_is_replaced() -> None:
 
 
 # --- Processes and threads ----------------------------------------------------
+
+
+def test_a_server_that_does_not_start(tmp_path: Path) -> None:
+    done = run_script(
+        tmp_path,
+        """
+        import sys
+        sys.executable = "/bin/false"
+        from hgpo_trl.verification import check_answers
+        print(check_answers(["4"], ["4"]), flush=True)
+        check_answers(["x+1"], ["1+x"])
+        """,
+    )
+    assert (done.returncode, done.stdout) == (1, "[True]\n")
+    assert "RuntimeError: The process that verifies answers did not start" in done.stderr
 
 
 def test_from_many_threads() -> None:
