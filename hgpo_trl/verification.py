@@ -50,6 +50,9 @@ _MATHS = re.compile(
     r"\$\$(.{1,400}?)\$\$|(?<!\\)\$((?:\\\$|[^$]){1,400}?)(?<!\\)\$|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]", re.DOTALL
 )
 _JOINT = re.compile(r"\s*(?:,?\s*(?:and|or)\b|,|;)\s*")
+_CANDIDATES = re.compile(  # numbers that prose ends with
+    r"(?<![\d.,])(-?\d[\d./]*(?:\s*(?:,?\s*(?:or|and)|,)\s+-?\d[\d./]*)+)\W*$"
+)
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,?\s*(?:and|or)\b|,|;)[\s$]*")
 _SENTENCE_END = re.compile(r"\.(?=\s)|\n|$")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
@@ -146,7 +149,10 @@ def _statement(answer: str) -> str | None:
     for anchor in _ANCHOR.finditer(answer.strip()):  # noqa: B007
         pass
     if anchor is None:
-        return bare if _PHRASE.fullmatch(bare) else None
+        if _PHRASE.fullmatch(bare):
+            return bare
+        listed = _CANDIDATES.search(bare[-_MAX_EXPRESSION:])
+        return _JOINT.sub(", ", listed[1]) if listed else None
     rest = anchor.string[anchor.end() :]
     maths = _joined_maths(rest)
     if maths is not None:
@@ -180,6 +186,7 @@ _SPELLINGS = [
 ]
 _CHARACTERS = str.maketrans({"−": "-", "–": "-", "∞": "\\infty ", "π": "\\pi ", "×": "\\times ", "·": "\\cdot "})
 
+_LOOSE = re.compile(r"(?<!\d) +| +(?!\d)")
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
 _UNIT = r"(?:\\text\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)(?P<value>{_DECIMAL})(?P<percent>%?){_UNIT}")
@@ -211,6 +218,11 @@ def _normalise(text: str) -> str:
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     return _bare(text)
+
+
+def _tight(text: str) -> str:
+    """Without blanks, but for those between digits."""
+    return _LOOSE.sub("", text)
 
 
 class _Number(NamedTuple):
@@ -312,7 +324,7 @@ def _one_of_several(several: _List, single: str) -> bool | None:
 
 def _settle_normalised(reference: str, answer: str) -> tuple[bool | None, str]:
     """The verdict of the exact rungs and the rung; None where they do not settle it."""
-    if reference.replace(" ", "") == answer.replace(" ", ""):
+    if _tight(reference) == _tight(answer):
         return True, "text"
     if not answer:
         return False, "text"
@@ -320,7 +332,7 @@ def _settle_normalised(reference: str, answer: str) -> tuple[bool | None, str]:
     if bool(named) != bool(other) or (named and other and named[0] == other[0]):
         reference = reference[named.end() :] if named else reference
         answer = answer[other.end() :] if other else answer
-        if reference.replace(" ", "") == answer.replace(" ", ""):
+        if _tight(reference) == _tight(answer):
             return True, "text"
     a, b = _number(reference), _number(answer)
     if a and b:

@@ -154,6 +154,8 @@ UNEQUAL = {
         ("4", "4 or 5"),
         ("4", "\\boxed{4} \\boxed{5}"),
         ("4", "\\boxed{4}, \\boxed{5}"),
+        ("4", "It may be 1, 2, 3 or 4."),
+        ("12", "1 2"),
         ("4", "\\boxed{4, 5}"),
         ("4", "The answer is $4$ or $5$."),
         ("4", "The answer is $5$ or $4$."),
