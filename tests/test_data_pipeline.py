@@ -235,6 +235,8 @@ def test_caps_are_random_and_nested(recipe: Any, tmp_path: Path) -> None:
     assert kept[20] < kept[60]
     numbers = sorted(int(text.split()[-2]) for text in kept[60])
     assert numbers[0] < 60 < 240 < numbers[-1]  # from all over the file
+    places = [place for place, row in enumerate(rows) if row["domain"] == "general"]
+    assert 25 < sum(places) / len(places) < 70  # 47 is expected of rows that are drawn and then shuffled
 
 
 def test_prompts_alone(tmp_path: Path) -> None:
@@ -413,6 +415,32 @@ def _dies(examples: list[Example]) -> list[Drop | None]:
 def test_a_killed_worker(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"A worker process was killed, perhaps for lack of memory\. Lower"):
         run(recipe, tmp_path / "out", processes=2, steps=[("dies", _dies)])
+
+
+def _waits(examples: list[Example]) -> list[Drop | None]:
+    (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
+    time.sleep(60)
+    return [None] * len(examples)
+
+
+def test_workers_end_with_their_parent(recipe: Any, tmp_path: Path) -> None:
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_data_pipeline as t\nt.sources.UNIT_BYTES = 20_000\n"
+        f"t.run(json.loads({json.dumps(recipe)!r}), Path({str(tmp_path / 'out')!r}), 2, steps=[('waits', t._waits)])"
+    )
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PIDS": str(pids)})
+    while len(list(pids.iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path("/proc", path.name).exists() for path in pids.iterdir()):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------

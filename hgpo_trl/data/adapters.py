@@ -193,7 +193,8 @@ def _check_text(example: Example) -> None:
             raise _Fault("tag_in_text", part=name, tag=tag)
     if example.mode is Mode.NO_THINK and (mark := trace_mark(example.answer)):
         raise _Fault("trace_in_no_think", mark=mark)
-    for text in (prompt, example.reasoning, example.answer, example.reference or "", example.id):
+    others = (example.reference or "", example.level or "", example.domain, example.id)
+    for text in (prompt, example.reasoning, example.answer, *others):
         try:
             text.encode()
         except UnicodeEncodeError as error:
