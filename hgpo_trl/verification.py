@@ -489,6 +489,11 @@ def _different_values(reference: str, answer: str) -> bool | None:
     """
     if max(len(reference), len(answer)) > _MAX_EXPRESSION:
         return None
+    for text, other in ((reference, answer), (answer, reference)):
+        if text.endswith("%"):
+            parts = text[:-1]
+            both = {_different_values(parts, other), _different_values(f"\\frac{{{parts}}}{{100}}", other)}
+            return False if both == {False} else None
     a, b = _value(reference, _some), _value(answer, _some)
     if a is None or b is None or not _far_apart(a, b):
         return None
