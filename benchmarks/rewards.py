@@ -25,7 +25,8 @@ from typing import Any
 from tqdm import tqdm
 from trl.rewards import accuracy_reward
 
-from hgpo_trl.verification import _settle, check_answers
+from hgpo_trl.verification import check_answers
+from hgpo_trl.verification.exact import settle
 
 KINDS = ("short", "bare", "prose", "statement", "long", "malformed")
 SENTENCES = (
@@ -106,7 +107,7 @@ def compare(rows: list[dict[str, str]], per_query: int, queries: int, repeats: i
             continue
         seconds["ours"].append((middle - start) / len(cases))
         seconds["trl"].append((end - middle) / len(cases))
-        rungs.update(_settle(case[0], case[1])[1] for case in cases)
+        rungs.update(settle(case[0], case[1])[1] for case in cases)
         for case, mine, stock in zip(cases, ours, theirs, strict=True):
             stock_verdict = None if stock is None else bool(stock)
             wrong["samples"] += 1

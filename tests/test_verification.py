@@ -1,6 +1,7 @@
 """`hgpo_trl.verification`: when two answers are equal, real answers, stuck samples, processes and threads."""
 
 import ast
+import cmath
 import json
 import multiprocessing
 import os
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from verifier_hooks import crash_on_five, sleep_on_five
 
-from hgpo_trl import verification
-from hgpo_trl.verification import answers_match, check_answers
+from hgpo_trl.verification import answers_match, check_answers, exact, values, workers
 
 # --- Equality -----------------------------------------------------------------
 
@@ -331,8 +332,8 @@ def test_a_batch_equals_one_by_one(pairs: list[tuple[str, str]]) -> None:
 @settings(deadline=None, max_examples=200)
 @given(reference=st.text(max_size=40), answer=st.text(max_size=200))
 def test_the_exact_rungs_take_any_text(reference: str, answer: str) -> None:
-    assert verification._settle(reference, answer)[0] in (True, False, None)
-    assert verification._settle(reference, f" ${reference}$. ")[0] in (True, None)
+    assert exact.settle(reference, answer)[0] in (True, False, None)
+    assert exact.settle(reference, f" ${reference}$. ")[0] in (True, None)
 
 
 def test_as_many_answers_as_references() -> None:
@@ -365,8 +366,8 @@ def test_crashing_workers() -> None:
 
 def test_a_killed_server_is_replaced() -> None:
     assert check_answers(["x+1"], ["1+x"]) == [True]
-    verification._server.process.kill()
-    verification._server.process.wait()
+    workers._server.process.kill()
+    workers._server.process.wait()
     assert check_answers(["x+1"], ["1+x"]) == [True]
 
 
@@ -456,8 +457,9 @@ def test_no_process_is_left_behind(tmp_path: Path) -> None:
         """
         import os, signal
         from hgpo_trl import verification
+        from hgpo_trl.verification import workers
         verification.check_answers(["x+1"], ["1+x"])
-        print(verification._server.process.pid, flush=True)
+        print(workers._server.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
         """,
     )
@@ -466,3 +468,38 @@ def test_no_process_is_left_behind(tmp_path: Path) -> None:
     while Path(f"/proc/{server}/cmdline").exists() and Path(f"/proc/{server}/cmdline").read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# --- values -------------------------------------------------------------------
+
+x, y = sympy.symbols("x y")
+expressions = st.recursive(
+    st.integers(0, 30).map(sympy.Integer) | st.sampled_from([x, y, sympy.pi]),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda pair: pair[0] + pair[1]),
+        st.tuples(inner, inner).map(lambda pair: pair[0] - pair[1]),
+        st.tuples(inner, inner).map(lambda pair: pair[0] * pair[1]),
+        st.tuples(inner, inner).filter(lambda pair: pair[1] != 0).map(lambda pair: pair[0] / pair[1]),
+        inner.map(lambda term: term**2),
+        inner.map(sympy.sqrt),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(expressions)
+def test_values_are_sympys(expression: sympy.Expr) -> None:
+    """What is evaluated at all is evaluated right, however sympy writes it; whatever is ambiguous is left alone."""
+    found = values._value(exact._normalise(sympy.latex(expression)), values._some)
+    at = {x: values._some("x").real, y: values._some("y").real}
+    expected = complex(sympy.N(expression.subs(at)))
+    if found is not None and cmath.isfinite(expected) and abs(expected) < 1e12:
+        assert abs(found - expected) <= 1e-6 * max(1.0, abs(expected))
+
+
+def test_most_expressions_are_evaluated() -> None:
+    for text in ("\\frac{3x^2+1}{y-2}", "\\sqrt{2}x", "2(x+y)", "\\frac{\\pi}{3}", "3\\sqrt[3]{x}", "4\\cdot 5 - -2"):
+        assert values.has_value(exact._normalise(text)), text
+    for text in ("1/2x", "\\sin x", "x^12", "(1, 2)", "", "a_1"):
+        assert not values.has_value(text), text
