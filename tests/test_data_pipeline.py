@@ -19,11 +19,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data_adapters import ROWS
 
 from hgpo_trl.data import pipeline, sources
+from hgpo_trl.data.adapters import ADAPTERS, generic
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Example
-from hgpo_trl.data.filters import quality
+from hgpo_trl.data.filters import quality, verified_answers
 from hgpo_trl.data.pipeline import Build, Deduplication, build_dataset, claim
 from hgpo_trl.data_files import load_data
 from hgpo_trl.modes import split_response
@@ -269,6 +273,42 @@ def test_the_last_word(recipe: Any, tmp_path: Path) -> None:
     assert Counter(row["step"] for row in removed_of(tmp_path / "out")) == {"difficulty": 200}
     assert manifest["sources"]["chat"]["kept"] == 0
     assert manifest["rows"]["mode"] == {"no_think": 0, "think": 300}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(-(10**400))
+    | st.floats()
+    | st.sampled_from(
+        ["", "user", "assistant", "\ud800", "\0", "<think>\ud800</think>b", "<think> </think> b", "<think>"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "replies", "rank", "\ud800"]), inner, max_size=4)
+    ),
+    max_leaves=6,
+)
+OWN = {"prompt": "q", "response": "r", "reference": "a", "level": "l", "id": "i", "domain": "d", "system": "s"}
+READ = {name: (adapter, ROWS[name]) for name, adapter in ADAPTERS.items()}
+READ["own"] = (generic(OWN), dict.fromkeys(OWN.values(), "x") | {"r": "<think>\na\n</think>\n\nb"})
+
+
+@given(name=st.sampled_from(sorted(READ)), stage=st.sampled_from(["hft", "hgpo"]), data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_json_a_row_holds_it_is_kept_or_removed(
+    tmp_path: Path, name: str, stage: str, data: st.DataObject
+) -> None:
+    adapter, row = READ[name]
+    changed = data.draw(st.dictionaries(st.sampled_from(sorted(row)), JSON, min_size=1, max_size=3))
+    path = write_lines(tmp_path / "x.jsonl", [row | changed, row])
+    build = Build(
+        stage, [(sources.Source("x"), adapter)], [("quality", quality()), ("maths", verified_answers())], DEDUP
+    )
+    pipeline.make_chunk(build, tmp_path, 0, sources.Unit(0, path, 0, 10**9))
+    rows, removed = (pq.read_table(tmp_path / f"chunk-000000.{kind}") for kind in ("parquet", "removed.parquet"))
+    assert len(rows) + len(removed) == 2
 
 
 # --- the same bytes -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,12 @@ def test_broken_rows_are_counted_and_their_neighbours_read(tmp_path: Path, units
         "not_utf8": b'{"i": "\xff\xfe"}\n',
         "row_too_large": b'{"i": "' + b"x" * 10_000_000 + b'"}\n',
         "not_an_object": b"[1, 2]\n",
+        "invalid_json ": b'{"i": ' + b"9" * 5_000 + b"}\n",  # more digits than Python converts
+        "invalid_json  ": b'{"i": ' + b"[" * 100_000 + b"\n",
     }
     path = tmp_path / "data.jsonl"
     path.write_bytes(good + b"\n" + b"".join(line + good for line in bad.values()))
-    expected = [{"i": 1}, *(part for reason in bad for part in (reason, {"i": 1}))]
+    expected = [{"i": 1}, *(part for reason in bad for part in (reason.strip(), {"i": 1}))]
     assert read(path) == expected
     units_of(100_000)  # the long row spans a hundred units
     assert read(path) == expected
@@ -106,12 +109,22 @@ def test_a_row_as_long_as_the_limit_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "data.jsonl", limit=len(line) - 1) == ["row_too_large"] * 2
 
 
+def _damaged(compress: Any) -> bytes:
+    content = bytearray(compress(b"".join(b'{"i": %d}\n' % i for i in range(1_000))))
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(8)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("data.json", b'[{"i": 1}, '),
         ("data.json", b'[{"i": "\xff"}]'),
+        ("data.json", b"[" * 100_000),
         ("data.jsonl.gz", b"not compressed"),
+        ("data.jsonl.gz", _damaged(gzip.compress)),
+        ("data.jsonl.xz", _damaged(lzma.compress)),
         ("data.jsonl.gz", gzip.compress(b'{"i": 1}\n' * 1000)[:-20]),
         ("data.parquet", b"PAR1 and then nothing"),
     ],

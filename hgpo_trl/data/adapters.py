@@ -158,6 +158,11 @@ class _Fault(Exception):  # noqa: N818 (never leaves the module)
         self.drop = Drop(reason, detail)
 
 
+def _brief(value: Any) -> str:
+    """A value of any kind, for a fault's detail: it may be long, nested without end or not a number."""
+    return str(value)[:80] if isinstance(value, (str, int, float)) else type(value).__name__
+
+
 def _optional(row: Row, *names: str) -> str | None:
     """The first of the columns that is neither absent, null nor blank, as text; None if there is none."""
     for name in names:
@@ -193,8 +198,8 @@ def _check_text(example: Example) -> None:
             raise _Fault("tag_in_text", part=name, tag=tag)
     if example.mode is Mode.NO_THINK and (mark := trace_mark(example.answer)):
         raise _Fault("trace_in_no_think", mark=mark)
-    others = (example.reference or "", example.level or "", example.domain, example.id)
-    for text in (prompt, example.reasoning, example.answer, *others):
+    labels = (example.reference or "", example.level or "", example.domain, example.id)
+    for text in (prompt, example.reasoning, example.answer, *labels):
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -230,7 +235,7 @@ def _messages(row: Row, name: str) -> Messages:
             raise _Fault("null_messages", field=name, message=len(messages))
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in _ROLES:
-            raise _Fault("unknown_role", role=str(role))
+            raise _Fault("unknown_role", role=_brief(role))
         if not isinstance(content, str) or not content.strip():
             raise _Fault("null_messages", field=name, message=len(messages))
         messages.append({"role": _ROLES[role], "content": content})
@@ -302,7 +307,7 @@ def _oasst(row: Row) -> Parts:
 def _rank(reply: Mapping[str, Any]) -> float:
     """0 is the one that people liked best; the unranked come last, in the file's order."""
     rank = reply.get("rank")
-    return float(rank) if isinstance(rank, (int, float)) else float("inf")
+    return rank if isinstance(rank, (int, float)) and rank == rank else float("inf")
 
 
 # --- Stage I, think -------------------------------------------------------------------------------------------
@@ -315,7 +320,7 @@ def _synthetic(row: Row) -> Parts:
     """A verified response to a task; of the raw data set, or of its edition for fine-tuning, which has messages."""
     score = row.get("score")
     if not isinstance(score, (int, float)) or not score >= 1:
-        raise _Fault("not_verified", score=score)
+        raise _Fault("not_verified", score=_brief(score))
     if "messages" in row:
         prompt, response = _last_answer(_messages(row, "messages"))
     else:

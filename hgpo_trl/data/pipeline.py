@@ -151,7 +151,9 @@ def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str,
 
 def _removed_row(id_: str, source: str, step: str, drop: Drop) -> dict[str, Any]:
     detail = json.dumps(drop.detail, sort_keys=True, ensure_ascii=False, default=str)
-    return {"id": id_, "source": source, "step": step, "reason": drop.reason, "detail": detail}
+    row = {"id": id_, "source": source, "step": step, "reason": drop.reason, "detail": detail}
+    # half of a surrogate pair, of a text or a file's name, is nothing that parquet can hold
+    return {name: text.encode(errors="backslashreplace").decode() for name, text in row.items()}
 
 
 def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:

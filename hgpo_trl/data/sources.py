@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -28,7 +29,7 @@ UNIT_ROWS = 20_000  # of parquet; a larger row group is a unit of its own
 _BATCH_ROWS = 500  # of parquet, decoded at a time
 _COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _TYPES = (".jsonl", ".json", ".parquet")
-_READ_ERRORS = (EOFError, OSError)
+_READ_ERRORS = (EOFError, OSError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ def _row_groups(source: int, path: str) -> list[Unit]:
         with _open(path) as file:
             metadata = pq.ParquetFile(file).metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    except (ValueError, *_READ_ERRORS) as error:  # pyarrow's errors are both
+    except _READ_ERRORS as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from None
     units, start, rows = [], 0, 0
     for group, size in enumerate(sizes):
@@ -238,7 +239,7 @@ def read_unit(unit: Unit, max_row_bytes: int) -> Iterator[tuple[str, Row | Drop]
                 yield from _list_rows(file, name, max_row_bytes)
             else:
                 yield from _lines(file, unit, name, max_row_bytes)
-    except (UnicodeDecodeError, ValueError, *_READ_ERRORS) as error:
+    except _READ_ERRORS as error:
         raise ValueError(f"{unit.path} cannot be read: {error}") from error
 
 
@@ -268,7 +269,7 @@ def _decode(line: bytes) -> Row | Drop:
         return _object(json.loads(line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return Drop("not_utf8", {"problem": str(error)})
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError is also a number of thousands of digits
         return Drop("invalid_json", {"problem": str(error)[:200], "begins": line[:80].decode(errors="replace")})
 
 
