@@ -242,6 +242,8 @@ def test_caps_are_random_and_nested(recipe: Any, tmp_path: Path) -> None:
     assert kept[20] < kept[60]
     numbers = sorted(int(text.split()[-2]) for text in kept[60])
     assert numbers[0] < 60 < 240 < numbers[-1]  # from all over the file
+    places = [place for place, row in enumerate(rows) if row["domain"] == "general"]
+    assert 25 < sum(places) / len(places) < 70  # 47 is expected of rows that are drawn and then shuffled
 
 
 def test_prompts_alone(tmp_path: Path) -> None:
@@ -458,31 +460,6 @@ def test_a_killed_worker(recipe: Any, tmp_path: Path) -> None:
         run(recipe, tmp_path / "out", processes=2, steps=[("dies", _dies)])
 
 
-def _slow(examples: list[Example]) -> list[Drop | None]:
-    time.sleep(0.2)
-    return [None] * len(examples)
-
-
-def test_workers_end_with_a_parent_that_is_killed(recipe: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    code = (
-        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path\nimport test_data_pipeline as t\nt.sources.UNIT_BYTES = 2_000\n"
-        "if __name__ == '__main__':\n"
-        f"    t.run(json.loads({json.dumps(recipe)!r}), Path({str(out)!r}), 2, steps=[('slow', t._slow)])"
-    )
-    (tmp_path / "build.py").write_text(code)
-    process = subprocess.Popen([sys.executable, str(tmp_path / "build.py")], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(out.rglob("chunk-*.json"))) < 2:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    time.sleep(0.3)
-    files = set(out.rglob("*"))
-    time.sleep(1)
-    assert set(out.rglob("*")) == files
-
-
 def test_one_process_builds_at_a_time(recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "out" / ".work").mkdir(parents=True)
     with (
@@ -507,6 +484,32 @@ def test_what_a_kill_at_the_very_end_leaves_is_removed(recipe: Any, tmp_path: Pa
     (tmp_path / "out" / ".work" / "plan.json").write_text("{}")
     run(recipe, tmp_path / "out")
     assert not (tmp_path / "out" / ".work").exists()
+
+
+def _waits(examples: list[Example]) -> list[Drop | None]:
+    (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
+    time.sleep(60)
+    return [None] * len(examples)
+
+
+def test_workers_end_with_their_parent(recipe: Any, tmp_path: Path) -> None:
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_data_pipeline as t\nt.sources.UNIT_BYTES = 20_000\n"
+        f"t.run(json.loads({json.dumps(recipe)!r}), Path({str(tmp_path / 'out')!r}), 2, steps=[('waits', t._waits)])"
+    )
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PIDS": str(pids)})
+    while len(list(pids.iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path("/proc", path.name).exists() for path in pids.iterdir()):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------

@@ -88,21 +88,21 @@ def _listing(cells: Sequence[Cell], counts: NDArray[np.int64]) -> str:
     return ", ".join(f"{count:,} {'/'.join(cell)}" for cell, count in zip(cells, counts, strict=True))
 
 
-def smallest(order: NDArray[np.uint64], group: NDArray[np.int32], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
+def smallest(lot: NDArray[np.uint64], group: NDArray[np.int32], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which rows have the `quota[g]` smallest random numbers of their group.
 
     Args:
-        order: `[N]`, a random number per row.
+        lot: `[N]`, a random number per row.
         group: `[N]`, its group; negative: not a candidate.
         quota: `[G]`.
 
     Returns:
         `[N]`.
     """
-    kept = np.zeros(len(order), dtype=bool)
+    kept = np.zeros(len(lot), dtype=bool)
     for index, size in enumerate(quota):
         rows = np.flatnonzero(group == index)
         if size < len(rows):
-            rows = rows[np.argsort(order[rows], kind="stable")[:size]]
+            rows = rows[np.argsort(lot[rows], kind="stable")[:size]]
         kept[rows] = True
     return kept

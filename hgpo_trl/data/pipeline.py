@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -25,7 +26,6 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -166,7 +166,7 @@ def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
     tables, keys, facts = [], [], []
     for examples in _examples(build, unit, counts, removed):
         tables.append(pa.Table.from_pylist([_row(build.stage, e) for e in examples], schema=_SCHEMAS[build.stage]))
-        facts += [(_random(build.seed, e), e.num_tokens) for e in examples]
+        facts += [(*_random(build.seed, e), e.num_tokens) for e in examples]
         if build.deduplication is not None:
             d = build.deduplication
             near, across = d.near, d.across_modes
@@ -184,11 +184,16 @@ def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
     return counts["", "read"]
 
 
-_FACTS = np.dtype([("order", np.uint64), ("num_tokens", np.int64)])
+_FACTS = np.dtype([("lot", np.uint64), ("place", np.uint64), ("num_tokens", np.int64)])
 
 
-def _random(seed: int, example: Example) -> int:
-    return xxhash.xxh3_64_intdigest(f"{seed}\0{example.source}\0{example.mode}\0{example.id}".encode())
+def _random(seed: int, example: Example) -> tuple[int, int]:
+    """A row's fixed random numbers: by which it is drawn, and by which it is shuffled.
+
+    Two, or else the rows of a source of which few are drawn would come first.
+    """
+    name = f"{seed}\0{example.source}\0{example.mode}\0{example.id}"
+    return divmod(xxhash.xxh3_128_intdigest(name.encode()), 2**64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +270,12 @@ _worker: Callable[[int, Unit], int]
 
 def _start_worker(build: Build, work: Path) -> None:
     global _worker
-    Thread(target=_end_with_parent, daemon=True).start()
     _worker = partial(make_chunk, build, work)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would go on writing chunks, beside those of the run that takes over."""
+    """A worker of a process that was killed would wait for it without end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -330,7 +335,8 @@ class _Rows:
     """A few numbers per row of all chunks, in order; arrays of `[N]`."""
 
     offsets: NDArray[np.int64]  # [chunks + 1], of each chunk's first row
-    order: NDArray[np.uint64]
+    lot: NDArray[np.uint64]
+    place: NDArray[np.uint64]
     num_tokens: NDArray[np.int64]
     cell: NDArray[np.int32]  # place in `cells`
     cells: list[Cell]
@@ -356,7 +362,8 @@ def _gather(build: Build, work: Path, units: Sequence[Unit]) -> _Rows:
     joined = np.concatenate([*facts, np.empty(0, dtype=_FACTS)])
     return _Rows(
         offsets=np.cumsum([0, *map(len, facts)]),
-        order=np.ascontiguousarray(joined["order"]),
+        lot=np.ascontiguousarray(joined["lot"]),
+        place=np.ascontiguousarray(joined["place"]),
         num_tokens=np.ascontiguousarray(joined["num_tokens"]),
         cell=np.concatenate([*cells, np.empty(0, dtype=np.int32)]),
         cells=list(numbers),
@@ -398,23 +405,23 @@ def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.boo
         mine = [i for i, cell in enumerate(rows.cells) if cell[2] == label]
         if isinstance(source.rows, int):
             groups = np.where(kept & np.isin(rows.cell, mine), 0, -1).astype(np.int32)
-            chosen = smallest(rows.order, groups, np.array([source.rows]))
+            chosen = smallest(rows.lot, groups, np.array([source.rows]))
         else:
             places = {domain: place for place, domain in enumerate(source.rows)}
             place_of = np.full(len(rows.cells), -1, dtype=np.int32)
             for i in mine:
                 place_of[i] = places.get(rows.cells[i][1], -1)
             groups = np.where(kept, place_of[rows.cell], -1)
-            chosen = smallest(rows.order, groups, np.array(list(source.rows.values())))
+            chosen = smallest(rows.lot, groups, np.array(list(source.rows.values())))
         kept &= chosen | ~np.isin(rows.cell, mine)
     shares = {axis: wanted for axis, wanted in build.shares.items() if wanted}
     if not shares and build.max_rows is None:
         return kept
     counts = np.bincount(rows.cell[kept], minlength=len(rows.cells))
     if not shares and build.max_rows is not None and kept.sum() > build.max_rows:
-        return smallest(rows.order, np.where(kept, 0, -1).astype(np.int32), np.array([build.max_rows]))
+        return smallest(rows.lot, np.where(kept, 0, -1).astype(np.int32), np.array([build.max_rows]))
     quota = quotas(rows.cells, counts, shares, build.max_rows)
-    return smallest(rows.order, np.where(kept, rows.cell, -1).astype(np.int32), quota)
+    return smallest(rows.lot, np.where(kept, rows.cell, -1).astype(np.int32), quota)
 
 
 # --- shards ---------------------------------------------------------------------------------------------------
@@ -706,7 +713,7 @@ def _build(
     if fate.kept.any():
         fate.not_drawn = ~duplicate & ~_mix(build, rows, ~duplicate)
     chosen = np.flatnonzero(fate.kept)
-    by_rank = chosen[np.argsort(rows.order[chosen], kind="stable")]
+    by_rank = chosen[np.argsort(rows.place[chosen], kind="stable")]
     if finish is None or not len(by_rank):
         _write_shards(build, work, output_dir / "data", rows, by_rank)
     else:
