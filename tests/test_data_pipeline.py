@@ -262,18 +262,21 @@ def test_prompts_alone(tmp_path: Path) -> None:
 
 
 def test_the_last_word(recipe: Any, tmp_path: Path) -> None:
-    def finish(dataset: Any, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def finish(dataset: Any, work: Path) -> tuple[list[Drop | None], dict[str, np.ndarray]]:
         assert work.is_dir()
         rate = np.array([float("nan") if "7" in row["prompt"][0]["content"] else 0.5 for row in dataset])
-        stays = np.array([row["mode"] == "think" for row in dataset])
-        return stays, {"rate": rate}
+        verdicts = [None if row["mode"] == "think" else Drop("too_short", {"of": row["id"]}) for row in dataset]
+        return verdicts, {"rate": rate}
 
     manifest = run(recipe, tmp_path / "out", finish=finish)
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 300
     for row in rows:
         assert row["rate"] == (None if "7" in row["prompt"][0]["content"] else 0.5)
-    assert Counter(row["step"] for row in removed_of(tmp_path / "out")) == {"difficulty": 200}
+    removed = removed_of(tmp_path / "out")
+    assert Counter((row["step"], row["reason"]) for row in removed) == {("difficulty", "too_short"): 200}
+    assert all(json.loads(row["detail"]) == {"of": row["id"]} for row in removed)
+    assert manifest["sources"]["chat"]["steps"][-1] == {"name": "difficulty", "dropped": {"too_short": 200}}
     assert manifest["sources"]["chat"]["kept"] == 0
     assert manifest["rows"]["mode"] == {"no_think": 0, "think": 300}
 

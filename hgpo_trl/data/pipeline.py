@@ -426,8 +426,8 @@ def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.boo
 
 # --- shards ---------------------------------------------------------------------------------------------------
 
-Finish = Callable[["Dataset", Path], tuple[NDArray[np.bool_], dict[str, NDArray[np.float64]]]]
-"""Last word on the finished rows: which stay (`[R]`), and columns to add (name -> `[R]`, NaN is null)."""
+Finish = Callable[["Dataset", Path], tuple[list[Drop | None], dict[str, NDArray[np.float64]]]]
+"""Last word on the finished rows: a verdict on each, as a `Step` gives it, and new columns (name -> `[R]`, NaN: null)."""
 
 
 def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: NDArray[np.int64]) -> list[Path]:
@@ -479,12 +479,13 @@ def _shard_paths(folder: Path, rows: int, rows_per_shard: int) -> list[Path]:
     return [folder / f"shard-{i:05}-of-{shards:05}.parquet" for i in range(shards)]
 
 
-def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> NDArray[np.bool_]:
+def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> list[Drop | None]:
     """Have the last word on the rows of these shards, and write what stays, with its new columns, to `target`."""
     from datasets import load_dataset
 
     dataset = load_dataset("parquet", data_files=list(map(str, paths)), split="train", cache_dir=str(work / "cache"))
-    stays, columns = finish(dataset, work)
+    verdicts, columns = finish(dataset, work)
+    stays = np.array([verdict is None for verdict in verdicts])
     target.mkdir(exist_ok=True)
     start = 0
     for path in paths:
@@ -494,7 +495,7 @@ def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> 
             table = table.append_column(name, pa.array(values[rows], from_pandas=True))
         _write_table(target / path.name, table.filter(pa.array(stays[rows])))
         start += len(table)
-    return stays
+    return verdicts
 
 
 # --- what became of every row ---------------------------------------------------------------------------------
@@ -506,11 +507,13 @@ class _Fate:
 
     duplicate: NDArray[np.bool_]
     not_drawn: NDArray[np.bool_]
-    uninformative: NDArray[np.bool_]
+    late: dict[int, Drop]  # row -> the last word on it
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        return ~(self.duplicate | self.not_drawn | self.uninformative)
+        kept = ~(self.duplicate | self.not_drawn)
+        kept[list(self.late)] = False
+        return kept
 
 
 def _write_removed(
@@ -535,7 +538,7 @@ def _write_removed(
                     original = bytes(ids[first[row]]).decode(errors="ignore")
                     step, drop = DUPLICATES, Drop("exact" if exact[row] else "near", {"first": original})
                 else:
-                    step, drop = (MIX, Drop("not_drawn")) if fate.not_drawn[row] else (DIFFICULTY, Drop("no_signal"))
+                    step, drop = (MIX, Drop("not_drawn")) if fate.not_drawn[row] else (DIFFICULTY, fate.late[row])
                 removed.append(_removed_row(table["id"][i], table["source"][i], step, drop))
             writer.write_table(pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
     del ids
@@ -573,8 +576,10 @@ def _source_manifests(
         (DUPLICATES, "exact"): fate.duplicate & exact,
         (DUPLICATES, "near"): fate.duplicate & ~exact,
         (MIX, "not_drawn"): fate.not_drawn,
-        (DIFFICULTY, "no_signal"): fate.uninformative,
     }
+    for reason in {drop.reason for drop in fate.late.values()}:
+        late[DIFFICULTY, reason] = np.zeros_like(fate.duplicate)
+        late[DIFFICULTY, reason][[row for row, drop in fate.late.items() if drop.reason == reason]] = True
     manifests: dict[str, SourceManifest] = {}
     for place, (source, adapter) in enumerate(build.sources):
         mine = [number for number, unit in enumerate(units) if unit.source == place]
@@ -709,7 +714,7 @@ def _build(
     rows = _gather(build, work, units)
     first, exact = _first(build, work, rows)
     duplicate = first != np.arange(len(first))
-    fate = _Fate(duplicate, np.zeros_like(duplicate), np.zeros_like(duplicate))
+    fate = _Fate(duplicate, np.zeros_like(duplicate), {})
     if fate.kept.any():
         fate.not_drawn = ~duplicate & ~_mix(build, rows, ~duplicate)
     chosen = np.flatnonzero(fate.kept)
@@ -718,8 +723,8 @@ def _build(
         _write_shards(build, work, output_dir / "data", rows, by_rank)
     else:
         paths = _write_shards(build, work, work / "data", rows, by_rank)
-        stays = _finish(finish, paths, work, output_dir / "data")
-        fate.uninformative[by_rank[~stays]] = True
+        verdicts = _finish(finish, paths, work, output_dir / "data")
+        fate.late = {int(row): drop for row, drop in zip(by_rank, verdicts, strict=True) if drop is not None}
     kept = fate.kept
     sources = _source_manifests(build, work, units, rows, exact, fate)
     if not kept.any():

@@ -1,7 +1,6 @@
 """What the two data builders share: their fields, and the way from a recipe to a data set."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hgpo_trl.cores import available_cores
 from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, generic
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
@@ -24,7 +24,7 @@ from hgpo_trl.files import looks_like_path
 
 DEDUPLICATIONS = ("near", "exact", "none")
 _SAMPLE_ROWS = 20  # of each source, looked at before any long work
-_FREE = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")  # change nothing in the data
+_FREE = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")  # what another run may change
 
 
 @dataclass
@@ -62,9 +62,7 @@ class BuilderArguments:
     max_rows: int | None = field(default=None, metadata={"help": "At most so many rows in all."})
     rows_per_shard: int = field(default=10_000, metadata={"help": "Rows of a file; one is sorted in memory."})
     max_row_bytes: int = field(default=4 * 2**20, metadata={"help": "Drop longer rows unread."})
-    num_processes: int = field(
-        default_factory=lambda: len(os.sched_getaffinity(0)), metadata={"help": "Processes that read and filter."}
-    )
+    num_processes: int = field(default_factory=available_cores, metadata={"help": "Processes that read and filter."})
     seed: int = field(default=0, metadata={"help": "Which rows a cap keeps, and the order."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Data set repository to upload the result to."})
 

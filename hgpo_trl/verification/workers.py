@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from hgpo_trl.cores import available_cores
 from hgpo_trl.verification.symbolic import symbolically_equal
 
 _CHUNK_TIMEOUT_S = 2.0  # for a chunk of samples of a few milliseconds each; when it is up they are tried one by one
@@ -93,7 +94,7 @@ class _Server:
 
     def __init__(self) -> None:
         self.channel, other = Pipe()
-        workers = len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = available_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if multiprocessing.parent_process() is not None:
             workers = 1  # a sibling of this process has its own
         code = (
