@@ -209,7 +209,7 @@ def test_mappings_on_the_command_line_are_json(recipes: dict[str, Path], tmp_pat
         ({"path": "nowhere/at/all.jsonl"}, r"sources\[0\]\.path='nowhere/at/all\.jsonl': there is no such file"),
         ({"path": None}, r"sources\[0\]=.* lacks `path`: a file, a folder, or an id on the hub"),
         ({"fields": None}, r"sources\[0\] \(sums\) needs `fields`.* there is no adapter for it"),
-        ({"fields": {"prompt": "question", "answer": "a"}}, r"none of the first 20 rows has 'question'"),
+        ({"fields": {"prompt": "question", "answer": "a"}}, r"none of the first rows has 'question'"),
         ({"fields": {"query": "q"}}, r"sources\[0\] \(sums\): fields: unknown name 'query'; the names are prompt,"),
         ({"adapter": "open-r1/OpenR1-Math"}, r"there is no adapter 'open-r1/OpenR1-Math'; did you mean 'open-r1/Open"),
         ({"rows": "many"}, r"sources\[0\] \(.*\): rows.*valid integer"),
@@ -235,11 +235,11 @@ def test_bad_source(
         ({"sources": ["maths.jsonl"]}, "sources=.* has the wrong type"),
         ({"source": []}, "unknown key 'source'; did you mean 'sources'"),
         ({"deduplicate": "fuzzy"}, "deduplicate.*fuzzy"),
-        ({"dedup_threshold": 1.5}, r"dedup_threshold must lie in \(0, 1\]; got 1\.5"),
+        ({"dedup_threshold": 1.5}, r"dedup_threshold must lie between 0 and 1; got 1\.5"),
         ({"max_rows": 0}, "max_rows must be at least 1; got 0"),
         ({"max_tokens": 5}, "max_tokens=5 needs a tokenizer to count with"),
         ({"domain_shares": {"maths": 0.4}}, r"domain_shares=.*must sum to 1"),
-        ({"source_shares": {"summs": 1.0}}, r"source_shares .*'summs'.*there are \['.*sums'\]"),
+        ({"source_shares": {"summs": 1.0}}, r"source_shares names 'summs'; the sources are sums"),
         ({"decontamination": [{"path": "nowhere/at/all.jsonl", "field": "q"}]}, r"decontamination\[0\].*no such file"),
         ({"decontamination": [{"path": "chat.jsonl", "field": "x"}]}, r"decontamination\[0\].*has no text in 'x'"),
     ],
@@ -270,7 +270,7 @@ def test_recipe_that_is_not_there(kind: str) -> None:
 
 def test_prompts_alone_are_no_stage_one(recipes: dict[str, Path], tmp_path: Path) -> None:
     sources = yaml.safe_load(recipes["hgpo"].read_text(encoding="utf-8"))["sources"]
-    with refused("No row is left.*sums: 23 rows read; schema: no_response 23"):
+    with refused("give prompts alone, and Stage I needs responses. Add answer"):
         data("hft", *change(recipes["hft"], sources=sources))
 
 

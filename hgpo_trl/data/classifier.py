@@ -114,7 +114,9 @@ class ReasoningQueryClassifier:
                 about = json.loads((file.metadata() or {})["classifier"])
                 weights = file.get_tensor("weights")
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"reasoning_classifier={str(path)!r} is no file of `hgpo-trl data classifier`: {error}") from None
+            raise ValueError(
+                f"reasoning_classifier={str(path)!r} is no file of `hgpo-trl data classifier`: {error}"
+            ) from None
         if about.pop("features") != FEATURES:
             raise ValueError(f"reasoning_classifier={str(path)!r} was trained with other features: train it again.")
         return cls(weights, about.pop("bias"), about.pop("threshold"), about)

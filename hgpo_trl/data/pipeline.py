@@ -427,7 +427,7 @@ def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.boo
 # --- shards ---------------------------------------------------------------------------------------------------
 
 Finish = Callable[["Dataset", Path], tuple[list[Drop | None], dict[str, NDArray[np.float64]]]]
-"""Last word on the finished rows: a verdict on each, as a `Step` gives it, and new columns (name -> `[R]`, NaN: null)."""
+"""Last word on the finished rows: a verdict on each, as of a `Step`, and new columns (name -> `[R]`, NaN: null)."""
 
 
 def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: NDArray[np.int64]) -> list[Path]:
