@@ -122,9 +122,9 @@ def test_examples(text: str, mode: Mode | None, fields: dict[str, str]) -> None:
 
 def test_text_is_given_as_soon_as_it_is_known() -> None:
     splitter = ResponseSplitter()
-    for piece, given in [
+    for piece, fields in [
         ("\n", {}), ("<thi", {}), ("nk>", {"reasoning": ""}), ("\n", {}), ("a", {"reasoning": "a"}), (" ", {}),
         ("b <", {"reasoning": " b"}), (" c", {"reasoning": " < c"}), ("\n</", {}), ("think>", {"content": ""}),
         (" ", {}), ("d", {"content": "d"}), ("<", {"content": "<"}),
     ]:  # fmt: skip
-        assert splitter.feed(piece) == given
+        assert splitter.feed(piece) == fields

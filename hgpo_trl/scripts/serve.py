@@ -1,4 +1,4 @@
-"""`hgpo-trl serve --model MODEL [vLLM's arguments ...]`: vLLM's OpenAI-compatible server for a hybrid-reasoning model."""
+"""`hgpo-trl serve --model MODEL [vLLM's arguments ...]`: vLLM's OpenAI-compatible server, which takes modes apart."""
 
 import argparse
 import os

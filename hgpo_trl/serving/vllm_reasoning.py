@@ -70,12 +70,12 @@ class HybridReasoningParser(ReasoningParser):
         if self._splitter is None:
             self._splitter = ResponseSplitter(self._forced)
         fields = self._splitter.feed(delta_text)
-        return DeltaMessage(**fields) if fields else None
+        return DeltaMessage.model_validate(fields) if fields else None
 
     def finish_streaming(self) -> DeltaMessage | None:
         """What was held back, at the end of a stream."""
         fields = self._splitter.finish() if self._splitter else {}
-        return DeltaMessage(**fields) if fields else None
+        return DeltaMessage.model_validate(fields) if fields else None
 
     # --- token ids ---
 
@@ -92,7 +92,7 @@ class HybridReasoningParser(ReasoningParser):
         mode, tokens = self._forced, self._tokens
         if mode is None:
             start = next((i for i, token_id in enumerate(ids) if token_id in tokens.decision), None)
-            if start is None or self.model_tokenizer.decode(ids[:start]).strip():
+            if start is None or self.model_tokenizer.decode(ids[:start], skip_special_tokens=True).strip():
                 return [], ids
             mode = Mode.THINK if ids[start] == tokens.think else Mode.NO_THINK
             ids = ids[start + 1 :]
