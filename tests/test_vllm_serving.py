@@ -7,6 +7,7 @@ from Transformers, greedily, on the same prompts.
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from datasets import Dataset
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 128
+EASY, HARD = 0, 8  # queries of one operand and of eight
 VOCABULARY = len(build_tokenizer(chain_sum))
 AUTO: dict[str, Any] = {}
 FORCED = {mode: {"chat_template_kwargs": {"thinking_mode": str(mode)}} for mode in MODES}
@@ -80,7 +83,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[OpenAI]:
-    """Of a server that prefills in pieces of 64 tokens, so that the first token often is not from the first step."""
+    """Of a server with little room: prompts are prefilled in pieces, and requests preempted when many come at once."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,7 +91,8 @@ def client(folder: Path) -> Iterator[OpenAI]:
         *(sys.executable, "-m", "hgpo_trl.cli", "serve", "--model", str(folder / "model")),
         *("--served-model-name", "lhrm", "--port", str(port), "--host", "127.0.0.1"),
         *("--max-model-len", str(LONGEST), "--dtype", "float32", "--max-num-batched-tokens", "64"),
-        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
+        *("--block-size", "32", "--num-gpu-blocks-override", "24", "--enforce-eager"),
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--uvicorn-log-level", "warning"),
     ]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "server.log").open("w") as log:
@@ -222,20 +226,24 @@ def test_32_at_once(client: OpenAI, queries: list[Messages], tokenizer: Tokenize
         got = list(pool.map(lambda job: ask(client, job[0], ways[job[1]], stream=job[2])[0], jobs))
     for (_, way, _), choice in zip(jobs, got, strict=True):
         check(tokenizer, choice, forced_by[way])
-    assert got[::2] == got[1::2], "streamed as whole"
     by_way = [got[2 * way :: 2 * len(ways)] for way in range(len(ways))]
-    assert by_way[1:3] == by_way[3:5], "thinking_mode as enable_thinking"
+    pairs = [*zip(got[::2], got[1::2], strict=True)]  # whole and streamed
+    pairs += zip(by_way[1] + by_way[2], by_way[3] + by_way[4], strict=True)  # thinking_mode and enable_thinking
+    same = [(one, other) for one, other in pairs if one.ids == other.ids]
+    assert len(same) > 0.9 * len(pairs), "all but near-ties, which the sizes of batches may decide"
+    for one, other in same:
+        assert one == other
 
 
 def test_reasoning_effort_is_heard(client: OpenAI, queries: list[Messages], tokenizer: Tokenizer) -> None:
     for effort, mode in (("none", Mode.NO_THINK), ("high", Mode.THINK)):
-        (choice,) = ask(client, queries[0], AUTO, reasoning_effort=effort)
+        (choice,) = ask(client, queries[EASY], AUTO, reasoning_effort=effort)
         assert check(tokenizer, choice, mode) is mode
 
 
 def test_a_mode_that_does_not_exist(client: OpenAI, queries: list[Messages]) -> None:
     with pytest.raises(BadRequestError, match="thinking_mode must be one of auto, think, no_think; got maybe"):
-        ask(client, queries[0], {"chat_template_kwargs": {"thinking_mode": "maybe"}})
+        ask(client, queries[EASY], {"chat_template_kwargs": {"thinking_mode": "maybe"}})
 
 
 # --- ends -------------------------------------------------------------------------------------------------------
@@ -246,7 +254,7 @@ def test_cut_off_after_every_token(
     client: OpenAI, queries: list[Messages], tokenizer: Tokenizer, how: dict[str, Any]
 ) -> None:
     forced = next((mode for mode, way in FORCED.items() if way == how), None)
-    for messages in (queries[0], queries[5]):  # one operand, eight
+    for messages in (queries[EASY], queries[HARD]):
         (complete,) = ask(client, messages, how)
         for size in range(1, min(len(complete.ids), 60)):
             (choice,) = ask(client, messages, how, max_tokens=size)
@@ -263,7 +271,7 @@ def test_stop_strings(
 ) -> None:
     """vLLM holds back as much text as a stop string is long, so that tags arrive in pieces."""
     forced = next((mode for mode, way in FORCED.items() if way == how), None)
-    for messages in (queries[0], queries[5]):
+    for messages in (queries[EASY], queries[HARD]):
         (choice,) = ask(client, messages, how, stop=stop)
         assert choice == ask(client, messages, how, stop=stop, stream=True)[0]
         text = tokenizer.decode(choice.ids, skip_special_tokens=True)
@@ -291,13 +299,25 @@ def odds(client: OpenAI, messages: Messages, how: dict[str, Any]) -> list[float]
     return found
 
 
+def metric(client: OpenAI, name: str) -> float:
+    """One of vLLM's counters."""
+    with urlopen(str(client.base_url.join("/metrics"))) as metrics:
+        (value,) = re.findall(rf"^vllm:{name}_total\{{.*\}} (\S+)$", metrics.read().decode(), re.MULTILINE)
+    return float(value)
+
+
 def biased(bias: float) -> dict[str, Any]:
     return {"vllm_xargs": {"decision_bias": bias}}
 
 
 def test_bias_moves_the_first_token_alone(client: OpenAI, queries: list[Messages]) -> None:
-    """Twice each, so that the second time the prompt's keys and values come from the cache."""
-    for messages in (queries[0], queries[5]):
+    """Twice each, so that the second time a long prompt's keys and values come from the cache."""
+    hits = metric(client, "prefix_cache_hits")
+    for messages in (
+        queries[EASY],
+        queries[HARD],
+        [*queries[HARD], {"role": "assistant", "content": "3"}, *queries[1]],
+    ):
         base = odds(client, messages, AUTO)
         for bias in (1.5, -0.75, 0) * 2:
             moved = odds(client, messages, biased(bias))
@@ -308,10 +328,11 @@ def test_bias_moves_the_first_token_alone(client: OpenAI, queries: list[Messages
             for bias in (8, -8):
                 forced = odds(client, messages, FORCED[mode])
                 assert odds(client, messages, FORCED[mode] | biased(bias)) == pytest.approx(forced, abs=1e-3)
+    assert metric(client, "prefix_cache_hits") > hits
 
 
 def test_bias_decides_each_of_n(client: OpenAI, queries: list[Messages], tokenizer: Tokenizer) -> None:
-    for messages in (queries[0], queries[5]):
+    for messages in (queries[EASY], queries[HARD]):
         for bias, expected in (
             (60, {Mode.THINK}),
             (-60, {Mode.NO_THINK}),
@@ -323,15 +344,17 @@ def test_bias_decides_each_of_n(client: OpenAI, queries: list[Messages], tokeniz
 
 
 def test_bias_of_many_requests_at_once(client: OpenAI, queries: list[Messages]) -> None:
+    """Some of them are preempted, and go on with the tokens that they have."""
     jobs = [(messages, bias) for messages in queries for bias in (60, -60)]
     with ThreadPoolExecutor(32) as pool:
         got = list(pool.map(lambda job: ask(client, job[0], biased(job[1]))[0].reasoning is not None, jobs))
     assert got == [bias > 0 for _, bias in jobs]
+    assert metric(client, "num_preemptions") > 0
 
 
 def test_bias_that_is_no_number(client: OpenAI, queries: list[Messages]) -> None:
     with pytest.raises(BadRequestError, match="decision_bias must be a finite number, in vllm_xargs; got 'much'"):
-        ask(client, queries[0], {"vllm_xargs": {"decision_bias": "much"}})
+        ask(client, queries[EASY], {"vllm_xargs": {"decision_bias": "much"}})
 
 
 def test_broken_responses(client: OpenAI, queries: list[Messages], tokenizer: Tokenizer) -> None:
@@ -344,8 +367,8 @@ def test_broken_responses(client: OpenAI, queries: list[Messages], tokenizer: To
         modes = set()
         for seed in range(12):
             settings: dict[str, Any] = {"n": 4, "temperature": 2, "max_tokens": 16, "seed": seed, "logit_bias": ids}
-            choices = ask(client, queries[0], how, **settings)
-            assert choices == ask(client, queries[0], how, stream=True, **settings)
+            choices = ask(client, queries[EASY], how, **settings)
+            assert choices == ask(client, queries[EASY], how, stream=True, **settings)
             assert len({tuple(choice.ids) for choice in choices}) > 1
             modes |= {check(tokenizer, choice, forced) for choice in choices}
         assert modes == ({None, *MODES} if forced is None else {forced})
@@ -366,7 +389,7 @@ def test_conversation_of_several_turns(client: OpenAI, queries: list[Messages], 
         for forced, how in [(None, AUTO), *FORCED.items()]:
             answers = []
             for turn in earlier:
-                messages = [*queries[0], turn, *last]
+                messages = [*queries[EASY], turn, *last]
                 (choice,) = ask(client, messages, how)
                 assert [choice] == ask(client, messages, how, stream=True)
                 check(tokenizer, choice, forced)
@@ -375,7 +398,7 @@ def test_conversation_of_several_turns(client: OpenAI, queries: list[Messages], 
 
 
 def test_usage_counts_the_reasoning(client: OpenAI, queries: list[Messages], tokenizer: Tokenizer) -> None:
-    for messages in (queries[0], queries[5]):
+    for messages in (queries[EASY], queries[HARD]):
         for how in (AUTO, *FORCED.values()):
             response = client.chat.completions.create(model="lhrm", messages=messages, temperature=0, extra_body=how)  # type: ignore[arg-type]
             *_, last = client.chat.completions.create(
@@ -390,7 +413,7 @@ def test_usage_counts_the_reasoning(client: OpenAI, queries: list[Messages], tok
 def test_thinking_budget(client: OpenAI, queries: list[Messages], tokenizer: Tokenizer) -> None:
     """vLLM's own, which the parser tells where thinking begins and ends."""
     for forced, how in ((None, AUTO), (Mode.THINK, FORCED[Mode.THINK])):
-        (choice,) = ask(client, queries[5], how, extra_body={"thinking_token_budget": 3})
+        (choice,) = ask(client, queries[HARD], how, extra_body={"thinking_token_budget": 3})
         assert check(tokenizer, choice, forced) is Mode.THINK
         assert len((choice.reasoning or "").split()) == 3
         assert choice.content
@@ -401,7 +424,7 @@ def test_grammar_holds_for_the_content(
     client: OpenAI, queries: list[Messages], tokenizer: Tokenizer, stream: bool
 ) -> None:
     """Two words that the model would never answer with: its thinking is free, its content is one of them."""
-    for messages in (queries[0], queries[5]):
+    for messages in (queries[EASY], queries[HARD]):
         for way in (AUTO, *FORCED.values()):
             (free,) = ask(client, messages, way)
             extra = {"structured_outputs": {"choice": ["mod", "step"]}}
@@ -412,16 +435,27 @@ def test_grammar_holds_for_the_content(
 
 def test_reasoning_that_is_not_wanted(client: OpenAI, queries: list[Messages]) -> None:
     for stream in (False, True):
-        (choice,) = ask(client, queries[5], AUTO, stream=stream, extra_body={"include_reasoning": False})
-        (whole,) = ask(client, queries[5], AUTO)
+        (choice,) = ask(client, queries[HARD], AUTO, stream=stream, extra_body={"include_reasoning": False})
+        (whole,) = ask(client, queries[HARD], AUTO)
         assert (choice.reasoning, choice.content) == (None, whole.content)
 
 
 def test_responses_api(client: OpenAI, queries: list[Messages]) -> None:
-    for messages in (queries[0], queries[5]):
+    for messages in (queries[EASY], queries[HARD]):
         (choice,) = ask(client, messages, AUTO)
         items = client.responses.create(model="lhrm", input=messages[0]["content"], temperature=0).output
         assert [item.type for item in items] == ["reasoning", "message"][choice.reasoning is None :]
         assert items[-1].content[0].text == choice.content  # type: ignore[union-attr, index]
         if choice.reasoning is not None:
             assert items[0].content[0].text == choice.reasoning  # type: ignore[union-attr, index]
+
+
+def test_the_example_of_a_client(client: OpenAI, queries: list[Messages]) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "openai_client.py"), queries[EASY][0]["content"]]
+    done = subprocess.run(
+        [*command, "--base-url", str(client.base_url)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\nthink: think\n  reasoning: 'let me add" in done.stdout
+    assert "\nno think: no think\n  reasoning: None\n  content:   '" in done.stdout
+    assert "streamed:\n\n  " in done.stdout
