@@ -164,6 +164,23 @@ def test_where_a_grammar_begins(make_parser: Callable[..., Any]) -> None:
     assert make_parser(None).reasoning_parser.is_reasoning_end_streaming([TOKENS.no_think], [TOKENS.no_think])
 
 
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({}, False),
+        ({"response_format": {"type": "text"}}, False),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"choice": ["1", "2"]}}, True),
+    ],
+)
+def test_a_grammar_begins_at_once_in_forced_no_think(
+    make_parser: Callable[..., Any], fields: dict[str, Any], grammar: bool
+) -> None:
+    for forced in (None, *MODES):
+        adjusted = make_parser(forced).adjust_request(request(**fields))
+        assert adjusted.include_reasoning != (grammar and forced is Mode.NO_THINK)
+
+
 def test_a_tokenizer_without_tags_is_refused(make_parser: Callable[..., Any]) -> None:
     from tokenizers import Tokenizer, models
 

@@ -440,14 +440,22 @@ def test_reasoning_that_is_not_wanted(client: OpenAI, queries: list[Messages]) -
         assert (choice.reasoning, choice.content) == (None, whole.content)
 
 
-def test_responses_api(client: OpenAI, queries: list[Messages]) -> None:
+@pytest.mark.parametrize("effort", [None, "none", "high"])
+def test_responses_api(client: OpenAI, queries: list[Messages], effort: Any) -> None:
+    """The other interface of the same server; `reasoning` forces a mode there, too."""
+    how = {None: AUTO, "none": FORCED[Mode.NO_THINK], "high": FORCED[Mode.THINK]}[effort]
+    reasoning: dict[str, Any] = {} if effort is None else {"reasoning": {"effort": effort}}
     for messages in (queries[EASY], queries[HARD]):
-        (choice,) = ask(client, messages, AUTO)
-        items = client.responses.create(model="lhrm", input=messages[0]["content"], temperature=0).output
-        assert [item.type for item in items] == ["reasoning", "message"][choice.reasoning is None :]
-        assert items[-1].content[0].text == choice.content  # type: ignore[union-attr, index]
-        if choice.reasoning is not None:
-            assert items[0].content[0].text == choice.reasoning  # type: ignore[union-attr, index]
+        (choice,) = ask(client, messages, how)
+        arguments = {"model": "lhrm", "input": messages[0]["content"], "temperature": 0} | reasoning
+        expected = [("reasoning", choice.reasoning), ("message", choice.content)][choice.reasoning is None :]
+        items = client.responses.create(**arguments).output
+        assert [(item.type, item.content[0].text) for item in items] == expected
+        streamed = {"response.reasoning_text.delta": "", "response.output_text.delta": ""}
+        for event in client.responses.create(stream=True, **arguments):
+            if event.type in streamed:
+                streamed[event.type] += event.delta
+        assert tuple(streamed.values()) == (choice.reasoning or "", choice.content or "")
 
 
 def test_the_example_of_a_client(client: OpenAI, queries: list[Messages]) -> None:

@@ -121,8 +121,9 @@ class HybridReasoningParser(ReasoningParser):
 
     def adjust_request(self, request: Any) -> Any:
         """Have a grammar begin at once where the prompt forces no-think: then no token says that content begins."""
-        wanted = getattr(request, "structured_outputs", None) or getattr(request, "response_format", None)
-        if wanted and self._forced is Mode.NO_THINK:
+        format_type = getattr(getattr(request, "response_format", None), "type", "text")
+        grammar = getattr(request, "structured_outputs", None) is not None or format_type != "text"
+        if grammar and self._forced is Mode.NO_THINK:
             request.include_reasoning = False
         return request
 
