@@ -1,0 +1,34 @@
+"""`hgpo-trl serve --model MODEL [vLLM's arguments ...]`: vLLM's OpenAI-compatible server, which takes modes apart."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import resources
+
+from hgpo_trl.vllm_support import check_vllm_installed
+
+
+def command(model: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of vLLM's server with the reasoning parser and the decision bias."""
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
+        *("--reasoning-parser-plugin", str(resources.files("hgpo_trl.serving").joinpath("vllm_reasoning.py"))),
+        *("--reasoning-parser", "lhrm"),
+        *("--logits-processors", "hgpo_trl.serving.vllm_decision:DecisionBias"),
+        *arguments,
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Become the server: this process is replaced by it."""
+    parser = argparse.ArgumentParser("hgpo-trl serve", allow_abbrev=False, description=__doc__)
+    parser.add_argument("--model", required=True, help="name or path of the model")
+    arguments, rest = parser.parse_known_args(argv)
+    check_vllm_installed("hgpo-trl serve")
+    words = command(arguments.model, rest)
+    os.execv(words[0], words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The reasoning parser of hybrid-reasoning models for vLLM's OpenAI-compatible server.
+
+    --reasoning-parser-plugin /path/to/this/file.py --reasoning-parser lhrm
+
+`hgpo-trl serve` sets both. A think response arrives as `reasoning` and `content`, a no-think response as `content`
+alone: its `reasoning` is null, or never streamed. A think response always has `reasoning`, even if it is "".
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from vllm.reasoning import ReasoningParser, ReasoningParserManager
+from vllm.reasoning.basic_parsers import DeltaMessage  # where every supported version has it
+
+from hgpo_trl.modes import Mode, mode_tokens
+from hgpo_trl.serving.splitter import ResponseSplitter, split_whole
+
+NAME = "lhrm"
+_tokens = lru_cache(maxsize=8)(mode_tokens)  # a parser is built for each response
+
+
+def forced_mode(template_variables: Mapping[str, Any] | None) -> Mode | None:
+    """The mode that the chat template forces, given a request's `chat_template_kwargs`; None where the model picks.
+
+    What the template refuses is None, too: the request fails there, with the template's own message.
+    """
+    variables = template_variables or {}
+    if (mode := variables.get("thinking_mode")) is not None:
+        return Mode(mode) if mode in tuple(Mode) else None
+    if (thinks := variables.get("enable_thinking")) is not None:
+        return Mode.THINK if thinks else Mode.NO_THINK
+    return None
+
+
+class HybridReasoningParser(ReasoningParser):
+    """One response's parser. vLLM builds it with the tokenizer and `chat_template_kwargs=`.
+
+    Raises:
+        ValueError: the tokenizer lacks a mode tag (`hgpo_trl.modes.mode_tokens`); the server does not start then.
+    """
+
+    # vLLM asks such a parser for what it held back at the end of a stream, and passes all text through it until
+    # `has_engine_confirmed_reasoning_end`, which stays False: content has tags and blanks to take out, too.
+    engine_based_streaming = True
+
+    def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(tokenizer, *args, **kwargs)
+        self._tokens = _tokens(tokenizer)
+        self._forced = forced_mode(kwargs.get("chat_template_kwargs"))
+        self._splitter: ResponseSplitter | None = None
+
+    # --- text ---
+
+    def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
+        """A whole response as (reasoning, content); None for what never began."""
+        fields = split_whole(model_output, self._forced)
+        return fields.get("reasoning"), fields.get("content")
+
+    def extract_reasoning_streaming(
+        self,
+        previous_text: str,
+        current_text: str,
+        delta_text: str,
+        previous_token_ids: Sequence[int],
+        current_token_ids: Sequence[int],
+        delta_token_ids: Sequence[int],
+    ) -> DeltaMessage | None:
+        """The next piece of a response, as far as it can be told what it is."""
+        if self._splitter is None:
+            self._splitter = ResponseSplitter(self._forced)
+        fields = self._splitter.feed(delta_text)
+        return DeltaMessage.model_validate(fields) if fields else None
+
+    def finish_streaming(self) -> DeltaMessage | None:
+        """What was held back, at the end of a stream."""
+        fields = self._splitter.finish() if self._splitter else {}
+        return DeltaMessage.model_validate(fields) if fields else None
+
+    # --- token ids ---
+
+    def count_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
+        """Tokens of a response between `<think>` and `</think>`, or to its end."""
+        return len(self._sections(list(token_ids))[0])
+
+    def extract_content_ids(self, input_ids: list[int]) -> list[int]:
+        """The tokens of a response's content, without the mode's tags."""
+        return self._sections(input_ids)[1]
+
+    def _sections(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """A response's token ids as (reasoning, content)."""
+        mode, tokens = self._forced, self._tokens
+        if mode is None:
+            start = next((i for i, token_id in enumerate(ids) if token_id in tokens.decision), None)
+            if start is None or self.model_tokenizer.decode(ids[:start], skip_special_tokens=True).strip():
+                return [], ids
+            mode = Mode.THINK if ids[start] == tokens.think else Mode.NO_THINK
+            ids = ids[start + 1 :]
+        close = tokens.end_think if mode is Mode.THINK else tokens.end_no_think
+        end = ids.index(close) if close in ids else len(ids)
+        before, after = ids[:end], ids[end + 1 :]
+        return (before, after) if mode is Mode.THINK else ([], before + after)
+
+    # --- structured outputs ---
+
+    @property
+    def reasoning_start_str(self) -> str:
+        return Mode.THINK.open_tag
+
+    @property
+    def reasoning_end_str(self) -> str:
+        return Mode.THINK.close_tag
+
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        """False: vLLM asks this of prompts, and would pass the response through unparsed."""
+        return False
+
+    def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
+        """Whether content begins after these tokens, and with it a grammar; False for the one that parses the text."""
+        return self._splitter is None and not {self._tokens.end_think, self._tokens.no_think}.isdisjoint(delta_ids)
+
+    def adjust_request(self, request: Any) -> Any:
+        """Have a grammar begin at once where the prompt forces no-think: then no token says that content begins."""
+        format_type = getattr(getattr(request, "response_format", None), "type", "text")
+        grammar = getattr(request, "structured_outputs", None) is not None or format_type != "text"
+        if grammar and self._forced is Mode.NO_THINK:
+            request.include_reasoning = False
+        return request
+
+
+ReasoningParserManager.register_module(NAME, module=HybridReasoningParser)
