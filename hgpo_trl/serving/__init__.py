@@ -1,0 +1,1 @@
+"""Serving hybrid-reasoning models: responses taken apart while they arrive, and vLLM's server."""
