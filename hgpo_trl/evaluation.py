@@ -16,7 +16,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import read_decision
 from hgpo_trl.generate import batches, complete, end_tokens, padded, render, sampling_config, until_end
-from hgpo_trl.hybrid_accuracy import per_prompt_table, summarize, summarize_by
+from hgpo_trl.hybrid_accuracy import (
+    biased_choice,
+    decision_bias_curve,
+    per_prompt_table,
+    summarize,
+    summarize_by,
+    sweep_biases,
+)
 from hgpo_trl.modes import MODES, ModeTokens, mode_tokens, split_response
 
 PROMPT_ID = "prompt_id"
@@ -176,13 +183,23 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
     return samples.assign(reward=np.where(scored, np.nansum(totals, axis=0), np.nan))
 
 
-def report_on(samples: pd.DataFrame, margin: float = 0.0, levels: Sequence[Any] | None = None) -> dict[str, Any]:
+SWEEP = "sweep"  # in place of a decision bias: as many as make a difference
+
+
+def report_on(
+    samples: pd.DataFrame,
+    margin: float = 0.0,
+    levels: Sequence[Any] | None = None,
+    decision_bias: float | str = 0.0,
+) -> dict[str, Any]:
     """The evaluation's figures from its scored samples alone.
 
     Args:
         samples: with `reward`; every prompt has the same number of samples in each mode.
         margin: of Eq. 13: mode means closer than this count as equal.
         levels: difficulty of each prompt, by `prompt_id`; None where the data set has none.
+        decision_bias: added to the log-odds of thinking before the model's own choice is looked at; or SWEEP, which
+            leaves the choice as it is and adds what it would be worth under every bias.
 
     Returns:
         What `report.json` holds: see docs/evaluation.md.
@@ -191,19 +208,21 @@ def report_on(samples: pd.DataFrame, margin: float = 0.0, levels: Sequence[Any] 
     samples = samples.sort_values([PROMPT_ID, "mode", "sample"])
     prompts = samples.drop_duplicates(PROMPT_ID)
     shape = (len(prompts), len(MODES), -1)
-    table = per_prompt_table(
-        samples["reward"].to_numpy(dtype=np.float64).reshape(shape),
-        samples["num_tokens"].to_numpy(dtype=np.float64).reshape(shape),
-        prompts["prob_think"].to_numpy(),
-        prompts["prob_no_think"].to_numpy(),
-        prompts["picked"].to_numpy(),
-        margin,
-    )
+    scores = samples["reward"].to_numpy(dtype=np.float64).reshape(shape)
+    lengths = samples["num_tokens"].to_numpy(dtype=np.float64).reshape(shape)
+    own = prompts["prob_think"].to_numpy(), prompts["prob_no_think"].to_numpy(), prompts["picked"].to_numpy()
+    curve = {}
+    if decision_bias == SWEEP:
+        decision_bias = 0.0
+        curve = {"decision_bias_curve": decision_bias_curve(scores, lengths, *own, sweep_biases(*own), margin)}
+    table = per_prompt_table(scores, lengths, *biased_choice(*own, float(decision_bias)), margin)
     by_mode = samples.groupby("mode", observed=True)
     return {
         **summarize(table),
         "samples_per_mode": len(samples) // (len(prompts) * len(MODES)),
         "margin": margin,
+        "decision_bias": float(decision_bias),
+        **curve,
         "format_faults": by_mode["faults"].agg(lambda faults: float((faults.str.len() > 0).mean())).to_dict(),
         "truncated": by_mode["truncated"].mean().to_dict(),
         "by_level": [] if levels is None else summarize_by(table, [levels[i] for i in prompts[PROMPT_ID]], "level"),

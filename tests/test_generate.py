@@ -1,4 +1,4 @@
-"""`hgpo_trl.generate` against plain `model.generate`: modes, the bias's distribution, batches, streams, conversations."""
+"""`hgpo_trl.generate` against plain `model.generate`: modes, the bias, batches, streams, several turns."""
 
 import math
 import threading

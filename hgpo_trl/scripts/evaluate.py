@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hgpo_trl import vllm_sampling
 from hgpo_trl.data_files import load_data
-from hgpo_trl.evaluation import PROMPT_ID, render, report_on, sample_both_modes, score_samples
+from hgpo_trl.evaluation import PROMPT_ID, SWEEP, report_on, sample_both_modes, score_samples
 from hgpo_trl.files import nan_to_null, write_json
+from hgpo_trl.generate import render
 from hgpo_trl.modes import Mode, check_embeddings, format_response, mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -42,6 +43,9 @@ class EvaluateArguments:
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
     samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
     margin: float = field(default=0.0, metadata={"help": "Mode means closer than this count as equal (Eq. 13)."})
+    decision_bias: float | str = field(
+        default=0.0, metadata={"help": "Added to the log-odds of thinking, logit(think) - logit(no_think); or sweep."}
+    )
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature (paper: 0.6); 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling (paper: 0.95)."})
     max_new_tokens: int = field(default=35_000, metadata={"help": "Tokens per response (paper: 35,000)."})
@@ -72,6 +76,10 @@ class EvaluateArguments:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if not 0.0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
+        if self.decision_bias != SWEEP and not (
+            isinstance(self.decision_bias, int | float) and math.isfinite(self.decision_bias)
+        ):
+            raise ValueError(f"decision_bias must be a finite number or {SWEEP}; got {self.decision_bias!r}.")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
@@ -150,7 +158,8 @@ def main(argv: Sequence[str]) -> None:
     samples.to_parquet(output_dir / "samples.parquet", index=False)  # whatever becomes of the scoring
     samples = score_samples(samples, dataset, rewards)
     samples.to_parquet(output_dir / "samples.parquet", index=False)
-    report = report_on(samples, args.margin, dataset["level"] if "level" in dataset.column_names else None)
+    levels = dataset["level"] if "level" in dataset.column_names else None
+    report = report_on(samples, args.margin, levels, args.decision_bias)
     write_json(output_dir / "report.json", nan_to_null({"model": args.model, "dataset": args.data, **report}))
     accuracy, length = report["accuracy"], report["mean_tokens"]
     print(
