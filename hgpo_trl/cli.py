@@ -10,6 +10,7 @@ STAGES = {
     "merge": "merge a LoRA adapter of either stage into its base model",
     "evaluate": "sample a model in both modes, score it, report hybrid accuracy",
     "report": "tables and figures from evaluations and training logs",
+    "chat": "talk to a model in the terminal",
 }
 
 _USAGE = "usage: hgpo-trl STAGE --config RECIPE.yaml [--FIELD VALUE ...]\n\nstages:\n" + "\n".join(

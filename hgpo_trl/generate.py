@@ -12,7 +12,7 @@ What a model does with its first token, the decision, is `hgpo_trl.decision`; ho
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -227,7 +227,8 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
     return tokens
 
 
-def _check_settings(mode: str, decision_bias: float, max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_settings(mode: str, decision_bias: float, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """ValueError that names the first setting that `generate` cannot use."""
     if mode not in CHOICES:
         raise ValueError(f"mode must be one of {', '.join(CHOICES)}; got {mode!r}.")
     if not math.isfinite(decision_bias):
@@ -240,12 +241,16 @@ def _check_settings(mode: str, decision_bias: float, max_new_tokens: int, temper
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}.")
 
 
+class TooLongError(ValueError):
+    """A conversation leaves the model no positions for a response."""
+
+
 def _budget(model: Any, longest_prompt: int, max_new_tokens: int) -> int:
-    """`max_new_tokens`, or as many as the model has positions for; ValueError if it has none left."""
+    """`max_new_tokens`, or as many as the model has positions for; TooLongError if it has none left."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = max_new_tokens if positions is None else positions - longest_prompt
     if room < 2:
-        raise ValueError(
+        raise TooLongError(
             f"The longest prompt has {longest_prompt} tokens and the model {positions} positions "
             "(max_position_embeddings): nothing is left for a response. Shorten the conversation."
         )
@@ -287,9 +292,10 @@ def generate(
         Responses in the order of the conversations.
 
     Raises:
-        ValueError: model, tokenizer or a setting does not fit, or a conversation is too long for the model.
+        ValueError: model, tokenizer or a setting does not fit.
+        TooLongError: a conversation, or the longest one, is too long for the model. (A ValueError, too.)
     """
-    _check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
+    check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
     tokens = check_model(model, tokenizer)
     if not conversations:
         return []
@@ -335,12 +341,12 @@ def stream(
     temperature: float = 0.6,
     top_p: float = 0.95,
     seed: int | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """One response in pieces of text, tags included, as it is generated. Closing the iterator ends the generation.
 
     Arguments and errors are those of `generate`.
     """
-    _check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
+    check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
     tokens = check_model(model, tokenizer)
     (ids,) = render(tokenizer, [_conversation(conversation)])
     budget = _budget(model, len(ids), max_new_tokens)
@@ -411,6 +417,6 @@ class HybridModel:
             return generate(self.model, self.tokenizer, [prompt], **settings)[0]
         return generate(self.model, self.tokenizer, prompt, **settings)
 
-    def stream(self, prompt: str | Conversation, **settings: Any) -> Iterator[str]:
+    def stream(self, prompt: str | Conversation, **settings: Any) -> Generator[str, None, None]:
         """`stream`: the response's text, piece by piece."""
         return stream(self.model, self.tokenizer, prompt, **settings)
