@@ -40,6 +40,10 @@ CHOICES = (AUTO, *(mode.value for mode in MODES))
 
 Conversation = Sequence[Mapping[str, Any]]
 
+# How the paper samples; for a model's generation config, because responses that think fall into loops under greedy
+# decoding, which is what Transformers does without one.
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+
 
 # --- tokens in, tokens out ------------------------------------------------------------------------------------
 

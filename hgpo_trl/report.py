@@ -679,6 +679,14 @@ def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
     return Table(["", *evaluations], rows)
 
 
+def results_markdown(evaluations: Mapping[str, Evaluation]) -> str:
+    """What was measured, and the table of results, as Markdown. ValueError if an evaluation lacks a key."""
+    for name, evaluation in evaluations.items():
+        _check(name, evaluation)
+    measured = Bullets([_measured(name, evaluation) for name, evaluation in evaluations.items()])
+    return _markdown([measured, _model_table(evaluations)])
+
+
 def _select(*paths: str) -> list[tuple[str, str, Callable[[float], str]]]:
     return [metric for path in paths for metric in METRICS if metric[1] == path]
 

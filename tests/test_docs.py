@@ -13,6 +13,8 @@ import yaml
 from trl import ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
+from hgpo_trl.scripts.card import CardArguments
+from hgpo_trl.scripts.chat import ChatArguments
 from hgpo_trl.scripts.data import DataArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from hgpo_trl.scripts.hft import HFTArguments
@@ -22,7 +24,10 @@ from hgpo_trl.scripts.report import ReportArguments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-OURS = (DataArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments)
+OURS = (
+    DataArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments,
+    CardArguments, ChatArguments,
+)  # fmt: skip
 INHERITED = "Inherited fields that matter most"
 
 Row = dict[str, str]
@@ -70,8 +75,8 @@ def type_name(annotation: Any) -> str:
         if types.NoneType in arguments:
             (inner,) = set(arguments) - {types.NoneType}
             return f"{type_name(inner)} or null"
-        assert str in arguments  # an enumeration, or its value
-        return "str"
+        assert str in arguments
+        return "float or str" if float in arguments else "str"  # an enumeration, or its value
     if typing.get_origin(annotation) is list:
         return f"list of {typing.get_args(annotation)[0].__name__}"
     return annotation.__name__

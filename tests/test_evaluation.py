@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -484,6 +486,21 @@ def test_evaluate_with_a_decision_bias(evaluate: Callable[..., Path], prompts: D
         recipe.write_text(f"decision_bias: {value}\nmodel: m\ndata: d\noutput_dir: o\n")
         (args,) = RecipeParser(EvaluateArguments, prog="evaluate").parse_recipe(["--config", str(recipe)])
         assert args.decision_bias == expected
+
+
+def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -> None:
+    example = Path(__file__).parents[1] / "examples" / "decision_bias_sweep.py"
+
+    def look_up(folder: Path, accuracy: float) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(example), str(folder), "--accuracy", str(accuracy)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    folder = evaluate(decision_bias="sweep")
+    curve = read_json(folder / "report.json")["decision_bias_curve"]
+    cheapest = min(point["mean_tokens"]["auto"] for point in curve)
+    assert look_up(folder, 0).stdout.splitlines()[-1].endswith(f" {cheapest:.1f}")
+    assert "no bias reaches an accuracy of 1.5" in look_up(folder, 1.5).stderr
+    assert "evaluate with --decision_bias sweep" in look_up(evaluate(), 0).stderr
 
 
 def test_evaluate_again_gives_the_same_files(evaluate: Callable[..., Path]) -> None:
