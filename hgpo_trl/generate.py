@@ -380,7 +380,7 @@ def stream(
         finally:
             streamer.end()  # whoever reads must not wait for what has failed
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="hgpo_trl.stream") as pool:
         generation = pool.submit(run)
         try:
             yield from streamer

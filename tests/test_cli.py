@@ -342,7 +342,8 @@ messages = [{"role": "user", "content": "a = 1 ?"}, {"role": "assistant", "conte
 messages += [{"role": "user", "content": "a = 2 ?"}]
 render = dict(add_generation_prompt=True, tokenize=False)
 prompts = {
-    mode: tokenizer.apply_chat_template(messages, thinking_mode=mode, **render) for mode in ("auto", "think", "no_think")
+    mode: tokenizer.apply_chat_template(messages, thinking_mode=mode, **render)
+    for mode in ("auto", "think", "no_think")
 }
 ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
 sampling = config.do_sample, config.temperature, config.top_p

@@ -25,9 +25,16 @@ from hgpo_trl.scripts.report import ReportArguments
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 OURS = (
-    DataArguments, HFTArguments, HGPOArguments, HGPOConfig, MergeArguments, EvaluateArguments, ReportArguments,
-    CardArguments, ChatArguments,
-)  # fmt: skip
+    DataArguments,
+    HFTArguments,
+    HGPOArguments,
+    HGPOConfig,
+    MergeArguments,
+    EvaluateArguments,
+    ReportArguments,
+    CardArguments,
+    ChatArguments,
+)
 INHERITED = "Inherited fields that matter most"
 
 Row = dict[str, str]
@@ -130,11 +137,21 @@ def test_fields_named_in_the_text_exist() -> None:
     assert set(named) <= known
 
 
-def test_links_and_recipes_exist() -> None:
-    headings = {
-        re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert target[1:] in headings if target.startswith("#") else (ROOT / "docs" / target).is_file(), target
+def anchors(text: str) -> set[str]:
+    """What a link into a Markdown page can name."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file) if file else page
+        assert linked.is_file(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_recipes_exist() -> None:
     for recipe in re.findall(r"recipes/[\w./-]+\.yaml", TEXT):
         assert (ROOT / recipe).is_file(), recipe
