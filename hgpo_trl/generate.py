@@ -78,8 +78,8 @@ def sampling_config(
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_p=top_p if temperature > 0 else None,
+        temperature=temperature if temperature > 0 else 1.0,
+        top_p=top_p if temperature > 0 else 1.0,
         top_k=0 if temperature > 0 else None,
         repetition_penalty=1.0,  # what is left unset here comes from the model's own generation config
         pad_token_id=tokenizer.pad_token_id,
@@ -163,8 +163,6 @@ def _decide(
                 **inputs,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([DecisionBias(tokens, bias, length)]),
-                output_logits=True,
-                return_dict_in_generate=True,
             )
         think = torch.softmax(output.logits[0].float(), dim=-1)[:, tokens.think]
         found |= dict(zip(batch, zip(output.sequences[:, length].tolist(), think.tolist(), strict=True), strict=True))
@@ -313,6 +311,7 @@ def generate(
     probs: list[float | None] = [None] * len(ids)
     if mode == AUTO:
         config = sampling_config(tokenizer, ends, 1, temperature, top_p)
+        config.update(output_logits=True, return_dict_in_generate=True)
         decided = _decide(model, tokenizer, ids, tokens, decision_bias, config, batch_size)
         first, probs = [token for token, _ in decided], [prob for _, prob in decided]
     else:
