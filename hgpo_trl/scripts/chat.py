@@ -159,7 +159,9 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     if console.is_terminal:
         import readline  # noqa: F401  # input() edits its line and remembers earlier ones
-    console.out(f"{args.model}, mode {args.mode}. Commands: {COMMANDS}. Ctrl-C stops a response.", style="dim")
+    console.out(
+        f"{args.model}, mode {args.mode}. Commands: {COMMANDS}. Ctrl-C stops a response.", style="dim", highlight=False
+    )
     Chat(model, args, console).loop(_lines(console))
 
 
