@@ -11,6 +11,8 @@ STAGES = {
     "merge": "merge a LoRA adapter of either stage into its base model",
     "evaluate": "sample a model in both modes, score it, report hybrid accuracy",
     "report": "tables and figures from evaluations and training logs",
+    "card": "a model's card, from its run and its report; push to the hub",
+    "chat": "talk to a model in the terminal",
     "serve": "vLLM's OpenAI-compatible server, modes taken apart",
 }
 

@@ -14,10 +14,18 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import read_decision
-from hgpo_trl.hybrid_accuracy import per_prompt_table, summarize, summarize_by
+from hgpo_trl.generate import batches, complete, end_tokens, padded, render, sampling_config, until_end
+from hgpo_trl.hybrid_accuracy import (
+    biased_choice,
+    decision_bias_curve,
+    per_prompt_table,
+    summarize,
+    summarize_by,
+    sweep_biases,
+)
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
 from hgpo_trl.rewards import answer_parts, checked, floor_faults, split_completions
 
@@ -36,23 +44,6 @@ class Generated(NamedTuple):
     tokens: list[int]  # what follows the forced decision token; anything after an end token is padding
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of each prompt, text or conversation, up to the point where the model decides."""
-    encoded: Any  # the tokenizer's return type depends on its arguments' values
-    if isinstance(prompts[0], str):
-        encoded = tokenizer(list(prompts))
-    else:
-        encoded = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    return encoded["input_ids"]
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
-    """Ids that end a response: the tokenizer's end token and those of the model's generation config."""
-    return sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
-
-
 def samples_table(
     tokenizer: PreTrainedTokenizerBase,
     decisions: Sequence[FirstToken],
@@ -69,8 +60,8 @@ def samples_table(
     forced = mode_tokens(tokenizer).decision
     records = []
     for prompt, mode, sample, generated in responses:
-        end = next((i for i, token in enumerate(generated) if token in ends), None)
-        response = [forced[mode], *(generated if end is None else generated[: end + 1])]
+        generated, truncated = until_end(generated, ends)
+        response = [forced[mode], *generated]
         text = str(tokenizer.decode(response, skip_special_tokens=True))
         prob_think, prob_no_think, picked = decisions[prompt]
         records.append(
@@ -80,7 +71,7 @@ def samples_table(
                 "sample": sample,
                 "completion": text,
                 "num_tokens": len(response),
-                "truncated": end is None,
+                "truncated": truncated,
                 "faults": [fault.value for fault in split_response(text).faults],
                 "prob_think": prob_think,
                 "prob_no_think": prob_no_think,
@@ -122,17 +113,7 @@ def sample_both_modes(
     """
     tokens = mode_tokens(tokenizer)
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
-    generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens - 1,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_p=top_p if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        repetition_penalty=1.0,  # what is left unset here comes from the model's own generation config
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends,
-    )
+    generation_config = sampling_config(tokenizer, ends, max_new_tokens - 1, temperature, top_p)
     ids = render(tokenizer, prompts)
     model.eval()
     torch.manual_seed(seed)
@@ -141,23 +122,12 @@ def sample_both_modes(
     return samples_table(tokenizer, decisions, responses, ends)
 
 
-def _batches(ids: list[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like prompt length, so that little is padding."""
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def _padded(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> BatchEncoding:
-    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
-
-
 def _read_decisions(
     model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], tokens: ModeTokens, batch_size: int
 ) -> list[FirstToken]:
     found: dict[int, FirstToken] = {}
-    for rows in _batches(ids, batch_size):
-        inputs = _padded(model, tokenizer, [ids[row] for row in rows])
+    for rows in batches(ids, batch_size):
+        inputs = padded(model, tokenizer, [ids[row] for row in rows])
         decision = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens)
         values = zip(decision.think.tolist(), decision.no_think.tolist(), decision.picked.tolist(), strict=True)
         found |= dict(zip(rows, values, strict=True))
@@ -175,16 +145,12 @@ def _generate(
 ) -> Iterator[Generated]:
     """The modes one after the other: no short response waits in a batch for a long one of the other mode."""
     progress = tqdm(total=len(ids) * len(MODES) * samples_per_mode, desc="sampling", unit="response")
-    for mode, forced in enumerate(tokens.decision):
-        for rows in _batches(ids, max(1, batch_size // samples_per_mode)):
-            repeated = [[*ids[row], forced] for row in rows for _ in range(samples_per_mode)]
-            inputs = _padded(model, tokenizer, repeated)
-            with torch.inference_mode():
-                sequences = model.generate(**inputs, generation_config=generation_config)
-            for index, sequence in enumerate(sequences[:, inputs["input_ids"].shape[1] :].tolist()):
-                yield Generated(rows[index // samples_per_mode], mode, index % samples_per_mode, sequence)
-            progress.update(len(rows) * samples_per_mode)
-    progress.close()
+    whole_prompts = max(1, batch_size // samples_per_mode) * samples_per_mode
+    with progress:
+        for mode, forced in enumerate(tokens.decision):
+            rows = [[*row, forced] for row in ids for _ in range(samples_per_mode)]
+            for place, rest in complete(model, tokenizer, rows, generation_config, whole_prompts, progress):
+                yield Generated(place // samples_per_mode, mode, place % samples_per_mode, rest)
 
 
 # --- scores and figures ---------------------------------------------------------------------------------------
@@ -220,13 +186,23 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
     return samples.assign(reward=totals.nansum(dim=1).where(~unscored, torch.nan).numpy())
 
 
-def report_on(samples: pd.DataFrame, margin: float = 0.0, levels: Sequence[Any] | None = None) -> dict[str, Any]:
+SWEEP = "sweep"  # in place of a decision bias: as many as make a difference
+
+
+def report_on(
+    samples: pd.DataFrame,
+    margin: float = 0.0,
+    levels: Sequence[Any] | None = None,
+    decision_bias: float | str = 0.0,
+) -> dict[str, Any]:
     """The evaluation's figures from its scored samples alone.
 
     Args:
         samples: with `reward`; every prompt has the same number of samples in each mode.
         margin: of Eq. 13: mode means closer than this count as equal.
         levels: difficulty of each prompt, by `prompt_id`; None where the data set has none.
+        decision_bias: added to the log-odds of thinking before the model's own choice is looked at; or SWEEP, which
+            leaves the choice as it is and adds what it would be worth under every bias.
 
     Returns:
         What `report.json` holds: see docs/evaluation.md.
@@ -235,19 +211,21 @@ def report_on(samples: pd.DataFrame, margin: float = 0.0, levels: Sequence[Any] 
     samples = samples.sort_values([PROMPT_ID, "mode", "sample"])
     prompts = samples.drop_duplicates(PROMPT_ID)
     shape = (len(prompts), len(MODES), -1)
-    table = per_prompt_table(
-        samples["reward"].to_numpy(dtype=np.float64).reshape(shape),
-        samples["num_tokens"].to_numpy(dtype=np.float64).reshape(shape),
-        prompts["prob_think"].to_numpy(),
-        prompts["prob_no_think"].to_numpy(),
-        prompts["picked"].to_numpy(),
-        margin,
-    )
+    scores = samples["reward"].to_numpy(dtype=np.float64).reshape(shape)
+    lengths = samples["num_tokens"].to_numpy(dtype=np.float64).reshape(shape)
+    own = prompts["prob_think"].to_numpy(), prompts["prob_no_think"].to_numpy(), prompts["picked"].to_numpy()
+    curve = {}
+    if decision_bias == SWEEP:
+        decision_bias = 0.0
+        curve = {"decision_bias_curve": decision_bias_curve(scores, lengths, *own, sweep_biases(*own), margin)}
+    table = per_prompt_table(scores, lengths, *biased_choice(*own, float(decision_bias)), margin)
     by_mode = samples.groupby("mode", observed=True)
     return {
         **summarize(table),
         "samples_per_mode": len(samples) // (len(prompts) * len(MODES)),
         "margin": margin,
+        "decision_bias": float(decision_bias),
+        **curve,
         "format_faults": by_mode["faults"].agg(lambda faults: float((faults.str.len() > 0).mean())).to_dict(),
         "faults": {
             str(mode): {kind.value: float(faults.map(lambda found, kind=kind: kind in found).mean()) for kind in Fault}

@@ -100,6 +100,104 @@ def per_prompt_table(
     return table
 
 
+def biased_choice(
+    prob_think: Array, prob_no_think: Array, picked: NDArray[np.int64], bias: float
+) -> tuple[Array, Array, NDArray[np.int64]]:
+    """The choice after a decision bias, which moves the log-odds log π(think) − log π(no_think) by `bias`.
+
+    As in `hgpo_trl.generate.DecisionBias`, half of it goes to the one and half is taken from the other, and all
+    probabilities are scaled to add up to 1. So −inf and inf are never and always thinking, and 0 is the model's own
+    choice.
+
+    Args:
+        prob_think, prob_no_think, picked: `[K]`, as `per_prompt_table` takes them.
+
+    Returns:
+        The same three, with the bias. A pick changes where another outcome has become the more likely one. The
+        probability of a pick that is neither mode is not known; it is taken to be all of the mass on neither.
+    """
+    if bias == 0:
+        return prob_think, prob_no_think, picked
+    if np.isinf(bias):
+        think = np.full(len(picked), float(bias > 0))
+        return think, 1.0 - think, np.full(len(picked), THINK if bias > 0 else NO_THINK)
+    logs = _log_probs(prob_think, prob_no_think) + np.array([[bias / 2], [-bias / 2], [0.0]])
+    logs -= logs.max(axis=0)
+    think, no_think, _ = np.exp(logs) / np.exp(logs).sum(axis=0)
+    neither = len(logs) - 1
+    logs[neither, picked != OFF_MODE] = -np.inf  # whatever is neither was less likely than the modes
+    own, best, rows = np.where(picked == OFF_MODE, neither, picked), logs.argmax(axis=0), np.arange(len(picked))
+    chosen = np.where(logs[best, rows] > logs[own, rows], best, own)
+    return think, no_think, np.where(chosen == neither, OFF_MODE, chosen)
+
+
+def _log_probs(prob_think: Array, prob_no_think: Array) -> Array:
+    """`[3, K]`: of think, no think and neither; −inf where one is impossible."""
+    neither = np.clip(1.0 - prob_think - prob_no_think, 0.0, 1.0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.stack([prob_think, prob_no_think, neither]))
+
+
+def sweep_biases(
+    prob_think: Array, prob_no_think: Array, picked: NDArray[np.int64], limit: int = 60
+) -> NDArray[np.float64]:
+    """Biases at which `biased_choice` makes different picks, from never to always thinking; 0 is one of them.
+
+    Between two thresholds, at each of which some prompt's pick changes, every bias picks the same, so one bias will do.
+    Where there are more than `limit`, so many are taken, evenly in the order of the thresholds.
+
+    Returns:
+        Rising and finite.
+    """
+    think, no_think, neither = _log_probs(prob_think, prob_no_think)
+    off_mode = picked == OFF_MODE
+    with np.errstate(invalid="ignore"):  # a mode that is impossible has no threshold
+        thresholds = np.concatenate(
+            [(no_think - think)[~off_mode], 2 * (neither - think)[off_mode], 2 * (no_think - neither)[off_mode]]
+        )
+    thresholds = np.unique(thresholds[np.isfinite(thresholds)])
+    if not len(thresholds):
+        return np.zeros(1)
+    between = (thresholds[:-1] + thresholds[1:]) / 2
+    biases = np.concatenate([[thresholds[0] - 1], between, [thresholds[-1] + 1]])
+    chosen = np.linspace(0, len(biases) - 1, min(limit, len(biases))).round().astype(int)
+    return np.unique(np.append(biases[chosen], 0.0))
+
+
+def decision_bias_curve(
+    scores: Array,
+    lengths: Array,
+    prob_think: Array,
+    prob_no_think: Array,
+    picked: NDArray[np.int64],
+    biases: Sequence[float] | Array,
+    margin: float = 0.0,
+) -> list[dict[str, Any]]:
+    """What the model's choice is worth under each decision bias, from the same samples: nothing is generated again.
+
+    Args:
+        scores, lengths, prob_think, prob_no_think, picked, margin: as `per_prompt_table` takes them.
+        biases: see `biased_choice`; −inf and inf are allowed.
+
+    Returns:
+        One entry per bias: `bias`, `hybrid_accuracy`, and `thinking_ratio`, `accuracy` and `mean_tokens` of the greedy
+        choice (`auto`) and of the sampled one (`sampled`), means over the prompts.
+    """
+    curve = []
+    for bias in map(float, biases):
+        choice = biased_choice(prob_think, prob_no_think, picked, bias)
+        table = per_prompt_table(scores, lengths, *choice, margin)
+        shown = [f"{metric}/{policy}" for metric in ("accuracy", "mean_tokens") for policy in ("auto", "sampled")]
+        columns = {
+            "hybrid_accuracy": table["hybrid_accuracy"],
+            "thinking_ratio/auto": (choice[2] == THINK).astype(np.float64),
+            "thinking_ratio/sampled": table["thinking_ratio"],
+            **{name: table[name] for name in shown},
+        }
+        curve.append({"bias": bias, **_nest({name: float(_mean(column)) for name, column in columns.items()})})
+    return curve
+
+
 def bootstrap_intervals(table: Table, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of every column's mean, resampling prompts with replacement (the same ones for all)."""
     num_prompts = len(next(iter(table.values())))

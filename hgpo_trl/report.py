@@ -226,31 +226,63 @@ def _thinking_ratio_by_level(evaluations: Mapping[str, Evaluation]) -> Figure | 
 def _accuracy_vs_tokens(evaluations: Mapping[str, Evaluation]) -> Figure:
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.add_subplot()
-
-    def mark(evaluation: Evaluation, policy: str, color: str, **style: Any) -> None:
-        x, y = _value(evaluation, f"mean_tokens.{policy}"), _value(evaluation, f"accuracy.{policy}")
-        cross: dict[str, Any] = {"color": color, "linewidth": 1.2, "alpha": 0.45}
-        axes.hlines(y, *_interval(evaluation, f"mean_tokens.{policy}"), **cross)
-        axes.vlines(x, *_interval(evaluation, f"accuracy.{policy}"), **cross)
-        axes.plot(x, y, color=color, linestyle="none", **style)
-
     for index, (name, evaluation) in enumerate(evaluations.items()):
-        mark(evaluation, "sampled", markersize=5.5, zorder=3, **_look(index))
-        mark(evaluation, "auto", markersize=10, zorder=3, label=name, **_look(index))
+        _mark(axes, evaluation, "sampled", markersize=5.5, zorder=3, **_look(index))
+        _mark(axes, evaluation, "auto", markersize=10, zorder=3, label=name, **_look(index))
     axes.plot([], [], color=NEITHER, linestyle="none", marker="o", markersize=5.5, label="the same, sampled")
-    last = list(evaluations.values())[-1]
+    _mark_fixed_policies(axes, list(evaluations.values())[-1])
+    axes.set(xlabel="tokens per response")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.08)
+    _accuracy_axis(axes, "accuracy")
+    figure.legend(loc="outside right upper", labelspacing=0.9)
+    return figure
+
+
+def _mark(axes: Axes, evaluation: Evaluation, policy: str, color: str, **style: Any) -> None:
+    """A policy's accuracy at its tokens, with both intervals."""
+    x, y = _value(evaluation, f"mean_tokens.{policy}"), _value(evaluation, f"accuracy.{policy}")
+    cross: dict[str, Any] = {"color": color, "linewidth": 1.2, "alpha": 0.45}
+    axes.hlines(y, *_interval(evaluation, f"mean_tokens.{policy}"), **cross)
+    axes.vlines(x, *_interval(evaluation, f"accuracy.{policy}"), **cross)
+    axes.plot(x, y, color=color, linestyle="none", **style)
+
+
+def _mark_fixed_policies(axes: Axes, evaluation: Evaluation) -> None:
+    """Always, never thinking, the oracle, and between the first two thinking at random."""
     for policy, label, color, marker, size in (
         ("think", "always thinking", THINK, "o", 13),
         ("no_think", "never thinking", NO_THINK, "o", 13),
         ("oracle", "oracle", INK, "*", 19),
     ):  # hollow and on top: what lies within stays visible
         shape = {"marker": marker, "markersize": size, "markerfacecolor": "none", "markeredgewidth": 1.8}
-        mark(last, policy, color, label=label, zorder=4, **shape)
+        _mark(axes, evaluation, policy, color, label=label, zorder=5, **shape)
     tokens, accuracy = (
-        [_value(last, f"{metric}.{mode}") for mode in ("no_think", "think")] for metric in ("mean_tokens", "accuracy")
+        [_value(evaluation, f"{metric}.{mode}") for mode in ("no_think", "think")]
+        for metric in ("mean_tokens", "accuracy")
     )
     style: dict[str, Any] = {"color": NEITHER, "linewidth": 1.2, "linestyle": "--"}
     axes.plot(tokens, accuracy, label="thinking at random", **style)
+
+
+def _decision_bias(evaluations: Mapping[str, Evaluation]) -> Figure | None:
+    drawn = {name: evaluation for name, evaluation in evaluations.items() if "decision_bias_curve" in evaluation}
+    if not drawn:
+        return None
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, evaluation in drawn.items():
+        look: dict[str, Any] = {**_look(list(evaluations).index(name))}
+        curve = evaluation["decision_bias_curve"]
+        tokens, accuracy = (
+            [_value(entry, f"{metric}.auto") for entry in curve] for metric in ("mean_tokens", "accuracy")
+        )
+        axes.plot(tokens, accuracy, color=look["color"], label=name, zorder=3)
+        own = [index for index, entry in enumerate(curve) if entry["bias"] == 0]
+        axes.plot([tokens[i] for i in own], [accuracy[i] for i in own], markersize=10, zorder=4, **look)
+    axes.plot([], [], color=NEITHER, linestyle="none", marker="o", markersize=10, label="own choice (bias 0)")
+    last = list(drawn.values())[-1]
+    _mark_fixed_policies(axes, last)
     axes.set(xlabel="tokens per response")
     axes.set_xlim(left=0)
     axes.margins(y=0.08)
@@ -466,10 +498,11 @@ def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 
 def _measured(name: str, evaluation: Evaluation) -> str:
+    bias = evaluation.get("decision_bias", 0.0)
     return (
         f"`{name}`: model `{evaluation['model']}` on `{evaluation['dataset']}`, "
         f"{evaluation['num_prompts']:,} prompts, {evaluation['samples_per_mode']} responses in each mode, "
-        f"margin {evaluation['margin']:g}."
+        f"margin {evaluation['margin']:g}{f', decision bias {bias:g}' if bias else ''}."
     )
 
 
@@ -477,6 +510,14 @@ def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
     rows = [[label, *(_with_interval(e, path, form) for e in evaluations.values())] for label, path, form in METRICS]
     rows += [[label, *(form(_value(e, path)) for e in evaluations.values())] for label, path, form in FAULTS]
     return Table(["", *evaluations], rows)
+
+
+def results_markdown(evaluations: Mapping[str, Evaluation]) -> str:
+    """What was measured, and the table of results, as Markdown. ValueError if an evaluation lacks a key."""
+    for name, evaluation in evaluations.items():
+        _check(name, evaluation)
+    measured = Bullets([_measured(name, evaluation) for name, evaluation in evaluations.items()])
+    return to_markdown([measured, _model_table(evaluations)])
 
 
 def _select(*paths: str) -> list[tuple[str, str, Callable[[float], str]]]:
@@ -523,6 +564,17 @@ CAPTIONS = {
             "choice is worth something if it lies above the dashed line."
         ),
     ),
+    "decision_bias": (
+        "Accuracy against cost under a decision bias",
+        (
+            "Each line is one model whose log-odds of thinking are moved by a bias, from never to always thinking; the "
+            "filled marker is its own choice, without a bias. All of it is computed from the same responses. Hollow "
+            "markers and the dashed line are about the last model only, as above. How to read it: a line that bends "
+            "towards the upper left belongs to a model that knows which prompts need thinking, and every point "
+            "on it can be had by setting `decision_bias`; a line near the dashed one is no better than thinking at "
+            "random."
+        ),
+    ),
     "training_curves": (
         "Training",
         (
@@ -554,6 +606,7 @@ def _pictures(
         figures = {
             "thinking_ratio_by_level": _thinking_ratio_by_level(evaluations),
             "accuracy_vs_tokens": _accuracy_vs_tokens(evaluations),
+            "decision_bias": _decision_bias(evaluations),
             "training_curves": _training_curves(training_logs),
             "margin_sweep": _margin_sweep(sweep),
         }

@@ -9,7 +9,8 @@ import pandas as pd
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import OFF_MODE
-from hgpo_trl.evaluation import FirstToken, Generated, end_tokens, render, samples_table
+from hgpo_trl.evaluation import FirstToken, Generated, samples_table
+from hgpo_trl.generate import end_tokens, render
 from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
 
 if TYPE_CHECKING:

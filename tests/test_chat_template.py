@@ -1,5 +1,7 @@
 """chat_template: what is rendered, in four families of tokenizers, and what TRL's SFT makes of it."""
 
+import itertools
+
 import pytest
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -159,6 +161,20 @@ def test_an_earlier_turn_keeps_only_its_answer(chatml, turn, kept):
 )
 def test_the_final_turn_is_rendered_as_it_is(chatml, turn, rendered):
     assert text(chatml, [user("?"), turn]).endswith(f"<|im_start|>assistant\n{rendered}<|im_end|>")
+
+
+@pytest.mark.parametrize("modes", itertools.product(("think", "no_think", "neither"), repeat=2), ids="-".join)
+def test_a_history_is_its_answers_whatever_its_modes(tokenizer, modes):
+    written = {"think": THINK, "no_think": format_response("no_think", "5"), "neither": "5"}
+    turns = [(user("2 + 3?"), assistant(written[mode])) for mode in modes]
+    answers = [(user("2 + 3?"), assistant("5"))] * len(modes)
+    for mode in ("auto", *MODES):
+        one, other = (
+            prompt(tokenizer, [system("Be brief."), *itertools.chain(*history), user("And now?")], thinking_mode=mode)
+            for history in (turns, answers)
+        )
+        assert one == other
+        assert one.count("Be brief.") == 1
 
 
 def test_an_answer_without_a_mode_has_its_blank_in_plain_text():

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from wandb.proto.wandb_internal_pb2 import Record
 
 from hgpo_trl.cli import STAGES, main
-from hgpo_trl.scripts import data
+from hgpo_trl.scripts import card, data
 from hgpo_trl.tasks import chain_sum
 
 ROOT = Path(__file__).parents[1]
@@ -341,6 +341,60 @@ def test_training_leaves_models_that_load(whole_run: Path) -> None:
         assert json.loads((whole_run / stage / "run.json").read_text(encoding="utf-8"))["stage"] == stage
 
 
+WITHOUT_US = """
+import json, sys
+sys.modules["hgpo_trl"] = None  # an import of it fails
+from transformers import AutoTokenizer, GenerationConfig
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+config = GenerationConfig.from_pretrained(sys.argv[1])
+messages = [{"role": "user", "content": "a = 1 ?"}, {"role": "assistant", "content": "<think> b </think> 1"}]
+messages += [{"role": "user", "content": "a = 2 ?"}]
+render = dict(add_generation_prompt=True, tokenize=False)
+prompts = {
+    mode: tokenizer.apply_chat_template(messages, thinking_mode=mode, **render)
+    for mode in ("auto", "think", "no_think")
+}
+ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+sampling = config.do_sample, config.temperature, config.top_p
+print(json.dumps([prompts, tokenizer.eos_token_id in ends, config.pad_token_id == tokenizer.pad_token_id, sampling]))
+snippet = open(sys.argv[1] + "/README.md", encoding="utf-8").read().split("```python")[1].split("```")[0]
+exec(snippet.replace('"' + sys.argv[1].split("/")[-1] + '"', repr(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("stage", ["hft", "hgpo"])
+def test_a_trained_model_needs_none_of_our_code(stage: str, whole_run: Path) -> None:
+    """Tags, template, generation config; and the example on its card runs."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, str(whole_run / stage)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts, _, response = done.stdout.partition("\n")
+    prompts, ends, pads, sampling = json.loads(facts)
+    assert prompts["auto"] == "<bos>User: a = 1 ?\nAssistant: 1<eos>\nUser: a = 2 ?\nAssistant:"
+    assert prompts["think"] == f"{prompts['auto']}<think>"
+    assert prompts["no_think"] == f"{prompts['auto']}<no_think>"
+    assert (ends, pads, sampling) == (True, True, [True, 0.6, 0.95])
+    assert response
+
+
+def test_a_trained_model_has_a_card(whole_run: Path, tmp_path: Path) -> None:
+    texts = {stage: (whole_run / stage / "README.md").read_text(encoding="utf-8") for stage in ("hft", "hgpo")}
+    assert "### Hybrid Fine-Tuning" in texts["hft"]
+    assert "### Hybrid Group" not in texts["hft"]
+    assert texts["hgpo"].index("### Hybrid Fine-Tuning") < texts["hgpo"].index("### Hybrid Group Policy Optimization")
+    assert "margin: 0.25" in texts["hgpo"]
+    assert "## Evaluation" not in texts["hgpo"]
+    assert not any(str(whole_run) in text for text in texts.values())
+
+    shutil.copytree(whole_run / "hgpo", tmp_path / "hgpo")
+    card.main(["--model", str(tmp_path / "hgpo"), "--report", str(whole_run / "report")])
+    text = (tmp_path / "hgpo" / "README.md").read_text(encoding="utf-8")
+    assert "| Hybrid accuracy |" in text
+    assert "(figures/accuracy_vs_tokens.png)" in text
+    assert str(whole_run) not in text
+
+
 def test_evaluation_leaves_figures_and_samples(whole_run: Path) -> None:
     report = json.loads((whole_run / "eval-hgpo" / "report.json").read_text(encoding="utf-8"))
     assert (report["num_prompts"], report["samples_per_mode"]) == (6, 2)
@@ -608,9 +662,12 @@ def test_parameter_types(whole_run: Path) -> None:
     assert {str(parameter.dtype) for parameter in model.parameters()} == {"torch.float32"}
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("examples/*.py")), ids=lambda path: path.stem)
+TASKS = [path for path in sorted(ROOT.glob("examples/*.py")) if "LEVELS =" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_example_tasks_build(path: Path, tmp_path: Path) -> None:
-    """Each file in examples/ is a whole task: data sets, tokenizer and model follow from it."""
+    """Each task in examples/ is whole: data sets, tokenizer and model follow from it."""
     sizes = ["--num_hft", "70", "--num_hgpo", "35", "--num_eval", "35", "--hidden_size", "16"]
     data.main(["--task", str(path), "--output_dir", str(tmp_path), *sizes])
     assert {"hft.parquet", "hgpo.parquet", "eval.parquet", "base"} <= {entry.name for entry in tmp_path.iterdir()}

@@ -15,6 +15,8 @@ from trl import ModelConfig, SFTConfig
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data.difficulty import DifficultyArguments
 from hgpo_trl.scripts.building import BuilderArguments
+from hgpo_trl.scripts.card import CardArguments
+from hgpo_trl.scripts.chat import ChatArguments
 from hgpo_trl.scripts.data_classifier import DataClassifierArguments
 from hgpo_trl.scripts.data_hft import HFTDataArguments
 from hgpo_trl.scripts.data_hgpo import HGPODataArguments
@@ -41,6 +43,8 @@ OURS = (
     MergeArguments,
     EvaluateArguments,
     ReportArguments,
+    CardArguments,
+    ChatArguments,
 )
 OF_THE_MACHINE = {"num_processes": "all cores"}  # defaults that the code does not fix
 INHERITED = "Inherited fields that matter most"
@@ -90,8 +94,8 @@ def type_name(annotation: Any) -> str:
         if types.NoneType in arguments:
             (inner,) = set(arguments) - {types.NoneType}
             return f"{type_name(inner)} or null"
-        assert str in arguments  # an enumeration, or its value
-        return "str"
+        assert str in arguments
+        return "float or str" if float in arguments else "str"  # an enumeration, or its value
     if typing.get_origin(annotation) is list:
         return f"list of {typing.get_args(annotation)[0].__name__}"
     return annotation.__name__
@@ -153,11 +157,21 @@ def test_fields_named_in_the_text_exist() -> None:
     assert set(named) <= known
 
 
-def test_links_and_recipes_exist() -> None:
-    headings = {
-        re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert target[1:] in headings if target.startswith("#") else (ROOT / "docs" / target).is_file(), target
+def anchors(text: str) -> set[str]:
+    """What a link into a Markdown page can name."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_links_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file) if file else page
+        assert linked.is_file(), target
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
+
+
+def test_recipes_exist() -> None:
     for recipe in re.findall(r"recipes/[\w./-]+\.yaml", TEXT):
         assert (ROOT / recipe).is_file(), recipe

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,8 @@ from hgpo_trl.decision import OFF_MODE, Decision, read_decision
 from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
 from hgpo_trl.reward_model import RewardModel
-from hgpo_trl.scripts.evaluate import main
+from hgpo_trl.scripts.evaluate import EvaluateArguments, main
+from hgpo_trl.scripts.recipe import RecipeParser
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 6, 3, 24
 MODE_NAMES = [mode.value for mode in MODES]
@@ -430,6 +433,36 @@ def test_the_margin_counts() -> None:
     assert report["by_level"] == []
 
 
+def test_a_decision_bias_changes_the_models_own_choice_and_nothing_else() -> None:
+    own, biased = report_on(scored_samples()), report_on(scored_samples(), decision_bias=3.0)
+    assert (own["decision_bias"], biased["decision_bias"]) == (0.0, 3.0)
+    # log-odds of thinking: 1.25, −2.2 and 0; neither has 0.4 against 0.3 at the last prompt
+    assert biased["mean_tokens"]["auto"] == (12 + 20 + 8) / 3
+    assert biased["hybrid_accuracy"] == 0.5
+    assert biased["thinking_ratio"] > own["thinking_ratio"]
+    for key in ("truncated", "format_faults", "num_prompts", "by_level"):
+        assert biased[key] == own[key]
+    for policy in ("think", "no_think", "oracle"):
+        assert biased["accuracy"][policy] == own["accuracy"][policy]
+
+
+def test_a_sweep_adds_the_curve_to_the_report() -> None:
+    samples = scored_samples()
+    report = report_on(samples, margin=0.6, decision_bias="sweep")
+    curve = report.pop("decision_bias_curve")
+    assert repr(report) == repr(report_on(samples, margin=0.6))
+    for entry in curve:
+        alone = report_on(samples, margin=0.6, decision_bias=entry["bias"])
+        for metric in ("accuracy", "mean_tokens"):
+            for policy in ("auto", "sampled"):
+                assert entry[metric][policy] == alone[metric][policy]
+        assert entry["hybrid_accuracy"] == alone["hybrid_accuracy"]
+        assert entry["thinking_ratio"]["sampled"] == alone["thinking_ratio"]
+    assert [curve[end]["mean_tokens"]["auto"] for end in (0, -1)] == [
+        report["mean_tokens"][mode] for mode in ("no_think", "think")
+    ]
+
+
 def test_levels_are_looked_up_by_prompt() -> None:
     samples = scored_samples().query("prompt_id != 1")
     assert [group["level"] for group in report_on(samples, levels=["a", "b", "c"])["by_level"]] == ["a", "c"]
@@ -496,6 +529,38 @@ def test_evaluate_writes_a_report_that_its_samples_reproduce(
     assert f"thinking ratio {report['thinking_ratio']:.3f}" in capsys.readouterr().out
 
 
+def test_evaluate_with_a_decision_bias(evaluate: Callable[..., Path], prompts: Dataset, tmp_path: Path) -> None:
+    reports = {bias: read_json(evaluate(decision_bias=bias) / "report.json") for bias in ("sweep", "-2.5", "0")}
+    samples = pd.read_parquet(tmp_path / "eval" / "samples.parquet")
+    curve = reports["sweep"].pop("decision_bias_curve")
+    assert reports["sweep"] == reports["0"]
+    assert reports["-2.5"]["decision_bias"] == -2.5
+    levels = prompts["level"]
+    assert reports["-2.5"]["mean_tokens"] == report_on(samples, 0.0, levels, -2.5)["mean_tokens"]
+    assert nan_as_none(report_on(samples, 0.0, levels, "sweep")["decision_bias_curve"]) == curve
+
+    recipe = tmp_path / "recipe.yaml"
+    for value, expected in (("sweep", "sweep"), ("1", 1.0), ("-0.5", -0.5)):
+        recipe.write_text(f"decision_bias: {value}\nmodel: m\ndata: d\noutput_dir: o\n")
+        (args,) = RecipeParser(EvaluateArguments, prog="evaluate").parse_recipe(["--config", str(recipe)])
+        assert args.decision_bias == expected
+
+
+def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -> None:
+    example = Path(__file__).parents[1] / "examples" / "decision_bias_sweep.py"
+
+    def look_up(folder: Path, accuracy: float) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(example), str(folder), "--accuracy", str(accuracy)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    folder = evaluate(decision_bias="sweep")
+    curve = read_json(folder / "report.json")["decision_bias_curve"]
+    cheapest = min(point["mean_tokens"]["auto"] for point in curve)
+    assert look_up(folder, 0).stdout.splitlines()[-1].endswith(f" {cheapest:.1f}")
+    assert "no bias reaches an accuracy of 1.5" in look_up(folder, 1.5).stderr
+    assert "evaluate with --decision_bias sweep" in look_up(evaluate(), 0).stderr
+
+
 def test_evaluate_again_gives_the_same_files(evaluate: Callable[..., Path]) -> None:
     names = ("report.json", "samples.parquet")
     first, second = ([(evaluate() / name).read_bytes() for name in names] for _ in range(2))
@@ -548,6 +613,8 @@ def test_empty_data_is_refused(evaluate: Callable[..., Path], prompts: Dataset, 
     [
         ("margin", -0.1, "margin must be a finite number of at least 0; got -0.1"),
         ("margin", "inf", "margin must be a finite number of at least 0; got inf"),
+        ("decision_bias", "inf", "decision_bias must be a finite number or sweep; got inf"),
+        ("decision_bias", "all", "decision_bias must be a finite number or sweep; got 'all'"),
         ("samples_per_mode", 0, "samples_per_mode must be at least 1; got 0"),
         ("batch_size", 0, "batch_size must be at least 1; got 0"),
         ("max_new_tokens", 1, "max_new_tokens must be at least 2"),

@@ -1,21 +1,24 @@
 """`hgpo_trl.hybrid_accuracy` by hand, against a loop-by-loop reference, and its intervals in a simulation."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hgpo_trl.hybrid_accuracy import (
     Table,
     better_mode,
+    biased_choice,
     bootstrap_intervals,
+    decision_bias_curve,
     per_prompt_table,
     summarize,
     summarize_by,
+    sweep_biases,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")  # NaN is an ordinary value here: numpy must not complain
@@ -261,6 +264,142 @@ def test_a_larger_margin_never_makes_the_oracle_longer(prompts: list[Prompt], ma
     small, large = (table_of(prompts, margin)["mean_tokens/oracle"] for margin in sorted(margins))
     defined = ~np.isnan(small)
     assert (large[defined] <= small[defined]).all()
+
+
+# --- Decision bias ------------------------------------------------------------
+
+
+@st.composite
+def consistent_prompts(draw: st.DrawFn) -> list[Prompt]:
+    """Prompts whose pick is one that their probabilities allow."""
+    prompts = []
+    for prompt in draw(prompt_lists()):
+        think, no_think = prompt.prob_think, prompt.prob_no_think
+        pick = THINK if think >= no_think else NO_THINK
+        possible = [pick] if 1 - think - no_think < max(think, no_think) else [pick, NEITHER]
+        prompts.append(replace(prompt, picked=draw(st.sampled_from(possible))))
+    return prompts
+
+
+def arrays(prompts: list[Prompt]) -> tuple[tuple, tuple]:
+    """Scores and lengths, and the choice, as the functions take them."""
+    scored = np.array([p.scores for p in prompts], dtype=float), np.array([p.lengths for p in prompts], dtype=float)
+    names = ("prob_think", "prob_no_think", "picked")
+    return scored, tuple(np.array([getattr(prompt, name) for prompt in prompts]) for name in names)
+
+
+biases = st.floats(-30, 30) | st.sampled_from([-math.inf, 0.0, math.inf])
+
+
+@settings(deadline=None, max_examples=200)
+@given(logits=st.tuples(*[st.floats(-10, 10)] * 3), bias=st.floats(-30, 30))
+def test_the_bias_is_that_of_the_logits(logits: tuple[float, float, float], bias: float) -> None:
+    """Against the softmax of the shifted logits, with a single token that is neither mode."""
+
+    def softmax(values: list[float]) -> list[float]:
+        weights = [math.exp(value) for value in values]
+        return [weight / math.fsum(weights) for weight in weights]
+
+    think, no_think, other = logits
+    before = softmax([think, no_think, other])
+    after = softmax([think + bias / 2, no_think - bias / 2, other])
+    assume(len(set(before)) == 3)
+    order = (THINK, NO_THINK, NEITHER)
+    choice = [np.array([before[0]]), np.array([before[1]]), np.array([order[before.index(max(before))]])]
+    found = biased_choice(*choice, bias)
+    assert [float(found[0][0]), float(found[1][0])] == pytest.approx(after[:2], rel=1e-6, abs=1e-12)
+    if order[before.index(max(before))] == NEITHER or bias == 0 or other < min(think, no_think) - 30:
+        clear = sorted(after)[-1] - sorted(after)[-2] > 1e-9
+        assert not clear or found[2][0] == order[after.index(max(after))]
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompts=consistent_prompts(), pair=st.tuples(biases, biases), margin=st.sampled_from([0.0, 0.25]))
+def test_a_larger_bias_never_thinks_less(prompts: list[Prompt], pair: tuple[float, float], margin: float) -> None:
+    scored, choice = arrays(prompts)
+    small, large = decision_bias_curve(*scored, *choice, sorted(pair), margin)
+    for policy in ("auto", "sampled"):
+        assert small["thinking_ratio"][policy] <= large["thinking_ratio"][policy] + 1e-12
+    before, after = (biased_choice(*choice, bias) for bias in sorted(pair))
+    rank = {NO_THINK: 0, NEITHER: 1, THINK: 2}
+    assert all(rank[one] <= rank[other] for one, other in zip(before[2].tolist(), after[2].tolist(), strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(prompts=consistent_prompts(), margin=st.sampled_from([0.0, 0.25]))
+def test_the_ends_are_never_and_always_thinking_and_0_is_the_models_own(prompts: list[Prompt], margin: float) -> None:
+    scored, choice = arrays(prompts)
+    summary = summarize(table_of(prompts, margin))
+    never, own, always = decision_bias_curve(*scored, *choice, [-math.inf, 0.0, math.inf], margin)
+    for metric in ("accuracy", "mean_tokens"):
+        for policy in ("auto", "sampled"):
+            assert own[metric][policy] == pytest.approx(summary[metric][policy], nan_ok=True)
+        for entry, mode in ((never, "no_think"), (always, "think")):
+            assert entry[metric]["auto"] == pytest.approx(summary[metric][mode], nan_ok=True)
+            # of a mode that is never sampled, too, the expectation needs a valid sample
+            scored_in_both = [
+                p for p in prompts if metric == "mean_tokens" or not any(map(math.isnan, map(mean, p.scores)))
+            ]
+            expected = summarize(table_of(scored_in_both))[metric][mode] if scored_in_both else NAN
+            assert entry[metric]["sampled"] == pytest.approx(expected, nan_ok=True)
+    assert own["hybrid_accuracy"] == pytest.approx(summary["hybrid_accuracy"], nan_ok=True)
+    assert own["thinking_ratio"]["sampled"] == pytest.approx(summary["thinking_ratio"])
+    assert [entry["thinking_ratio"]["auto"] for entry in (never, always)] == [0.0, 1.0]
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompts=consistent_prompts(), data=st.data())
+def test_the_sweep_leaves_no_choice_out(prompts: list[Prompt], data: st.DataObject) -> None:
+    """Whatever the bias, its picks are those of one in the sweep, if it lies at no threshold."""
+    _, choice = arrays(prompts)
+    sweep = sweep_biases(*choice, limit=1000)
+    assert np.isfinite(sweep).all()
+    assert (np.diff(sweep) > 0).all()
+    assert 0.0 in sweep
+    picks = [biased_choice(*choice, float(bias))[2].tolist() for bias in sweep]
+    bias = data.draw(st.floats(-40, 40))
+    near = [biased_choice(*choice, bias + step)[2].tolist() for step in (-1e-6, 0.0, 1e-6)]
+    if near[0] == near[1] == near[2] and min(abs(bias - b) for b in _thresholds(prompts)) > 1e-6:
+        assert near[1] in picks
+
+
+def _thresholds(prompts: list[Prompt]) -> list[float]:
+    found = [math.inf]
+    for prompt in prompts:
+        think, no_think = prompt.prob_think, prompt.prob_no_think
+        neither = 1 - think - no_think
+        pairs = [(no_think, think, 1)] if prompt.picked != NEITHER else [(neither, think, 2), (no_think, neither, 2)]
+        found += [n * math.log(a / b) for a, b, n in pairs if a > 0 and b > 0]
+    return found
+
+
+def test_a_long_sweep_is_thinned_out_evenly() -> None:
+    log_odds = np.linspace(-3, 5, 500)
+    think = 1 / (1 + np.exp(-log_odds))
+    choice = think, 1 - think, np.where(think > 0.5, THINK, NO_THINK)
+    sweep = sweep_biases(*choice, limit=20)
+    assert len(sweep) in (20, 21)  # 0 is added where it is not one of them
+    shares = [float((biased_choice(*choice, float(bias))[2] == THINK).mean()) for bias in sweep]
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert max(np.diff(shares)) < 0.06
+
+
+def test_a_curve_by_hand() -> None:
+    prompts = [
+        Prompt(([1.0, 1.0], [0.0, 0.0]), ([10, 10], [2, 2]), 0.2, 0.8, NO_THINK),  # thinks from ln 4 on
+        Prompt(([1.0, 1.0], [1.0, 1.0]), ([20, 20], [4, 4]), 0.5, 0.25, THINK),  # … from −ln 2 on
+    ]
+    scored, choice = arrays(prompts)
+    never, own, always = decision_bias_curve(*scored, *choice, [-1.0, 0.0, 2.0])
+    assert (never["accuracy"]["auto"], never["mean_tokens"]["auto"], never["thinking_ratio"]["auto"]) == (0.5, 3.0, 0.0)
+    assert (own["accuracy"]["auto"], own["mean_tokens"]["auto"], own["thinking_ratio"]["auto"]) == (0.5, 11.0, 0.5)
+    assert (always["accuracy"]["auto"], always["mean_tokens"]["auto"]) == (1.0, 15.0)
+    assert [entry["hybrid_accuracy"] for entry in (never, own, always)] == [0.5, 0.0, 0.5]
+    weights = 0.5 * math.e, 0.25 / math.e, 0.25
+    think = 0.2 * math.e, 0.8 / math.e
+    expected = (think[0] / sum(think) + weights[0] / sum(weights)) / 2
+    assert always["thinking_ratio"]["sampled"] == pytest.approx(expected)
+    assert sweep_biases(*choice) == pytest.approx([-math.log(2) - 1, 0.0, math.log(2) / 2, math.log(4) + 1])
 
 
 # --- Intervals ----------------------------------------------------------------

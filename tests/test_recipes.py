@@ -497,4 +497,4 @@ def test_help_lists_the_fields(stage: str, capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "--config RECIPE.yaml" in text
-    assert "--output_dir" in text
+    assert ("--model " if stage in ("card", "chat") else "--output_dir") in text

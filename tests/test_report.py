@@ -202,6 +202,39 @@ def test_a_worse_model_is_not_praised(tmp_path: Path) -> None:
     assert "hybrid accuracy −39.1 points, accuracy +0.0 points, tokens +0 %." in text
 
 
+def curve(*biases: float) -> list[dict[str, Any]]:
+    """Of one model, as report.json has it; numbers that do not exist are null."""
+    points = enumerate(biases)
+    return [
+        {"bias": bias, "accuracy": {"auto": 0.7 + 0.05 * i}, "mean_tokens": {"auto": 88.0 + 600 * i}}
+        for i, bias in points
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_decision_bias_curve_is_drawn(tmp_path: Path) -> None:
+    swept = evaluation("hft", decision_bias_curve=curve(-3.0, 0.0, 1.5, 4.0))
+    plain = write_report({"hft": evaluation("hft"), "hgpo": evaluation()}, tmp_path / "plain")
+    assert not plain.with_name("decision_bias.png").exists()
+    one = write_report({"hft": swept, "hgpo": evaluation()}, tmp_path / "one")
+    assert "(decision_bias.png)" in read(one)[0]
+    both = {"hft": swept, "hgpo": evaluation(decision_bias_curve=curve(-1.0, 0.0, 2.0))}
+    two = write_report(both, tmp_path / "two")
+    pictures = [path.with_name("decision_bias.png").read_bytes() for path in (one, two)]
+    assert all(picture.startswith(PNG) for picture in pictures)
+    assert pictures[0] != pictures[1]
+    null = curve(0.0)
+    null[0]["accuracy"]["auto"] = None
+    write_report({"hft": evaluation(decision_bias_curve=null)}, tmp_path / "null")
+
+
+def test_a_decision_bias_is_said(tmp_path: Path) -> None:
+    biased = evaluation("hft", decision_bias=-1.5)
+    text = read(write_report({"hft": biased, "hgpo": evaluation(decision_bias=0.0)}, tmp_path))[0]
+    assert "margin 0.05, decision bias -1.5." in text
+    assert text.count("decision bias") == 1
+
+
 def test_one_evaluation_without_levels(tmp_path: Path) -> None:
     path = write_report({"hgpo": evaluation(levels=())}, tmp_path)
     text, page = read(path)

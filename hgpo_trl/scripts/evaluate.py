@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hgpo_trl.data_files import load_data
-from hgpo_trl.evaluation import PROMPT_ID, report_on, score_samples
+from hgpo_trl.evaluation import PROMPT_ID, SWEEP, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.rewards import load_reward
@@ -40,6 +40,9 @@ class EvaluateArguments:
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
     samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
     margin: float = field(default=0.0, metadata={"help": "Mode means closer than this count as equal (Eq. 13)."})
+    decision_bias: float | str = field(
+        default=0.0, metadata={"help": "Added to the log-odds of thinking, logit(think) - logit(no_think); or sweep."}
+    )
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature (paper: 0.6); 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling (paper: 0.95)."})
     max_new_tokens: int = field(default=35_000, metadata={"help": "Tokens per response (paper: 35,000)."})
@@ -67,6 +70,10 @@ class EvaluateArguments:
         if not 0.0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
         check_backend("backend", self.backend)
+        if self.decision_bias != SWEEP and not (
+            isinstance(self.decision_bias, int | float) and math.isfinite(self.decision_bias)
+        ):
+            raise ValueError(f"decision_bias must be a finite number or {SWEEP}; got {self.decision_bias!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must lie in (0, 1]; got {self.gpu_memory_utilization}.")
         if self.tensor_parallel_size > 1 and self.backend != "vllm":
@@ -140,7 +147,8 @@ def main(argv: Sequence[str]) -> None:
     samples.to_parquet(output_dir / "samples.parquet", index=False)  # whatever becomes of the scoring
     samples = score_samples(samples, dataset, rewards)
     samples.to_parquet(output_dir / "samples.parquet", index=False)
-    report = report_on(samples, args.margin, dataset["level"] if "level" in dataset.column_names else None)
+    levels = dataset["level"] if "level" in dataset.column_names else None
+    report = report_on(samples, args.margin, levels, args.decision_bias)
     write_json(output_dir / "report.json", nan_to_null({"model": args.model, "dataset": args.data, **report}))
     accuracy, length = report["accuracy"], report["mean_tokens"]
     print(

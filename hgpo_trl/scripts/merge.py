@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig
 
+from hgpo_trl.generate import SAMPLING
 from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, load_merged
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_results
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
     claim_results(output_dir, "merge", args)
 
     model, tokenizer = load_merged(args.model, base, config.revision)
+    model.generation_config.update(**SAMPLING)  # as the stage gives it to a model that it trains whole
     model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     print(f"{args.model} merged into {base} -> {output_dir}")

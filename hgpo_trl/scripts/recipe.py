@@ -41,8 +41,11 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types: Any, prog: str) -> None:
         description = "--config RECIPE.yaml, a flat YAML file, sets any of these fields; the command line overrides it."
         super().__init__(dataclass_types, prog=prog, description=description, allow_abbrev=False)
+        types = self._types()
         for action in self._actions:
-            if getattr(action.type, "__name__", None) == "dict":  # perhaps within a function that takes None, too
+            if types.get(action.dest) == float | str:
+                action.type = _number_or_text  # HfArgumentParser takes numbers alone
+            elif getattr(action.type, "__name__", None) == "dict":  # perhaps within a function that takes None, too
                 action.type = _mapping
 
     def error(self, message: str) -> NoReturn:
@@ -65,6 +68,13 @@ class RecipeParser(TrlParser):
             self.error(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].partition('=')[0], options)}")
         return tuple(parsed)
 
+    def _types(self) -> dict[str, Any]:
+        """The type of every field."""
+        types: dict[str, Any] = {}
+        for dataclass_type in self.dataclass_types:
+            types |= typing.get_type_hints(dataclass_type)
+        return types
+
     def _read(self, path: str) -> dict[str, Any]:
         """The recipe's fields, each of its dataclass's type; `env` is put into the environment."""
         if not Path(path).is_file():
@@ -81,9 +91,7 @@ class RecipeParser(TrlParser):
             self.error(f"{path}: env={env!r} must be a mapping of environment variables to values")
         os.environ.update({str(name): str(value) for name, value in env.items()})
 
-        types: dict[str, Any] = {}
-        for dataclass_type in self.dataclass_types:
-            types |= typing.get_type_hints(dataclass_type)
+        types = self._types()
         fields = {action.dest for action in self._actions} - {"help"}
         for key, value in recipe.items():
             if key not in fields:
@@ -104,6 +112,13 @@ def _mapping(text: str) -> dict[str, Any] | None:
     if not isinstance(value, dict | None):
         raise argparse.ArgumentTypeError(f"{text!r} is not a mapping in JSON")
     return value
+
+
+def _number_or_text(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:

@@ -76,7 +76,8 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
     run_name = os.environ.get("WANDB_NAME", args.title)
     with wandb.init(project=project, job_type="report", name=run_name, config=vars(args)) as run:
         for name, evaluation in evaluations.items():
-            figures = {key: value for key, value in evaluation.items() if key not in ("by_level", "intervals")}
+            lists = ("by_level", "intervals", "decision_bias_curve")
+            figures = {key: value for key, value in evaluation.items() if key not in lists}
             run.summary.update({f"report/{name}": figures})
             if levels := evaluation["by_level"]:
                 columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]

@@ -94,7 +94,8 @@ def _check_results(directory: Path, run: dict[str, Any]) -> None:
         _check_same_run(directory, run)
 
 
-def _is_free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a resumed run may change a setting: it says where a run runs, saves or reports, not what it learns."""
     return key in _FREE or key.startswith(_FREE_PREFIXES)
 
 
@@ -106,7 +107,7 @@ def _check_same_run(directory: Path, run: dict[str, Any]) -> None:
             f"output_dir={str(directory)!r} holds a model or checkpoints of an unknown run (no {RUN_FILE}). {remedy}"
         )
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(key for key in before.keys() | run.keys() if not _is_free(key) and before.get(key) != run.get(key))
+    changed = sorted(key for key in before.keys() | run.keys() if not is_free(key) and before.get(key) != run.get(key))
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed)
         raise ValueError(f"output_dir={str(directory)!r} holds another run's results. Changed: {listing}. {remedy}")

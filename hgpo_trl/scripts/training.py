@@ -13,6 +13,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, get_peft_config
 from hgpo_trl.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.files import looks_like_path
 from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, train_tag_rows
+from hgpo_trl.model_card import write_model_card
 from hgpo_trl.modes import ModeTokens
 
 
@@ -91,8 +92,19 @@ def load_tokenizer(training_args: SFTConfig | GRPOConfig, model_args: ModelConfi
     )
 
 
+def _write_own_card(trainer: Any) -> None:
+    """Have our model card written wherever TRL would write its own: at checkpoints, and before a push to the hub."""
+
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        if trainer.is_world_process_zero():
+            write_model_card(trainer.args.output_dir, hub_id=trainer.hub_model_id)
+
+    trainer.create_model_card = create_model_card
+
+
 def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
-    """Train, resuming from `checkpoint` if given, and keep model, tokenizer, metrics and state in `output_dir`."""
+    """Train, resuming from `checkpoint` if given, and keep the result (with a card) in `output_dir`."""
+    _write_own_card(trainer)
     trainer.add_callback(SealCheckpoints(trainer.args))
     if checkpoint is not None:
         trainer.accelerator.print(f"Resuming from {checkpoint}")
@@ -104,6 +116,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
         trainer.accelerator.print(f"Training ended early, at step {trainer.state.global_step}. {remedy}")
         raise
     trainer.save_model()
+    trainer.create_model_card()
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
