@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,15 @@ def test_a_model_cannot_write_escape_sequences() -> None:
 # --- the embedded model -------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C works, also where the tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_a_real_generation(
     model_dir: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +190,7 @@ def test_the_command_answers_until_the_end_of_its_input(
     assert printed[1] == text != printed[2]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_at_the_prompt_does_not_end_the_program(model_dir: str) -> None:
     program = subprocess.Popen(
         [sys.executable, "-u", "-m", "hgpo_trl.cli", "chat", "--model", model_dir, "--max_new_tokens", "4"],
