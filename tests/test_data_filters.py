@@ -178,7 +178,7 @@ def test_several_languages_are_wanted() -> None:
     assert language(["en", "de", "zh"])([example(GERMAN), example(CHINESE), example()]) == [None] * 3
 
 
-@pytest.mark.parametrize(("wanted", "words"), [([], "give codes of"), (["en", "english"], r"language=\['english'\]")])
+@pytest.mark.parametrize(("wanted", "words"), [([], "give codes of"), (["en", "english"], r"languages=\['english'\]")])
 def test_languages_that_are_none(wanted: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         language(wanted)

@@ -19,15 +19,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from filelock import FileLock
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data_adapters import ROWS
 
 from hgpo_trl.data import pipeline, sources
+from hgpo_trl.data.adapters import ADAPTERS, generic
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Example
-from hgpo_trl.data.filters import quality
+from hgpo_trl.data.filters import quality, verified_answers
 from hgpo_trl.data.pipeline import Build, Deduplication, build_dataset, claim
 from hgpo_trl.data_files import load_data
 from hgpo_trl.modes import split_response
+from hgpo_trl.scripts import building
 from hgpo_trl.scripts.building import plan, resolve
+from hgpo_trl.scripts.data_hft import HFTDataArguments
 
 WORDS = [f"{a}{b}" for a in ("ba", "ko", "lu", "mi", "ne", "ri", "su", "ta") for b in "bdfgklmnprst"]
 
@@ -235,6 +242,8 @@ def test_caps_are_random_and_nested(recipe: Any, tmp_path: Path) -> None:
     assert kept[20] < kept[60]
     numbers = sorted(int(text.split()[-2]) for text in kept[60])
     assert numbers[0] < 60 < 240 < numbers[-1]  # from all over the file
+    places = [place for place, row in enumerate(rows) if row["domain"] == "general"]
+    assert 25 < sum(places) / len(places) < 70  # 47 is expected of rows that are drawn and then shuffled
 
 
 def test_prompts_alone(tmp_path: Path) -> None:
@@ -248,25 +257,64 @@ def test_prompts_alone(tmp_path: Path) -> None:
         row["q"]: (row["a"], str(row["level"])) for row in rows
     }
     assert manifest["rows"]["mode"] == {"prompt": 40}
-    with pytest.raises(ValueError, match=r"No row is left. .*40 rows read; schema: no_response 40"):
+    with pytest.raises(ValueError, match="give prompts alone, and Stage I needs responses"):
         run(recipe, tmp_path / "hft")
 
 
 def test_the_last_word(recipe: Any, tmp_path: Path) -> None:
-    def finish(dataset: Any, work: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def finish(dataset: Any, work: Path) -> tuple[list[Drop | None], dict[str, np.ndarray]]:
         assert work.is_dir()
         rate = np.array([float("nan") if "7" in row["prompt"][0]["content"] else 0.5 for row in dataset])
-        stays = np.array([row["mode"] == "think" for row in dataset])
-        return stays, {"rate": rate}
+        verdicts = [None if row["mode"] == "think" else Drop("too_short", {"of": row["id"]}) for row in dataset]
+        return verdicts, {"rate": rate}
 
     manifest = run(recipe, tmp_path / "out", finish=finish)
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 300
     for row in rows:
         assert row["rate"] == (None if "7" in row["prompt"][0]["content"] else 0.5)
-    assert Counter(row["step"] for row in removed_of(tmp_path / "out")) == {"difficulty": 200}
+    removed = removed_of(tmp_path / "out")
+    assert Counter((row["step"], row["reason"]) for row in removed) == {("difficulty", "too_short"): 200}
+    assert all(json.loads(row["detail"]) == {"of": row["id"]} for row in removed)
+    assert manifest["sources"]["chat"]["steps"][-1] == {"name": "difficulty", "dropped": {"too_short": 200}}
     assert manifest["sources"]["chat"]["kept"] == 0
     assert manifest["rows"]["mode"] == {"no_think": 0, "think": 300}
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(-(10**400))
+    | st.floats()
+    | st.sampled_from(
+        ["", "user", "assistant", "\ud800", "\0", "<think>\ud800</think>b", "<think> </think> b", "<think>"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "replies", "rank", "\ud800"]), inner, max_size=4)
+    ),
+    max_leaves=6,
+)
+OWN = {"prompt": "q", "response": "r", "reference": "a", "level": "l", "id": "i", "domain": "d", "system": "s"}
+READ = {name: (adapter, ROWS[name]) for name, adapter in ADAPTERS.items()}
+READ["own"] = (generic(OWN), dict.fromkeys(OWN.values(), "x") | {"r": "<think>\na\n</think>\n\nb"})
+
+
+@given(name=st.sampled_from(sorted(READ)), stage=st.sampled_from(["hft", "hgpo"]), data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_json_a_row_holds_it_is_kept_or_removed(
+    tmp_path: Path, name: str, stage: str, data: st.DataObject
+) -> None:
+    adapter, row = READ[name]
+    changed = data.draw(st.dictionaries(st.sampled_from(sorted(row)), JSON, min_size=1, max_size=3))
+    path = write_lines(tmp_path / "x.jsonl", [row | changed, row])
+    build = Build(
+        stage, [(sources.Source("x"), adapter)], [("quality", quality()), ("maths", verified_answers())], DEDUP
+    )
+    pipeline.make_chunk(build, tmp_path, 0, sources.Unit(0, path, 0, 10**9))
+    rows, removed = (pq.read_table(tmp_path / f"chunk-000000.{kind}") for kind in ("parquet", "removed.parquet"))
+    assert len(rows) + len(removed) == 2
 
 
 # --- the same bytes -------------------------------------------------------------------------------------------
@@ -415,14 +463,107 @@ def test_a_killed_worker(recipe: Any, tmp_path: Path) -> None:
         run(recipe, tmp_path / "out", processes=2, steps=[("dies", _dies)])
 
 
+def test_one_process_builds_at_a_time(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".work").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "out" / ".work" / "lock"),
+        pytest.raises(ValueError, match=r"another process builds there\. Wait for it"),
+    ):
+        run(recipe, tmp_path / "out")
+    run(recipe, tmp_path / "out")
+
+
+def test_more_shards_than_files_that_may_be_open(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe, tmp_path / "one" / "out", rows_per_shard=20)
+    monkeypatch.setattr(pipeline, "_OPEN_SHARDS", 3)
+    run(recipe, tmp_path / "more" / "out", rows_per_shard=20)
+    assert len(list((tmp_path / "more" / "out" / "data").iterdir())) == 25
+    assert contents(tmp_path / "one" / "out") == contents(tmp_path / "more" / "out")
+
+
+def test_what_a_kill_at_the_very_end_leaves_is_removed(recipe: Any, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "out")
+    (tmp_path / "out" / ".work").mkdir()
+    (tmp_path / "out" / ".work" / "plan.json").write_text("{}")
+    run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def _waits(examples: list[Example]) -> list[Drop | None]:
+    (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
+    time.sleep(60)
+    return [None] * len(examples)
+
+
+def test_workers_end_with_their_parent(recipe: Any, tmp_path: Path) -> None:
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport test_data_pipeline as t\nt.sources.UNIT_BYTES = 20_000\n"
+        f"t.run(json.loads({json.dumps(recipe)!r}), Path({str(tmp_path / 'out')!r}), 2, steps=[('waits', t._waits)])"
+    )
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PIDS": str(pids)})
+    while len(list(pids.iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path("/proc", path.name).exists() for path in pids.iterdir()):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------
 
 
 def test_a_field_that_is_not_there(recipe: Any, tmp_path: Path) -> None:
     recipe[1]["fields"] = {"prompt": "q", "answer": "aa"}
-    with pytest.raises(ValueError, match=r"sources\[1\] .*none of the first 20 rows has 'aa'; did you mean 'a'\?"):
+    with pytest.raises(ValueError, match=r"sources\[1\] .*none of the first rows has 'aa'; did you mean 'a'\?"):
         run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_optional_field_that_is_nowhere(recipe: Any, tmp_path: Path) -> None:
+    recipe[1]["fields"] |= {"reference": "aa"}
+    with pytest.raises(ValueError, match=r"sources\[1\] .*none of the first rows has 'aa'; did you mean 'a'\?"):
+        run(recipe, tmp_path / "out")
+    rows = [{"q": f"Question {i} ?", "a": "Yes ."} | ({"s": "Be brief."} if i == 30 else {}) for i in range(40)]
+    fields = {"prompt": "q", "answer": "a", "system": "s"}
+    run([{"path": write_lines(tmp_path / "x.jsonl", rows), "fields": fields}], tmp_path / "out")
+
+
+def test_folders_that_cannot_be_taken(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir='.*file' cannot be written: Not a directory. Choose another"):
+        run(recipe, tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"has a manifest.json that is not of a build"):
+        run(recipe, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"domain_shares": {"maths": 0.6, "code": 0.6}}, "domain_shares=.* must sum to 1"),
+        ({"dedup_threshold": 1.0}, "must lie between 0 and 1; got 1.0. For 1 set deduplicate: exact"),
+        ({"mode_shares": {"think": 0.5, "nothink": 0.5}}, "mode_shares names 'nothink'; the modes are think, no_think"),
+    ],
+)
+def test_fields_are_checked_before_any_work(field: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HFTDataArguments(sources=[{"path": "x"}], output_dir="out", **field)
+
+
+def test_what_the_recipe_names_is_checked_before_any_work(recipe: Any, tmp_path: Path) -> None:
+    args = HFTDataArguments(sources=recipe, output_dir=str(tmp_path / "out"), source_shares={"talk": 1.0})
+    with pytest.raises(ValueError, match="source_shares names 'talk'; the sources are problems, chat"):
+        building.run("hft", args, [])
+    args = replace(args, source_shares=None, tokenizer=str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"tokenizer='.*nothing': there is no such folder"):
+        building.common_steps(args)
 
 
 def test_mixed_schemas_lose_the_rows_that_do_not_fit(tmp_path: Path) -> None:
@@ -449,6 +590,14 @@ def test_nothing_left_says_why(recipe: Any, tmp_path: Path) -> None:
         ({"fields": None}, r"sources\[0\] \(problems\) needs `fields`"),
         ({"fields": {"prompt": "q", "anwser": "a"}}, r"sources\[0\] \(problems\): .*anwser"),
         ({"adapter": "open-r1/OpenR1-Math-220k"}, r"has both an adapter and `fields`, which the adapter knows"),
+        ({"fields": {"prompt": "q"}}, "give prompts alone, and Stage I needs responses"),
+        ({"mode": "no_think"}, "mode no_think needs answer without reasoning, or response, or messages"),
+        ({"mode": "thinking"}, "mode must be think or no_think, or left out; got 'thinking'"),
+        ({"rows": -1}, "greater than or equal to 0"),
+        (
+            {"fields": {"prompt": "q", "answer": "a"}, "rows": {"math": 3}},
+            "rows names the domain 'math'; all its rows are",
+        ),
         ({"name": "chat"}, r"'chat' is there twice. Give each its own `name`"),
     ],
 )

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -82,10 +84,12 @@ def test_broken_rows_are_counted_and_their_neighbours_read(tmp_path: Path, units
         "not_utf8": b'{"i": "\xff\xfe"}\n',
         "row_too_large": b'{"i": "' + b"x" * 10_000_000 + b'"}\n',
         "not_an_object": b"[1, 2]\n",
+        "invalid_json ": b'{"i": ' + b"9" * 5_000 + b"}\n",  # more digits than Python converts
+        "invalid_json  ": b'{"i": ' + b"[" * 100_000 + b"\n",
     }
     path = tmp_path / "data.jsonl"
     path.write_bytes(good + b"\n" + b"".join(line + good for line in bad.values()))
-    expected = [{"i": 1}, *(part for reason in bad for part in (reason, {"i": 1}))]
+    expected = [{"i": 1}, *(part for reason in bad for part in (reason.strip(), {"i": 1}))]
     assert read(path) == expected
     units_of(100_000)  # the long row spans a hundred units
     assert read(path) == expected
@@ -106,12 +110,22 @@ def test_a_row_as_long_as_the_limit_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "data.jsonl", limit=len(line) - 1) == ["row_too_large"] * 2
 
 
+def _damaged(compress: Any) -> bytes:
+    content = bytearray(compress(b"".join(b'{"i": %d}\n' % i for i in range(1_000))))
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(8)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("data.json", b'[{"i": 1}, '),
         ("data.json", b'[{"i": "\xff"}]'),
+        ("data.json", b"[" * 100_000),
         ("data.jsonl.gz", b"not compressed"),
+        ("data.jsonl.gz", _damaged(gzip.compress)),
+        ("data.jsonl.xz", _damaged(lzma.compress)),
         ("data.jsonl.gz", gzip.compress(b'{"i": 1}\n' * 1000)[:-20]),
         ("data.parquet", b"PAR1 and then nothing"),
     ],
@@ -149,9 +163,15 @@ def test_a_folder_is_resolved_by_its_splits(tmp_path: Path) -> None:
         list_files("x", str(tmp_path), None, "train", "*.parquet")
 
 
-def test_what_is_not_there_or_cannot_be_read(tmp_path: Path) -> None:
+def test_what_is_not_there_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"sources\[2\].path='./nowhere/data.jsonl': there is no such file or folder"):
         list_files("sources[2].path", "./nowhere/data.jsonl", None, "train")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for pattern in (None, "*.jsonl"):
+        with pytest.raises(
+            ValueError, match=r"x='some/thing': there is no such .* and the hub cannot be read: .*network"
+        ):
+            list_files("x", "some/thing", None, "train", pattern)
     (tmp_path / "data.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match=r"data.csv is not of a type that can be read: .jsonl, .json, .parquet"):
         list_files("x", str(tmp_path / "data.csv"), None, "train")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hgpo_trl.data.deduplication import dedup_keys, first_of_each, num_keys
+from hgpo_trl.data.deduplication import dedup_keys, first_of_each
 from hgpo_trl.data.example import Example
 from hgpo_trl.data.text import tokens
 from hgpo_trl.modes import Mode
@@ -135,7 +135,7 @@ def test_keys_depend_on_the_example_alone() -> None:
     examples = [example(text) for text in originals(20)]
     together = dedup_keys(examples)
     assert together.dtype == np.uint64
-    assert together.shape == (20, num_keys(num_perm=128, threshold=0.7, near=True))
+    assert len(together) == 20
     apart = np.concatenate([dedup_keys(examples[start : start + 3]) for start in range(0, 20, 3)])
     assert (together == apart).all()
     assert dedup_keys([]).shape == (0, together.shape[1])

@@ -16,12 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl import vllm_support
+from hgpo_trl import sampling, vllm_support
 from hgpo_trl.decision import OFF_MODE, Decision, read_decision
 from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
 from hgpo_trl.reward_model import RewardModel
-from hgpo_trl.scripts import evaluate as evaluation_script
 from hgpo_trl.scripts.evaluate import main
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 6, 3, 24
@@ -573,7 +572,7 @@ def test_a_reward_model_scores_rows_without_an_answer(
     evaluate: Callable[..., Path], prompts: Dataset, reward_model_dir: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The others are the rule's."""
-    sample = evaluation_script.sample_both_modes
+    sample = sampling.sample_both_modes
 
     def sample_well(*args: Any, **kwargs: Any) -> pd.DataFrame:
         samples = sample(*args, **kwargs)
@@ -584,7 +583,7 @@ def test_a_reward_model_scores_rows_without_an_answer(
         ]
         return samples.assign(completion=texts)
 
-    monkeypatch.setattr(evaluation_script, "sample_both_modes", sample_well)
+    monkeypatch.setattr(sampling, "sample_both_modes", sample_well)
     references = ["4" if row % 2 else None for row in range(len(prompts))]
     mixed = prompts.remove_columns("answer").add_column("answer", references)
     mixed.to_parquet(tmp_path / "mixed.parquet")

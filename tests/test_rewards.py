@@ -2,11 +2,8 @@
 
 import asyncio
 import itertools
-import json
 import math
-import random
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +19,6 @@ from hgpo_trl.modes import MODES, format_response
 from hgpo_trl.rewards import (
     accuracy_reward,
     answer_parts,
-    answers_match,
     checked,
     floor_faults,
     load_reward,
@@ -241,190 +237,7 @@ def test_an_error_in_a_function_names_it() -> None:
     assert caught.value.__notes__ == ["Raised by the reward function 'broken'."]
 
 
-# --- Equality -----------------------------------------------------------------
-
-EQUAL = {
-    "numbers": [
-        ("4", "4."),
-        ("4", "+4"),
-        ("142.0", "142"),
-        ("007", "7"),
-        ("0", "-0"),
-        ("0.5", ".5"),
-        ("0.5", "1/2"),
-        ("123456789012345678901234567890", "123456789012345678901234567890.0"),
-    ],
-    "thousands": [
-        ("1,000", "1000"),
-        ("1000", "1,000"),
-        ("1234567", "The total is 1,234,567."),
-        ("10,\\!080", "10080"),
-        ("10080", "10,\\!080"),
-        ("10,\\!080", "$10{,}080$"),
-        ("11,\\! 111,\\! 111,\\! 100", "\\boxed{11111111100}"),
-        ("(3,100)", "$(3, 100)$"),
-    ],
-    "fractions": [
-        ("\\frac{1}{2}", "0.5"),
-        ("\\frac{1}{2}", "\\dfrac{1}{2}"),
-        ("\\frac12", "\\frac{1}{2}"),
-        ("-\\frac{1}{2}", "\\frac{-1}{2}"),
-        ("1\\frac{4}{5}", "\\frac{9}{5}"),
-        ("137 \\frac{1}{2}", "137.5"),
-    ],
-    "degrees": [("90^\\circ", "90"), ("90", "90^\\circ"), ("90^\\circ", "90 degrees")],
-    "text": [
-        ("\\text{Evelyn}", "Evelyn"),
-        ("\\text{Evelyn}", "\\boxed{\\text{Evelyn}}"),
-        ("\\text{Evelyn}", "\\boxed{Evelyn}"),
-        ("\\text{(C)}", "C"),
-        ("\\text{(C)}", "\\boxed{C}"),
-        ("Paris", "**Paris**."),
-        ("\\text{Evelyn}", "**Evelyn**"),
-        ("Paris", "$\u00a0Paris\u3000$"),
-    ],
-    "intervals": [
-        ("(3,4]", "(3, 4]"),
-        ("(3,4]", "\\left(3,4\\right]"),
-        ("(-\\infty,2)", "\\left(-\\infty, 2\\right)"),
-        ("(0,9) \\cup (9,36)", "\\boxed{(0,9)\\cup(9,36)}"),
-        ("x \\in [-2,7]", "[-2,7]"),
-    ],
-    "tuples, lists and matrices": [
-        ("(6,31,-1)", "(6, 31, -1)"),
-        ("(6,31,-1)", "$(6, 31, -1)$."),
-        ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"),
-        ("1,-2", "-2,1"),
-        ("1 \\pm \\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}"),
-        ("\\begin{pmatrix} 1 \\\\ 3 \\end{pmatrix}", "\\begin{pmatrix}1\\\\3\\end{pmatrix}"),
-    ],
-    "expressions": [
-        ("2\\sqrt{113}", "2 \\sqrt{113}"),
-        ("2\\sqrt{113}", "**$\\sqrt{452}$**"),
-        ("6+9i", "9i+6"),
-        ("p - q", "-q+p"),
-        ("y = 2x + 3", "y=2x+3"),
-        ("1000", "10^{3}"),
-        ("x=5", "5"),
-    ],
-    "units and money": [
-        ("5 \\text{ cm}", "5"),
-        ("5", "5 cm"),
-        ("5", "\\boxed{5\\text{ miles}}"),
-        ("864 \\mbox{ inches}^2", "864"),
-        ("18", "$18"),
-        ("18", "18 dollars"),
-        ("18", "She makes $18 every day."),
-        ("18", "She makes \\$18 every day."),
-        ("15", "She makes $18 - $3 = $15 a day."),
-        ("\\$18.90", "$18.9"),
-        ("\\$32,\\!348", "\\boxed{32348}"),
-    ],
-    "percentages": [("10\\%", "10%"), ("10", "10%"), ("10\\%", "\\boxed{10}"), ("50\\%", "\\frac{1}{2}")],
-    "prose": [
-        ("4", "The answer is 4, because 2+2 is."),
-        ("4", "**Answer:** 4"),
-        ("\\frac{1}{2}", "Half of it:\n\n\\[ x = \\frac{1}{2} \\]"),
-        ("4", "First I get $5$, but then \\(9 - 5 = 4\\)."),
-        ("4", "The answer is $\\boxed{4}$, not 5."),
-        ("4", "The final answer is $5$. I hope it is correct. No: \\boxed{4}"),
-        ("4", "\\[4\\]"),
-        ("4", "$a = 3$\n$b = 4$"),
-        ("4", "3\n4"),
-    ],
-}
-
-UNEQUAL = {
-    "numbers": [
-        ("4", "5"),
-        ("4", "14"),
-        ("4", "-4"),
-        ("4", "4.1"),
-        ("1", "0.99999999"),
-        ("123456789012345678901234567890", "123456789012345678901234567891"),
-        ("\\pi", "3.14"),
-        ("\\frac13", "0.33"),
-    ],
-    "a number that only stands in the answer": [
-        ("3", "3\\sqrt{13}"),
-        ("3", "**3\\sqrt{13}**"),
-        ("10", "10^{3}"),
-        ("9", "9i+6"),
-        ("4", "$4\\pi$"),
-        ("2", "1, 2"),
-        ("5", "(2, 5)"),
-        ("3", "\\{1, 2, 3\\}"),
-        ("486", "\\begin{pmatrix} -1215 \\\\ 486 \\end{pmatrix}"),
-        ("4", "4 or 5"),
-        ("4", "\\boxed{4} \\boxed{5}"),
-    ],
-    "thousands": [("1,000", "1"), ("10,\\!080", "80"), ("(3,100)", "3100")],
-    "nothing": [("4", ""), ("4", "no idea"), ("4", "\\boxed{}"), ("\\text{Evelyn}", "")],
-    "text": [("\\text{Evelyn}", "Carla"), ("\\text{(C)}", "\\boxed{D}"), ("Yes", "No")],
-    "intervals and tuples": [
-        ("(3,4]", "(3,4)"),
-        ("(3,4]", "[3,4)"),
-        ("[1,2]", "(1,2)"),
-        ("(1,2)", "(2,1)"),
-        ("1,2", "1"),
-        ("1 \\pm \\sqrt{19}", "1 + \\sqrt{19}"),
-    ],
-    "expressions": [("x^2", "x^3"), ("p - q", "q - p"), ("6+9i", "6-9i"), ("y=2x+3", "y=2x+4"), ("2:3", "3:2")],
-    "units": [("\\$18.90", "18.91"), ("10\\%", "11\\%"), ("90^\\circ", "91^\\circ")],
-}
-
-
-def pairs(cases: dict[str, list[tuple[str, str]]]) -> list[Any]:
-    return [pytest.param(*pair, id=f"{topic}: {pair[0]} | {pair[1]}") for topic in cases for pair in cases[topic]]
-
-
-@pytest.mark.parametrize(("reference", "answer"), pairs(EQUAL))
-def test_equal(reference: str, answer: str) -> None:
-    assert answers_match(reference, answer)
-
-
-@pytest.mark.parametrize(("reference", "answer"), pairs(UNEQUAL))
-def test_unequal(reference: str, answer: str) -> None:
-    assert not answers_match(reference, answer)
-
-
-@settings(deadline=None, max_examples=100)
-@given(reference=st.decimals(allow_nan=False, allow_infinity=False, places=3), answer=st.integers(-10, 10))
-def test_numbers_are_compared_exactly(reference: Any, answer: int) -> None:
-    assert answers_match(f"{reference:f}", str(answer)) == (reference == answer)
-    assert answers_match(f"{reference:,f}", f" ${reference:f}$. ")
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    reference=st.sampled_from(["4", "\\frac{1}{2}", "\\text{even}"]),
-    answer=st.text("4 \\{}$()[]^_.,/=+-%afrctex", max_size=20),
-)
-def test_no_answer_raises(reference: str, answer: str) -> None:
-    assert answers_match(reference, answer) in (True, False)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "9" * 100_000,
-        "\\boxed{" + "9" * 100_000 + "}",
-        "." * 100_000 + "x",
-        "(" * 10_000,
-        "\\frac{" * 10_000,
-        "a 5 " * 20_000,
-    ],
-    ids=["digits", "boxed digits", "dots", "brackets", "LaTeX", "words"],
-)
-def test_a_degenerate_answer_is_wrong_and_cheap(answer: str) -> None:
-    """A policy in a loop; Python refuses to make a number of more than 4,300 digits."""
-    start = time.perf_counter()
-    assert not answers_match("4", answer)
-    assert time.perf_counter() - start < 5
-
-
 def test_outside_the_main_thread() -> None:
-    """math-verify's own time limit is a signal, which raises there."""
     rewards: list[float | None] = []
 
     def work() -> None:
@@ -435,48 +248,6 @@ def test_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert rewards == [1.0, 0.0]
-
-
-# --- Real answers -------------------------------------------------------------
-
-FILES = ("math_train", "math500_test", "amc_test", "gsm8k_test", "aime24_test")
-SAMPLE = 300
-
-
-def gold_answers(shared_data: Path, name: str) -> list[Any]:
-    rows = json.loads((shared_data / f"{name}.json").read_text(encoding="utf-8"))
-    return [row["answer"] for row in rows]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_real_answer_equals_itself(shared_data: Path, name: str) -> None:
-    answers = gold_answers(shared_data, name)
-    rewards = accuracy_reward([f"<think> so </think> {answer}" for answer in answers], answers)
-    wrong = [
-        (answer, reward)
-        for answer, reward in zip(answers, rewards, strict=True)
-        if reward != (None if answer in (None, "") else 1.0)  # math_train has four rows without an answer
-    ]
-    assert wrong == []
-
-
-@pytest.mark.parametrize("form", ["The answer is ${}$.", "\\boxed{{{}}}"])
-@pytest.mark.parametrize("name", FILES)
-def test_real_answers_are_found(shared_data: Path, name: str, form: str) -> None:
-    """Measured: all of them, but for `7\\text{ hours}.` of math_train, with its full stop, inside \\boxed."""
-    answers = [answer for answer in gold_answers(shared_data, name) if answer not in (None, "")]
-    answers = random.Random(0).sample(answers, min(SAMPLE, len(answers)))
-    rewards = accuracy_reward([f"<no_think>{form.format(answer)}</no_think>" for answer in answers], answers)
-    wrong = [answer for answer, reward in zip(answers, rewards, strict=True) if reward != 1.0]
-    assert len(wrong) <= 0.01 * len(answers), wrong
-
-
-def test_other_real_answers_are_wrong(shared_data: Path) -> None:
-    """Measured: none of 300 pairs of different answers is taken for equal; nor of 3,000 of math_train."""
-    distinct = sorted({answer for answer in gold_answers(shared_data, "math500_test") if answer})
-    shuffled = random.Random(0).sample(distinct, len(distinct))
-    matches = [(a, b) for a, b in zip(distinct, shuffled, strict=True) if a != b and answers_match(a, b)]
-    assert matches == []
 
 
 # --- Reward functions by name -------------------------------------------------

@@ -158,6 +158,11 @@ class _Fault(Exception):  # noqa: N818 (never leaves the module)
         self.drop = Drop(reason, detail)
 
 
+def _brief(value: Any) -> str:
+    """A value of any kind, for a fault's detail: it may be long, nested without end or not a number."""
+    return str(value)[:80] if isinstance(value, (str, int, float)) else type(value).__name__
+
+
 def _optional(row: Row, *names: str) -> str | None:
     """The first of the columns that is neither absent, null nor blank, as text; None if there is none."""
     for name in names:
@@ -193,7 +198,8 @@ def _check_text(example: Example) -> None:
             raise _Fault("tag_in_text", part=name, tag=tag)
     if example.mode is Mode.NO_THINK and (mark := trace_mark(example.answer)):
         raise _Fault("trace_in_no_think", mark=mark)
-    for text in (prompt, example.reasoning, example.answer, example.reference or "", example.id):
+    labels = (example.reference or "", example.level or "", example.domain, example.id)
+    for text in (prompt, example.reasoning, example.answer, *labels):
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -229,7 +235,7 @@ def _messages(row: Row, name: str) -> Messages:
             raise _Fault("null_messages", field=name, message=len(messages))
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in _ROLES:
-            raise _Fault("unknown_role", role=str(role))
+            raise _Fault("unknown_role", role=_brief(role))
         if not isinstance(content, str) or not content.strip():
             raise _Fault("null_messages", field=name, message=len(messages))
         messages.append({"role": _ROLES[role], "content": content})
@@ -301,7 +307,7 @@ def _oasst(row: Row) -> Parts:
 def _rank(reply: Mapping[str, Any]) -> float:
     """0 is the one that people liked best; the unranked come last, in the file's order."""
     rank = reply.get("rank")
-    return float(rank) if isinstance(rank, (int, float)) else float("inf")
+    return rank if isinstance(rank, (int, float)) and rank == rank else float("inf")
 
 
 # --- Stage I, think -------------------------------------------------------------------------------------------
@@ -314,7 +320,7 @@ def _synthetic(row: Row) -> Parts:
     """A verified response to a task; of the raw data set, or of its edition for fine-tuning, which has messages."""
     score = row.get("score")
     if not isinstance(score, (int, float)) or not score >= 1:
-        raise _Fault("not_verified", score=score)
+        raise _Fault("not_verified", score=_brief(score))
     if "messages" in row:
         prompt, response = _last_answer(_messages(row, "messages"))
     else:
@@ -565,7 +571,8 @@ def generic(fields: Mapping[str, str], mode: Mode | str | None = None, domain: s
         domain: of rows that do not say.
 
     Raises:
-        ValueError: a name is unknown, two exclude each other, one needs another, or none gives the prompt.
+        ValueError: a name is unknown, two exclude each other, one needs another, none gives the prompt, or they cannot
+            give the mode.
     """
     if unknown := [name for name in fields if name not in FIELDS]:
         raise ValueError(f"fields: unknown name {unknown[0]!r}; the names are {', '.join(FIELDS)}.")
@@ -577,8 +584,19 @@ def generic(fields: Mapping[str, str], mode: Mode | str | None = None, domain: s
         raise ValueError(f"fields={dict(fields)!r}: reasoning needs answer.")
     if "messages" in fields and "system" in fields:
         raise ValueError(f"fields={dict(fields)!r}: messages hold their own system message; leave system out.")
-    wanted = None if mode is None else Mode(mode)
+    wanted = None if mode is None else _wanted(fields, mode)
     return Adapter("generic", "not stated", "hft", domain, wanted, partial(_generic, dict(fields), wanted))
+
+
+def _wanted(fields: Mapping[str, str], mode: Mode | str) -> Mode:
+    """A source's only mode, which its fields can give."""
+    if mode not in list(Mode):
+        raise ValueError(f"mode must be {' or '.join(Mode)}, or left out; got {mode!r}.")
+    wanted, needed = Mode(mode), "answer and reasoning" if mode == Mode.THINK else "answer without reasoning"
+    separate = wanted is (Mode.THINK if "reasoning" in fields else Mode.NO_THINK) and "answer" in fields
+    if not (separate or "response" in fields or "messages" in fields):
+        raise ValueError(f"fields={dict(fields)!r}: mode {wanted} needs {needed}, or response, or messages.")
+    return wanted
 
 
 def _generic(fields: dict[str, str], wanted: Mode | None, row: Row) -> Parts:

@@ -107,16 +107,18 @@ class ReasoningQueryClassifier:
         found = Path(str(files("hgpo_trl.data") / _SHIPPED)) if path is None else Path(path)
         if not found.is_file():
             raise ValueError(
-                f"classifier={str(path)!r}: there is no such file. Train it with `hgpo-trl data classifier`."
+                f"reasoning_classifier={str(path)!r}: there is no such file. Train it with `hgpo-trl data classifier`."
             )
         try:
             with safe_open(found, framework="numpy") as file:
                 about = json.loads((file.metadata() or {})["classifier"])
                 weights = file.get_tensor("weights")
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"classifier={str(path)!r} is no file of `hgpo-trl data classifier`: {error}") from None
+            raise ValueError(
+                f"reasoning_classifier={str(path)!r} is no file of `hgpo-trl data classifier`: {error}"
+            ) from None
         if about.pop("features") != FEATURES:
-            raise ValueError(f"classifier={str(path)!r} was trained with other features: train it again.")
+            raise ValueError(f"reasoning_classifier={str(path)!r} was trained with other features: train it again.")
         return cls(weights, about.pop("bias"), about.pop("threshold"), about)
 
 

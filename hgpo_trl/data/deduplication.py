@@ -21,11 +21,6 @@ _SHINGLE = 2  # words
 _NEAR_FROM = 32  # tokens
 
 
-def num_keys(*, num_perm: int, threshold: float, near: bool) -> int:
-    """Columns that `dedup_keys` gives: the exact key, and one for each band of MinHash."""
-    return 1 + (_bands(num_perm, threshold)[0] if near else 0)
-
-
 def dedup_keys(
     examples: Sequence[Example],
     *,

@@ -5,7 +5,7 @@ Every step is picklable and sees an example as it is in the data set: without ta
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.modes import Mode
-from hgpo_trl.rewards import answers_match
+from hgpo_trl.verification import check_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ def language(wanted: Collection[str]) -> Step:
     known = set(_identifier().labels)
     if not wanted or not known.issuperset(wanted):
         unknown = sorted(set(wanted) - known)
-        raise ValueError(f"language={unknown or list(wanted)!r}: give codes of {', '.join(sorted(known))}.")
+        raise ValueError(f"languages={unknown or list(wanted)!r}: give codes of {', '.join(sorted(known))}.")
     return partial(_language, frozenset(wanted))
 
 
@@ -244,12 +244,8 @@ def _verified_answers(examples: Sequence[Example]) -> list[Drop | None]:
     verdicts: list[Drop | None] = [None] * len(examples)
     judged = [i for i, e in enumerate(examples) if e.domain == "maths" and e.mode is not None and e.reference]
     references, answers = [examples[i].reference or "" for i in judged], [examples[i].answer for i in judged]
-    for i, verdict in zip(judged, _check_answers(references, answers), strict=True):
+    for i, verdict in zip(judged, check_answers(references, answers), strict=True):
         if not verdict:
             detail = {"reference": examples[i].reference, "answer": examples[i].answer[-200:]}
             verdicts[i] = Drop("unverifiable" if verdict is None else "wrong_answer", detail)
     return verdicts
-
-
-def _check_answers(references: Iterable[str], answers: Iterable[str]) -> list[bool | None]:
-    return [answers_match(reference, answer) for reference, answer in zip(references, answers, strict=True)]

@@ -62,6 +62,12 @@ def quotas(
     return np.floor(weights * scale + 1e-6).astype(np.int64)
 
 
+def check_shares(field: str, shares: Mapping[str, float]) -> None:
+    """ValueError if the shares are negative or do not sum to 1."""
+    if any(share < 0 for share in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-6:
+        raise ValueError(f"{field}={dict(shares)!r}: shares must not be negative and must sum to 1.")
+
+
 def _groups(
     axis: str, wanted: Mapping[str, float], cells: Sequence[Cell], counts: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -69,8 +75,7 @@ def _groups(
     field = f"{axis}_shares"
     values = [cell[AXES.index(axis)] for cell in cells]
     present = {value for value, count in zip(values, counts, strict=True) if count}
-    if any(share < 0 for share in wanted.values()) or abs(sum(wanted.values()) - 1) > 1e-6:
-        raise ValueError(f"{field}={dict(wanted)!r}: shares must not be negative and must sum to 1.")
+    check_shares(field, wanted)
     if absent := [value for value, share in wanted.items() if share > 0 and value not in present]:
         raise ValueError(f"{field} asks for {absent[0]!r}, of which no row is left; there are {sorted(present)}.")
     if forgotten := sorted(present - set(wanted)):
@@ -83,21 +88,21 @@ def _listing(cells: Sequence[Cell], counts: NDArray[np.int64]) -> str:
     return ", ".join(f"{count:,} {'/'.join(cell)}" for cell, count in zip(cells, counts, strict=True))
 
 
-def smallest(order: NDArray[np.uint64], group: NDArray[np.int32], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
+def smallest(lot: NDArray[np.uint64], group: NDArray[np.int32], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which rows have the `quota[g]` smallest random numbers of their group.
 
     Args:
-        order: `[N]`, a random number per row.
+        lot: `[N]`, a random number per row.
         group: `[N]`, its group; negative: not a candidate.
         quota: `[G]`.
 
     Returns:
         `[N]`.
     """
-    kept = np.zeros(len(order), dtype=bool)
+    kept = np.zeros(len(lot), dtype=bool)
     for index, size in enumerate(quota):
         rows = np.flatnonzero(group == index)
         if size < len(rows):
-            rows = rows[np.argsort(order[rows], kind="stable")[:size]]
+            rows = rows[np.argsort(lot[rows], kind="stable")[:size]]
         kept[rows] = True
     return kept

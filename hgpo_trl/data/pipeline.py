@@ -8,10 +8,14 @@ Units, their order and a row's random number depend on the sources and the seed 
 for byte, whatever the number of processes and however often the build was interrupted.
 """
 
+import errno
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -22,12 +26,13 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -51,6 +56,7 @@ _VERSIONS = ("hgpo-trl", "datasets", "pyarrow", "datasketch", "scikit-learn", "m
 _BLOCK = 1_000  # rows that go through the steps together
 _ID_BYTES = 96
 _HISTOGRAM_BINS = 40
+_OPEN_SHARDS = 500  # files written at a time: a process may have 1,024 open by default
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCHEMAS = {
@@ -148,7 +154,9 @@ def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str,
 
 def _removed_row(id_: str, source: str, step: str, drop: Drop) -> dict[str, Any]:
     detail = json.dumps(drop.detail, sort_keys=True, ensure_ascii=False, default=str)
-    return {"id": id_, "source": source, "step": step, "reason": drop.reason, "detail": detail}
+    row = {"id": id_, "source": source, "step": step, "reason": drop.reason, "detail": detail}
+    # half of a surrogate pair, of a text or a file's name, is nothing that parquet can hold
+    return {name: text.encode(errors="backslashreplace").decode() for name, text in row.items()}
 
 
 def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
@@ -158,7 +166,7 @@ def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
     tables, keys, facts = [], [], []
     for examples in _examples(build, unit, counts, removed):
         tables.append(pa.Table.from_pylist([_row(build.stage, e) for e in examples], schema=_SCHEMAS[build.stage]))
-        facts += [(_random(build.seed, e), e.num_tokens) for e in examples]
+        facts += [(*_random(build.seed, e), e.num_tokens) for e in examples]
         if build.deduplication is not None:
             d = build.deduplication
             near, across = d.near, d.across_modes
@@ -176,11 +184,16 @@ def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
     return counts["", "read"]
 
 
-_FACTS = np.dtype([("order", np.uint64), ("num_tokens", np.int64)])
+_FACTS = np.dtype([("lot", np.uint64), ("place", np.uint64), ("num_tokens", np.int64)])
 
 
-def _random(seed: int, example: Example) -> int:
-    return xxhash.xxh3_64_intdigest(f"{seed}\0{example.source}\0{example.mode}\0{example.id}".encode())
+def _random(seed: int, example: Example) -> tuple[int, int]:
+    """A row's fixed random numbers: by which it is drawn, and by which it is shuffled.
+
+    Two, or else the rows of a source of which few are drawn would come first.
+    """
+    name = f"{seed}\0{example.source}\0{example.mode}\0{example.id}"
+    return divmod(xxhash.xxh3_128_intdigest(name.encode()), 2**64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +233,11 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise OSError(
             error.errno,
-            f"{error.strerror or error} while writing {path}. Make room and start the same command again: it goes on "
-            "with what is done",
+            f"{error.strerror or error} while writing {path}. {'Make room' if full else 'Mend that'} and start the "
+            "same command again: it goes on with what is done",
         ) from error
 
 
@@ -257,6 +271,15 @@ _worker: Callable[[int, Unit], int]
 def _start_worker(build: Build, work: Path) -> None:
     global _worker
     _worker = partial(make_chunk, build, work)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a process that was killed would wait for it without end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(number: int, unit: Unit) -> int:
@@ -312,7 +335,8 @@ class _Rows:
     """A few numbers per row of all chunks, in order; arrays of `[N]`."""
 
     offsets: NDArray[np.int64]  # [chunks + 1], of each chunk's first row
-    order: NDArray[np.uint64]
+    lot: NDArray[np.uint64]
+    place: NDArray[np.uint64]
     num_tokens: NDArray[np.int64]
     cell: NDArray[np.int32]  # place in `cells`
     cells: list[Cell]
@@ -338,7 +362,8 @@ def _gather(build: Build, work: Path, units: Sequence[Unit]) -> _Rows:
     joined = np.concatenate([*facts, np.empty(0, dtype=_FACTS)])
     return _Rows(
         offsets=np.cumsum([0, *map(len, facts)]),
-        order=np.ascontiguousarray(joined["order"]),
+        lot=np.ascontiguousarray(joined["lot"]),
+        place=np.ascontiguousarray(joined["place"]),
         num_tokens=np.ascontiguousarray(joined["num_tokens"]),
         cell=np.concatenate([*cells, np.empty(0, dtype=np.int32)]),
         cells=list(numbers),
@@ -380,29 +405,29 @@ def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.boo
         mine = [i for i, cell in enumerate(rows.cells) if cell[2] == label]
         if isinstance(source.rows, int):
             groups = np.where(kept & np.isin(rows.cell, mine), 0, -1).astype(np.int32)
-            chosen = smallest(rows.order, groups, np.array([source.rows]))
+            chosen = smallest(rows.lot, groups, np.array([source.rows]))
         else:
             places = {domain: place for place, domain in enumerate(source.rows)}
             place_of = np.full(len(rows.cells), -1, dtype=np.int32)
             for i in mine:
                 place_of[i] = places.get(rows.cells[i][1], -1)
             groups = np.where(kept, place_of[rows.cell], -1)
-            chosen = smallest(rows.order, groups, np.array(list(source.rows.values())))
+            chosen = smallest(rows.lot, groups, np.array(list(source.rows.values())))
         kept &= chosen | ~np.isin(rows.cell, mine)
     shares = {axis: wanted for axis, wanted in build.shares.items() if wanted}
     if not shares and build.max_rows is None:
         return kept
     counts = np.bincount(rows.cell[kept], minlength=len(rows.cells))
     if not shares and build.max_rows is not None and kept.sum() > build.max_rows:
-        return smallest(rows.order, np.where(kept, 0, -1).astype(np.int32), np.array([build.max_rows]))
+        return smallest(rows.lot, np.where(kept, 0, -1).astype(np.int32), np.array([build.max_rows]))
     quota = quotas(rows.cells, counts, shares, build.max_rows)
-    return smallest(rows.order, np.where(kept, rows.cell, -1).astype(np.int32), quota)
+    return smallest(rows.lot, np.where(kept, rows.cell, -1).astype(np.int32), quota)
 
 
 # --- shards ---------------------------------------------------------------------------------------------------
 
-Finish = Callable[["Dataset", Path], tuple[NDArray[np.bool_], dict[str, NDArray[np.float64]]]]
-"""Last word on the finished rows: which stay (`[R]`), and columns to add (name -> `[R]`, NaN is null)."""
+Finish = Callable[["Dataset", Path], tuple[list[Drop | None], dict[str, NDArray[np.float64]]]]
+"""Last word on the finished rows: a verdict on each, as of a `Step`, and new columns (name -> `[R]`, NaN: null)."""
 
 
 def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: NDArray[np.int64]) -> list[Path]:
@@ -412,7 +437,18 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
     paths = _shard_paths(target, len(by_rank), build.rows_per_shard)
     target.mkdir(parents=True, exist_ok=True)
     schema = _SCHEMAS[build.stage].append(pa.field("_rank", pa.int64()))
-    buckets = {i: work / f"bucket-{i:05}.arrow" for i, path in enumerate(paths) if not path.is_file()}
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    for begin in range(0, len(missing), _OPEN_SHARDS):
+        some = {i: paths[i] for i in missing[begin : begin + _OPEN_SHARDS]}
+        _write_some(work, rows, rank, some, build.rows_per_shard, schema)
+    return paths
+
+
+def _write_some(
+    work: Path, rows: _Rows, rank: NDArray[np.int64], paths: dict[int, Path], rows_per_shard: int, schema: pa.Schema
+) -> None:
+    """Write the shards of these numbers in one pass over the chunks."""
+    buckets = {i: work / f"bucket-{i:05}.arrow" for i in paths}
     with ExitStack() as stack:
         writers = {}
         for i, bucket in buckets.items():
@@ -422,7 +458,7 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
             ranks = rank[start:stop]
             order = np.argsort(ranks, kind="stable")
             order = order[np.searchsorted(ranks[order], 0) :]  # without rows that are left out
-            shards, begins = np.unique(ranks[order] // build.rows_per_shard, return_index=True)
+            shards, begins = np.unique(ranks[order] // rows_per_shard, return_index=True)
             if not buckets.keys() & set(shards.tolist()):
                 continue
             table = pq.read_table(_Chunk(work, number).rows).append_column(schema.field("_rank"), pa.array(ranks))
@@ -436,7 +472,6 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
             table = pa.ipc.open_stream(file).read_all().sort_by("_rank").drop_columns("_rank")
             _write_table(paths[i], table.combine_chunks())
         bucket.unlink()
-    return paths
 
 
 def _shard_paths(folder: Path, rows: int, rows_per_shard: int) -> list[Path]:
@@ -444,12 +479,13 @@ def _shard_paths(folder: Path, rows: int, rows_per_shard: int) -> list[Path]:
     return [folder / f"shard-{i:05}-of-{shards:05}.parquet" for i in range(shards)]
 
 
-def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> NDArray[np.bool_]:
+def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> list[Drop | None]:
     """Have the last word on the rows of these shards, and write what stays, with its new columns, to `target`."""
     from datasets import load_dataset
 
     dataset = load_dataset("parquet", data_files=list(map(str, paths)), split="train", cache_dir=str(work / "cache"))
-    stays, columns = finish(dataset, work)
+    verdicts, columns = finish(dataset, work)
+    stays = np.array([verdict is None for verdict in verdicts])
     target.mkdir(exist_ok=True)
     start = 0
     for path in paths:
@@ -459,7 +495,7 @@ def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> 
             table = table.append_column(name, pa.array(values[rows], from_pandas=True))
         _write_table(target / path.name, table.filter(pa.array(stays[rows])))
         start += len(table)
-    return stays
+    return verdicts
 
 
 # --- what became of every row ---------------------------------------------------------------------------------
@@ -471,11 +507,13 @@ class _Fate:
 
     duplicate: NDArray[np.bool_]
     not_drawn: NDArray[np.bool_]
-    uninformative: NDArray[np.bool_]
+    late: dict[int, Drop]  # row -> the last word on it
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        return ~(self.duplicate | self.not_drawn | self.uninformative)
+        kept = ~(self.duplicate | self.not_drawn)
+        kept[list(self.late)] = False
+        return kept
 
 
 def _write_removed(
@@ -500,7 +538,7 @@ def _write_removed(
                     original = bytes(ids[first[row]]).decode(errors="ignore")
                     step, drop = DUPLICATES, Drop("exact" if exact[row] else "near", {"first": original})
                 else:
-                    step, drop = (MIX, Drop("not_drawn")) if fate.not_drawn[row] else (DIFFICULTY, Drop("no_signal"))
+                    step, drop = (MIX, Drop("not_drawn")) if fate.not_drawn[row] else (DIFFICULTY, fate.late[row])
                 removed.append(_removed_row(table["id"][i], table["source"][i], step, drop))
             writer.write_table(pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
     del ids
@@ -538,8 +576,10 @@ def _source_manifests(
         (DUPLICATES, "exact"): fate.duplicate & exact,
         (DUPLICATES, "near"): fate.duplicate & ~exact,
         (MIX, "not_drawn"): fate.not_drawn,
-        (DIFFICULTY, "no_signal"): fate.uninformative,
     }
+    for reason in {drop.reason for drop in fate.late.values()}:
+        late[DIFFICULTY, reason] = np.zeros_like(fate.duplicate)
+        late[DIFFICULTY, reason][[row for row, drop in fate.late.items() if drop.reason == reason]] = True
     manifests: dict[str, SourceManifest] = {}
     for place, (source, adapter) in enumerate(build.sources):
         mine = [number for number, unit in enumerate(units) if unit.source == place]
@@ -593,9 +633,12 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
     remedy = "Choose another output_dir, or remove this one."
     manifest, plan = output_dir / MANIFEST, output_dir / WORK / "plan.json"
     if manifest.is_file():
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content: Any = json.loads(manifest.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "recipe" not in content:
+            raise ValueError(f"output_dir={str(output_dir)!r} has a {MANIFEST} that is not of a build. {remedy}")
         _check_same(f"output_dir={str(output_dir)!r} holds another data set", content["recipe"], recipe, remedy)
-        return content
+        shutil.rmtree(output_dir / WORK, ignore_errors=True)  # if it was killed at the very end
+        return cast(Manifest, content)
     wanted = json.loads(json.dumps({"recipe": recipe, "units": [asdict(unit) for unit in units]}))
     if plan.is_file():
         before = json.loads(plan.read_text(encoding="utf-8"))
@@ -605,7 +648,12 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
             raise ValueError(f"{what}: the sources' files have changed since. {remedy}")
     elif (output_dir / "data").exists():
         raise ValueError(f"output_dir={str(output_dir)!r} has a folder `data` that is not of a build. {remedy}")
-    write_json(plan, wanted)
+    try:
+        write_json(plan, wanted)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} cannot be written: {error.strerror}. Choose another."
+        ) from error
     return None
 
 
@@ -636,27 +684,47 @@ def build_dataset(
         finish: the last word on rows that are otherwise done.
 
     Raises:
-        ValueError: a file cannot be read, the shares cannot be had, or no row is left.
+        ValueError: a file cannot be read, the shares cannot be had, no row is left, or another process builds here.
         OSError: no room to write; RuntimeError: a worker was killed. What is done stays, in both cases.
     """
+    work = output_dir / WORK
+    try:
+        with FileLock(work / "lock", timeout=0):
+            manifest = _build(build, units, output_dir, work, recipe, num_processes, finish)
+    except Timeout:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r}: another process builds there. Wait for it, or choose another output_dir."
+        ) from None
+    shutil.rmtree(work)
+    return manifest
+
+
+def _build(
+    build: Build,
+    units: Sequence[Unit],
+    output_dir: Path,
+    work: Path,
+    recipe: dict[str, Any],
+    num_processes: int,
+    finish: Finish | None,
+) -> Manifest:
     from hgpo_trl.data.card import write_card  # workers, which import this module, do without figures
 
-    work = output_dir / WORK
     make_chunks(build, work, units, num_processes)
     rows = _gather(build, work, units)
     first, exact = _first(build, work, rows)
     duplicate = first != np.arange(len(first))
-    fate = _Fate(duplicate, np.zeros_like(duplicate), np.zeros_like(duplicate))
+    fate = _Fate(duplicate, np.zeros_like(duplicate), {})
     if fate.kept.any():
         fate.not_drawn = ~duplicate & ~_mix(build, rows, ~duplicate)
     chosen = np.flatnonzero(fate.kept)
-    by_rank = chosen[np.argsort(rows.order[chosen], kind="stable")]
+    by_rank = chosen[np.argsort(rows.place[chosen], kind="stable")]
     if finish is None or not len(by_rank):
         _write_shards(build, work, output_dir / "data", rows, by_rank)
     else:
         paths = _write_shards(build, work, work / "data", rows, by_rank)
-        stays = _finish(finish, paths, work, output_dir / "data")
-        fate.uninformative[by_rank[~stays]] = True
+        verdicts = _finish(finish, paths, work, output_dir / "data")
+        fate.late = {int(row): drop for row, drop in zip(by_rank, verdicts, strict=True) if drop is not None}
     kept = fate.kept
     sources = _source_manifests(build, work, units, rows, exact, fate)
     if not kept.any():
@@ -690,5 +758,4 @@ def build_dataset(
     }
     write_card(output_dir, manifest)
     write_json(output_dir / MANIFEST, manifest)
-    shutil.rmtree(work)
     return manifest

@@ -10,7 +10,9 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -18,7 +20,7 @@ from typing import IO, Any, cast
 
 import fsspec
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from hgpo_trl.data.example import Drop
 from hgpo_trl.files import looks_like_path
@@ -28,7 +30,7 @@ UNIT_ROWS = 20_000  # of parquet; a larger row group is a unit of its own
 _BATCH_ROWS = 500  # of parquet, decoded at a time
 _COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _TYPES = (".jsonl", ".json", ".parquet")
-_READ_ERRORS = (EOFError, OSError)
+_READ_ERRORS = (EOFError, OSError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Source:
     mode: str | None = None
     domain: str | None = None
     fields: dict[str, str] | None = None
-    rows: int | dict[str, int] | None = None
+    rows: NonNegativeInt | dict[str, NonNegativeInt] | None = None
 
     @property
     def label(self) -> str:
@@ -134,14 +136,16 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
         raise ValueError(f"{where}={name!r}: there is no such file or folder. Fix the path.")
     elif pattern is not None:
         base = str(path) if path.is_dir() else f"hf://datasets/{name}"
-        fs, root = fsspec.core.url_to_fs(f"{base}/{pattern}")
-        found = [cast(str, fs.unstrip_protocol(match)) if not path.is_dir() else match for match in fs.glob(root)]
+        with _explaining(where, name):
+            fs, root = fsspec.core.url_to_fs(f"{base}/{pattern}")
+            found = [cast(str, fs.unstrip_protocol(match)) if not path.is_dir() else match for match in fs.glob(root)]
         if not found:
             raise ValueError(f"{where}={name!r}: no file there matches {pattern!r}.")
     else:
         from datasets import load_dataset_builder  # takes seconds to import, and workers do without
 
-        data_files = load_dataset_builder(name, subset).config.data_files or {}
+        with _explaining(where, name):
+            data_files = load_dataset_builder(name, subset).config.data_files or {}
         if split not in data_files:
             raise ValueError(f"{where}={name!r} has no split {split!r}; its splits are {sorted(map(str, data_files))}.")
         found = [str(file) for file in data_files[split]]
@@ -152,6 +156,19 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
                 f"also compressed ({', '.join(_COMPRESSIONS)})."
             )
     return sorted(found)
+
+
+@contextmanager
+def _explaining(where: str, name: str) -> Iterator[None]:
+    """What goes wrong with a folder or on the hub (network, name, access, subset), by the name of the source."""
+    try:
+        yield
+    except Exception as error:  # of datasets, huggingface_hub or httpx: they have no base in common
+        found = "the folder" if Path(name).is_dir() else "there is no such file or folder, and the hub"
+        raise ValueError(
+            f"{where}={name!r}: {found} cannot be read: {type(error).__name__}: {error}. Fix the path or the subset, "
+            "or check the network and your access to the hub."
+        ) from error
 
 
 def _suffix(path: str) -> str:
@@ -186,7 +203,7 @@ def _row_groups(source: int, path: str) -> list[Unit]:
         with _open(path) as file:
             metadata = pq.ParquetFile(file).metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    except (ValueError, *_READ_ERRORS) as error:  # pyarrow's errors are both
+    except _READ_ERRORS as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from None
     units, start, rows = [], 0, 0
     for group, size in enumerate(sizes):
@@ -238,7 +255,7 @@ def read_unit(unit: Unit, max_row_bytes: int) -> Iterator[tuple[str, Row | Drop]
                 yield from _list_rows(file, name, max_row_bytes)
             else:
                 yield from _lines(file, unit, name, max_row_bytes)
-    except (UnicodeDecodeError, ValueError, *_READ_ERRORS) as error:
+    except _READ_ERRORS as error:
         raise ValueError(f"{unit.path} cannot be read: {error}") from error
 
 
@@ -268,7 +285,7 @@ def _decode(line: bytes) -> Row | Drop:
         return _object(json.loads(line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return Drop("not_utf8", {"problem": str(error)})
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError is also a number of thousands of digits
         return Drop("invalid_json", {"problem": str(error)[:200], "begins": line[:80].decode(errors="replace")})
 
 

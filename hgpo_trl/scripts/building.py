@@ -1,7 +1,6 @@
 """What the two data builders share: their fields, and the way from a recipe to a data set."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
@@ -10,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hgpo_trl.cores import available_cores
 from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, generic
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
 from hgpo_trl.data.filters import language, quality, token_limit
 from hgpo_trl.data.manifest import Manifest
+from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
 from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_unit, split_into_units
+from hgpo_trl.files import looks_like_path
 
 DEDUPLICATIONS = ("near", "exact", "none")
 _SAMPLE_ROWS = 20  # of each source, looked at before any long work
-_FREE = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")  # change nothing in the data
+_FREE = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")  # what another run may change
 
 
 @dataclass
@@ -60,9 +62,7 @@ class BuilderArguments:
     max_rows: int | None = field(default=None, metadata={"help": "At most so many rows in all."})
     rows_per_shard: int = field(default=10_000, metadata={"help": "Rows of a file; one is sorted in memory."})
     max_row_bytes: int = field(default=4 * 2**20, metadata={"help": "Drop longer rows unread."})
-    num_processes: int = field(
-        default_factory=lambda: len(os.sched_getaffinity(0)), metadata={"help": "Processes that read and filter."}
-    )
+    num_processes: int = field(default_factory=available_cores, metadata={"help": "Processes that read and filter."})
     seed: int = field(default=0, metadata={"help": "Which rows a cap keeps, and the order."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Data set repository to upload the result to."})
 
@@ -76,11 +76,17 @@ class BuilderArguments:
             raise ValueError(f"max_tokens={self.max_tokens} needs a tokenizer to count with: set `tokenizer`.")
         if self.deduplicate not in DEDUPLICATIONS:
             raise ValueError(f"deduplicate must be one of {', '.join(DEDUPLICATIONS)}; got {self.deduplicate!r}.")
-        for name in ("dedup_threshold", "decontamination_threshold"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} must lie in (0, 1]; got {getattr(self, name)}.")
+        if not 0.0 < self.dedup_threshold < 1.0:
+            raise ValueError(
+                f"dedup_threshold must lie between 0 and 1; got {self.dedup_threshold}. For 1 set deduplicate: exact."
+            )
+        if not 0.0 < self.decontamination_threshold <= 1.0:
+            raise ValueError(f"decontamination_threshold must lie in (0, 1]; got {self.decontamination_threshold}.")
         if self.decontamination_ngram < 1:
             raise ValueError(f"decontamination_ngram must be at least 1; got {self.decontamination_ngram}.")
+        for axis, shares in self.shares().items():
+            if shares:
+                check_shares(f"{axis}_shares", shares)
 
     def shares(self) -> dict[str, dict[str, float]]:
         """Axis -> value -> share."""
@@ -143,6 +149,19 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
                 f"{where} has prompts alone, and Stage I needs responses. {adapter.note} Use it in `data hgpo`, or add "
                 "responses of a model and read them as generic."
             )
+        if (
+            stage == "hft"
+            and name == "generic"
+            and not (source.fields or {}).keys() & {"answer", "response", "messages"}
+        ):
+            raise ValueError(
+                f"{where}: fields={source.fields!r} give prompts alone, and Stage I needs responses. Add answer (and "
+                "reasoning), response or messages."
+            )
+        if isinstance(source.rows, dict) and name == "generic" and "domain" not in (source.fields or {}):
+            unknown = next((domain for domain in source.rows if domain != adapter.domain), None)
+            if unknown is not None:
+                raise ValueError(f"{where}: rows names the domain {unknown!r}; all its rows are {adapter.domain!r}.")
         resolved.append((source, replace(adapter, licence=source.licence or adapter.licence)))
     labels = [source.label for source, _ in resolved]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
@@ -176,13 +195,21 @@ def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_b
         return  # broken lines are counted; if all are, no row is left in the end
     verdicts = [adapt(adapter, row, source.label) for row in rows]
     missing = [v for v in verdicts if isinstance(v, Drop) and v.reason == "missing_field"]
-    if len(missing) < len(verdicts):
+    wanted = str(missing[0].detail.get("field")) if len(missing) == len(verdicts) else None
+    if wanted is None:
+        unseen = dict.fromkeys((source.fields or {}).values())  # references that nobody finds would not be missed
+        for _, row in read_unit(unit, max_row_bytes) if unseen else ():
+            unseen = {column: None for column in unseen if isinstance(row, Drop) or column not in row}
+            if not unseen:
+                return
+        wanted = next(iter(unseen), None)
+    if wanted is None:
         return
-    wanted, columns = str(missing[0].detail.get("field")), sorted(rows[0])
+    columns = sorted({column for row in rows for column in row})
     nearest = get_close_matches(wanted, columns, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise ValueError(
-        f"{where} ({source.path}): none of the first {len(rows)} rows has {wanted!r}{hint} The columns are {columns}. "
+        f"{where} ({source.path}): none of the first rows has {wanted!r}{hint} The columns are {columns}. "
         "Set `fields` to the columns that there are."
     )
 
@@ -214,6 +241,17 @@ def decontaminator(args: BuilderArguments) -> Decontaminator | None:
     return Decontaminator(questions, n=args.decontamination_ngram, threshold=args.decontamination_threshold)
 
 
+def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
+    if name is None:
+        return None
+    if looks_like_path(name) and not Path(name).is_dir():
+        raise ValueError(f"tokenizer={name!r}: there is no such folder. Fix the path.")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer={name!r} cannot be loaded: {error}") from error
+
+
 def common_steps(args: BuilderArguments) -> list[tuple[str, Step]]:
     """The steps of both builders up to decontamination, cheap ones first."""
     steps: list[tuple[str, Step]] = []
@@ -221,8 +259,7 @@ def common_steps(args: BuilderArguments) -> list[tuple[str, Step]]:
         steps.append(("quality", quality()))
     if args.languages:
         steps.append(("language", language(args.languages)))
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
-    steps.append(("length", token_limit(tokenizer, args.max_tokens)))
+    steps.append(("length", token_limit(_tokenizer(args.tokenizer), args.max_tokens)))
     if (step := decontaminator(args)) is not None:
         steps.append((DECONTAMINATION, step))
     return steps
@@ -239,6 +276,9 @@ def run(
 ) -> Manifest:
     """Plan, claim the folder, build, upload where asked, and say what came out."""
     sources = resolve(args.sources, stage)
+    labels = [source.label for source, _ in sources]
+    if unknown := [label for label in args.source_shares or () if label not in labels]:
+        raise ValueError(f"source_shares names {unknown[0]!r}; the sources are {', '.join(labels)}.")
     units = plan(sources, args.max_row_bytes)
     recipe = {key: value for key, value in asdict(args).items() if key not in _FREE}
     output_dir = Path(args.output_dir)

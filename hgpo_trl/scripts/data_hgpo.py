@@ -16,7 +16,8 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from hgpo_trl.data.difficulty import DifficultyArguments, check_model, informative, measure, pass_rates
+from hgpo_trl.data.difficulty import DifficultyArguments, check_model, measure, pass_rates, verdicts
+from hgpo_trl.data.example import Drop
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -34,12 +35,10 @@ def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(HGPODataArguments, prog="hgpo-trl data hgpo").parse_recipe(argv)
     check_model(args)
 
-    def by_difficulty(prompts: Dataset, work: Path) -> tuple[NDArray[np.bool_], dict[str, NDArray[np.float64]]]:
+    def by_difficulty(prompts: Dataset, work: Path) -> tuple[list[Drop | None], dict[str, NDArray[np.float64]]]:
         rewards = measure(prompts, args, work, args.seed)
         think, no_think = pass_rates(rewards).T
-        unknown = np.isnan(rewards).all(axis=(1, 2))  # no reference answer: nothing speaks against it
-        stays = unknown | informative(rewards, args.difficulty_margin)
-        return stays, {"pass_rate_think": think, "pass_rate_no_think": no_think}
+        return verdicts(rewards, args.difficulty_margin), {"pass_rate_think": think, "pass_rate_no_think": no_think}
 
     run("hgpo", args, common_steps(args), finish=by_difficulty if args.difficulty_model else None)
 

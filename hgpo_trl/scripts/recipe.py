@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 import typing
@@ -40,6 +41,9 @@ class RecipeParser(TrlParser):
     def __init__(self, dataclass_types: Any, prog: str) -> None:
         description = "--config RECIPE.yaml, a flat YAML file, sets any of these fields; the command line overrides it."
         super().__init__(dataclass_types, prog=prog, description=description, allow_abbrev=False)
+        for action in self._actions:
+            if getattr(action.type, "__name__", None) == "dict":  # perhaps within a function that takes None, too
+                action.type = _mapping
 
     def error(self, message: str) -> NoReturn:
         """One message, without argparse's usage, which for a trainer's fields is hundreds of lines."""
@@ -89,6 +93,17 @@ class RecipeParser(TrlParser):
             except ValueError as error:
                 self.error(f"{path}: {key}={value!r} has the wrong type: {error}")
         return recipe
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    """A mapping on the command line, or null."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if not isinstance(value, dict | None):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping in JSON")
+    return value
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> str:

@@ -1,0 +1,64 @@
+r"""Whether an answer equals the reference answer: exact rungs first, then math-verify, in workers with a time limit.
+
+What counts of an answer is its last `\boxed{}`, else what it states as the answer, else its last mathematics: an answer
+that names several candidates is not right because one of them is. The rungs, each of which settles or passes on:
+
+    text       equal, but for blanks, dollar signs, bold, a full stop and ways to write the same LaTeX
+    numbers    plain numbers, fractions, mixed numbers, percentages, number bases: exactly, whatever their length
+    words      names and letters of choices
+    values     expressions that differ at a point
+    lists      tuples, intervals and lists whose entries the rungs above settle
+    symbolic   math-verify
+
+Only the last can get stuck. `check_answers` gives it to processes that are killed at the time limit.
+"""
+
+from collections.abc import Callable, Sequence
+
+from hgpo_trl.verification.exact import settle
+from hgpo_trl.verification.symbolic import TIMEOUT_S, symbolically_equal, symbolically_equal_in_time
+from hgpo_trl.verification.workers import ask_server
+
+
+def answers_match(reference: str, answer: str) -> bool:
+    """Whether the answer equals the reference answer, decided in this process.
+
+    In the main thread math-verify gives up after `TIMEOUT_S` (False); in another thread nothing stops it.
+    """
+    verdict, _ = settle(reference, answer)
+    return symbolically_equal_in_time(reference, answer) if verdict is None else verdict
+
+
+def check_answers(
+    references: Sequence[str],
+    answers: Sequence[str],
+    *,
+    timeout: float = TIMEOUT_S,
+    compare: Callable[[str, str], bool] = symbolically_equal,
+) -> list[bool | None]:
+    """Whether each answer equals its reference answer, in order.
+
+    What the exact rungs do not settle goes, once per distinct pair, to worker processes that are killed at the limit.
+    From any thread; the workers are started when they are first needed and kept.
+
+    Args:
+        references: reference answers; a list as text ("['2', '3']") asks for all its entries.
+        answers: as many answers: an expression, or prose with the result in it.
+        timeout: seconds for one sample.
+        compare: the last rung.
+
+    Returns:
+        True, False or, where the verifier got stuck or crashed on this sample, None.
+
+    Raises:
+        ValueError: not as many answers as references.
+    """
+    if len(references) != len(answers):
+        raise ValueError(f"answers: {len(answers)} for {len(references)} references: give one per reference.")
+    verdicts: dict[tuple[str, str], bool | None] = {
+        pair: settle(*pair)[0] for pair in dict.fromkeys(zip(references, answers, strict=True))
+    }
+    rest = sorted(pair for pair, verdict in verdicts.items() if verdict is None)
+    if rest:
+        verdicts.update(zip(rest, ask_server(rest, compare, timeout), strict=True))
+    return [verdicts[pair] for pair in zip(references, answers, strict=True)]

@@ -1,0 +1,280 @@
+"""`hgpo-trl data`: its kinds, both builders from a recipe, and what they say of a bad one."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+import yaml
+from refusals import refused
+
+from hgpo_trl.cli import main
+from hgpo_trl.data_files import load_data
+from hgpo_trl.modes import Mode, split_response
+from hgpo_trl.scripts.data import KINDS
+
+ROOT = Path(__file__).parents[1]
+TOPICS = "rivers bread chess glaciers violins bees castles comets tea maps".split()
+
+Config = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def no_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep data sets out of the user's own folders."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def data(*argv: str) -> None:
+    """`hgpo-trl data ...` in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hgpo-trl", "data", *argv])
+        main()
+
+
+def in_a_process(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hgpo_trl.cli", "data", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> dict[str, Path]:
+    """A recipe of each builder, on small files with known faults."""
+    sums = [
+        {"q": f"What is {i} + {i}?", "trace": f"We add {i} to itself, and count in tens and ones.", "a": str(2 * i)}
+        for i in range(10, 30)
+    ]
+    for row in sums:
+        row["solution"] = f"The answer is \\boxed{{{row['a']}}}."
+    wrong, empty = {**sums[0], "q": "What is 7 + 8?", "a": "15"}, {**sums[1], "q": "What is 1 + 2?", "solution": " "}
+    write_lines(tmp_path / "maths.jsonl", [*sums, dict(sums[3]), wrong, empty])
+    chat = [{"q": f"Tell me a nice thing about {topic}.", "a": f"People all over like {topic}."} for topic in TOPICS]
+    write_lines(tmp_path / "chat.jsonl", [*chat, {"q": "Write a Python program that sorts a list.", "a": "sorted(x)"}])
+    write_lines(tmp_path / "benchmark.jsonl", [{"problem": sums[5]["q"]}])
+
+    maths_fields = {"prompt": "q", "reference": "a"}
+    common = {"num_processes": 1, "decontamination": [{"path": str(tmp_path / "benchmark.jsonl"), "field": "problem"}]}
+    maths = {"path": str(tmp_path / "maths.jsonl"), "name": "sums", "domain": "maths"}
+    contents = {
+        "hft": {
+            "sources": [
+                maths | {"fields": maths_fields | {"reasoning": "trace", "answer": "solution"}},
+                {"path": str(tmp_path / "chat.jsonl"), "name": "chat", "fields": {"prompt": "q", "answer": "a"}},
+            ]
+        },
+        "hgpo": {"sources": [maths | {"fields": maths_fields}]},
+    }
+    paths = {}
+    for kind, content in contents.items():
+        paths[kind] = tmp_path / f"data_{kind}.yaml"
+        paths[kind].write_text(yaml.safe_dump(common | content | {"output_dir": str(tmp_path / kind)}))
+    return paths
+
+
+def change(recipe: Path, **fields: Any) -> list[str]:
+    """The arguments for a recipe with other fields."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    changed = recipe.with_name(f"changed-{recipe.name}")
+    changed.write_text(yaml.safe_dump(content | fields), encoding="utf-8")
+    return ["--config", str(changed)]
+
+
+# --- kinds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_usage_lists_the_kinds(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    data(*argv)
+    text = capsys.readouterr().out
+    assert text.startswith("usage: hgpo-trl data [KIND]")
+    for kind, summary in KINDS.items():
+        assert f"  {kind} " in text
+        assert summary in text
+
+
+def test_unknown_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        data("sft", "--config", "x.yaml")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("hgpo-trl data: error: unknown kind 'sft'\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("task", ["--output_dir", "--num_hft"]),
+        ("hft", ["--sources", "--dedup_threshold", "--reasoning_threshold"]),
+        ("hgpo", ["--sources", "--dedup_threshold", "--difficulty_model"]),
+        ("classifier", ["--reasoning", "--other"]),
+    ],
+)
+def test_help_of_a_kind_lists_its_fields(kind: str, fields: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        data(kind, "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: hgpo-trl data {kind if kind != 'task' else '['}")
+    assert all(f"{field} " in text for field in fields)
+
+
+def test_without_a_kind_it_is_the_embedded_task(tmp_path: Path) -> None:
+    sizes = {"num_hft": 18, "num_hgpo": 9, "num_eval": 9, "hidden_size": 8, "num_heads": 2, "num_layers": 1}
+    for name, kind in (("plain", []), ("task", ["task"])):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump(sizes | {"output_dir": str(tmp_path / name)}), encoding="utf-8")
+        data(*kind, "--config", str(recipe))
+    plain, task = (
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "plain", tmp_path / "task")
+    )
+    assert Path("hft.parquet") in plain
+    assert plain == task
+
+
+# --- builds ---------------------------------------------------------------------------------------------------
+
+
+def test_hft_from_a_recipe(recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = in_a_process("hft", "--config", str(recipes["hft"]), "--max_rows", "1000")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sums: 19 of 23 rows" in done.stdout
+    assert "chat: 10 of 11 rows" in done.stdout
+    removed = pd.read_parquet(tmp_path / "hft" / "removed.parquet")
+    assert sorted(zip(removed["source"], removed["step"], strict=True)) == [
+        ("chat", "reasoning_queries"),
+        ("sums", "decontamination"),
+        ("sums", "duplicates"),
+        ("sums", "schema"),
+        ("sums", "verification"),
+    ]
+    dataset = load_data("train_data", str(tmp_path / "hft"))
+    assert len(dataset) == 29
+    for row in dataset:
+        response = split_response(row["completion"][0]["content"])
+        assert response.well_formed
+        thinks = row["source"] == "sums"
+        assert row["mode"] == response.mode == (Mode.THINK if thinks else Mode.NO_THINK)
+
+    data("hft", "--config", str(recipes["hft"]), "--max_rows", "1000")
+    assert "is complete already" in capsys.readouterr().out
+    with refused("^output_dir=.* holds another data set. Changed: max_rows: 1000 -> 5. Choose another output_dir"):
+        data("hft", "--config", str(recipes["hft"]), "--max_rows", "5")
+
+
+def test_hgpo_from_a_recipe(recipes: dict[str, Path], tmp_path: Path) -> None:
+    done = in_a_process("hgpo", "--config", str(recipes["hgpo"]))
+    assert done.returncode == 0, done.stderr[-2000:]
+    dataset = load_data("train_data", str(tmp_path / "hgpo"))
+    answers = {row["prompt"][0]["content"]: row["answer"] for row in dataset}
+    expected = {f"What is {i} + {i}?": str(2 * i) for i in range(10, 30) if i != 15}
+    assert answers == expected | {"What is 7 + 8?": "15", "What is 1 + 2?": "22"}
+    assert not {"completion", "mode"} & set(dataset.column_names)
+
+
+def test_command_line_overrides_the_recipe(recipes: dict[str, Path], tmp_path: Path) -> None:
+    data("hgpo", "--config", str(recipes["hgpo"]), "--max_rows", "5", "--output_dir", str(tmp_path / "five"))
+    assert len(load_data("train_data", str(tmp_path / "five"))) == 5
+    assert not (tmp_path / "hgpo").exists()
+
+
+def test_mappings_on_the_command_line_are_json(recipes: dict[str, Path], tmp_path: Path) -> None:
+    shares = ["--mode_shares", '{"think": 0.5, "no_think": 0.5}']
+    data("hft", "--config", str(recipes["hft"]), *shares, "--output_dir", str(tmp_path / "half"))
+    assert sorted(load_data("train_data", str(tmp_path / "half"))["mode"]) == ["no_think"] * 10 + ["think"] * 10
+    source = json.dumps({"path": str(tmp_path / "chat.jsonl"), "fields": {"prompt": "q", "answer": "a"}})
+    data("hft", "--sources", source, source[:-1] + ', "name": "b"}', "--output_dir", str(tmp_path / "chat"))
+    assert set(load_data("train_data", str(tmp_path / "chat"))["source"]) == {str(tmp_path / "chat.jsonl")}
+    for text in ("think=0.5", "[0.5]", "0.5"):
+        with refused(re.escape(f"--mode_shares/--mode-shares: {text!r} is not a mapping in JSON")):
+            data("hft", "--config", str(recipes["hft"]), "--mode_shares", text)
+
+
+# --- bad recipes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hft", "hgpo"])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"feilds": {"prompt": "q"}}, r"sources\[0\] has the unknown key 'feilds'; did you mean 'fields'\?"),
+        ({"path": "nowhere/at/all.jsonl"}, r"sources\[0\]\.path='nowhere/at/all\.jsonl': there is no such file"),
+        ({"path": None}, r"sources\[0\]=.* lacks `path`: a file, a folder, or an id on the hub"),
+        ({"fields": None}, r"sources\[0\] \(sums\) needs `fields`.* there is no adapter for it"),
+        ({"fields": {"prompt": "question", "answer": "a"}}, r"none of the first rows has 'question'"),
+        ({"fields": {"query": "q"}}, r"sources\[0\] \(sums\): fields: unknown name 'query'; the names are prompt,"),
+        ({"adapter": "open-r1/OpenR1-Math"}, r"there is no adapter 'open-r1/OpenR1-Math'; did you mean 'open-r1/Open"),
+        ({"rows": "many"}, r"sources\[0\] \(.*\): rows.*valid integer"),
+        ({"mode": "fast"}, r"sources\[0\] \(.*fast"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_source(
+    kind: str, source: Config, words: str, recipes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = yaml.safe_load(recipes[kind].read_text(encoding="utf-8"))["sources"]
+    with refused(words):
+        data(kind, *change(recipes[kind], sources=[sources[0] | source]))
+    assert not (tmp_path / kind).exists()
+
+
+@pytest.mark.parametrize("kind", ["hft", "hgpo"])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sources": []}, "sources is empty. Name at least one"),
+        ({"sources": ["maths.jsonl"]}, "sources=.* has the wrong type"),
+        ({"source": []}, "unknown key 'source'; did you mean 'sources'"),
+        ({"deduplicate": "fuzzy"}, "deduplicate.*fuzzy"),
+        ({"dedup_threshold": 1.5}, r"dedup_threshold must lie between 0 and 1; got 1\.5"),
+        ({"max_rows": 0}, "max_rows must be at least 1; got 0"),
+        ({"max_tokens": 5}, "max_tokens=5 needs a tokenizer to count with"),
+        ({"domain_shares": {"maths": 0.4}}, r"domain_shares=.*must sum to 1"),
+        ({"source_shares": {"summs": 1.0}}, r"source_shares names 'summs'; the sources are sums"),
+        ({"decontamination": [{"path": "nowhere/at/all.jsonl", "field": "q"}]}, r"decontamination\[0\].*no such file"),
+        ({"decontamination": [{"path": "chat.jsonl", "field": "x"}]}, r"decontamination\[0\].*has no text in 'x'"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_field(
+    kind: str, fields: Config, words: str, recipes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with refused(words):
+        data(kind, *change(recipes[kind], **fields))
+    assert not (tmp_path / kind / "manifest.json").exists()
+
+
+def test_a_refusal_is_one_message_with_status_2(recipes: dict[str, Path]) -> None:
+    done = in_a_process("hgpo", "--config", str(recipes["hgpo"]), "--decontamination", '{"path": "no/such/a.jsonl"}')
+    assert done.returncode == 2
+    assert done.stderr.startswith("hgpo-trl data hgpo: error: decontamination")
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_recipe_that_is_not_there(kind: str) -> None:
+    with refused("--config nowhere.yaml: there is no such recipe"):
+        data(kind, "--config", "nowhere.yaml")
+
+
+def test_prompts_alone_are_no_stage_one(recipes: dict[str, Path], tmp_path: Path) -> None:
+    sources = yaml.safe_load(recipes["hgpo"].read_text(encoding="utf-8"))["sources"]
+    with refused("give prompts alone, and Stage I needs responses. Add answer"):
+        data("hft", *change(recipes["hft"], sources=sources))
+
+
+def test_difficulty_model_that_is_not_there(recipes: dict[str, Path], tmp_path: Path) -> None:
+    with refused("difficulty_model='.*': there is no such folder"):
+        data("hgpo", *change(recipes["hgpo"], difficulty_model=str(tmp_path / "no" / "model")))
+    assert not (tmp_path / "hgpo").exists()
