@@ -52,7 +52,7 @@ def assign_rewards(
         query one of whose modes has no valid sample, because there is nothing to compare, unless it is decided.
 
     Raises:
-        ValueError: `rewards` is not `[Q, 2, n]`, `margin` is not finite, or `ties` is unknown.
+        ValueError: `rewards` is not `[Q, 2, n]`, `decided` is not `[Q]`, `margin` is not finite, or `ties` is unknown.
     """
     check_choice("ties", ties, TIES)
     check_coefficients(0.0, margin, 1.0)
@@ -63,6 +63,8 @@ def assign_rewards(
     mean_think, mean_no_think = rewards.nanmean(dim=2).unbind(dim=1)  # R̄, NaN where a mode has no valid sample
     comparable = ~(mean_think.isnan() | mean_no_think.isnan())
     if decided is not None:
+        if decided.shape != comparable.shape:
+            raise ValueError(f"decided must have the shape {list(comparable.shape)}; got {list(decided.shape)}.")
         comparable |= decided
     think_wins = mean_think - mean_no_think - margin > TIE_TOLERANCE
     wins = torch.stack([think_wins, ~think_wins], dim=1) & comparable[:, None]

@@ -71,7 +71,8 @@ class HGPOTrainer(GRPOTrainer):
 
     Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the
     others with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for
-    the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10).
+    the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10). With
+    `lazy_thinking` a query that no-think wins whatever thinking would bring gets no think samples.
 
     What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
     `_calculate_rewards` splits the responses and keeps the rewards, `_generate_and_score_completions` replaces the
@@ -185,7 +186,7 @@ class HGPOTrainer(GRPOTrainer):
         self._faults: Tensor  # [B, len(Fault)] over all processes, 1 where a response has the fault
         self._lengths: Tensor  # [B] over all processes, tokens
         self._truncated: Tensor  # [B] over all processes, 1 where a response ran out of tokens
-        self._rollout_inputs: list[dict[str, Any]]  # this process's rows of the data set, while they are sampled
+        self._rollout_inputs: list[dict[str, Any]]  # this process's rows of the data set in the rollout
         self._decided: Tensor | None = None  # [Q], queries whose think responses are not sampled; None: no such
         self._no_think_rewards: Tensor | None = None  # [B, F], as the functions gave them; None: not scored beforehand
         self._shown: list[bool]  # which of this process's rows the reward functions are shown
@@ -254,8 +255,8 @@ class HGPOTrainer(GRPOTrainer):
 
         if self.args.lazy_thinking and self.model.training:
             sample(no_think)
-            decided = self._decide(completion_ids)
-            if not decided.all():
+            decided = self._decide(completion_ids).tolist()
+            if not all(decided):
                 first = self.accelerator.process_index * len(modes)
                 sample([i for i in think if not decided[(first + i) // num_generations]], spare=think[:1])
         # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones.

@@ -44,7 +44,7 @@ MARGIN = st.sampled_from([0.0, 0.2, 1.0, -0.1]) | st.floats(-0.5, 1.5)
 
 @given(unit_rewards(), MARGIN)
 def test_decided_is_what_no_think_samples_can_win(rewards: torch.Tensor, margin: float) -> None:
-    """Against think samples that are all right no-think wins exactly the decided queries; a decided one is never lost."""
+    """It is the mean plus the margin that decides, and no think samples reverse it."""
     decided = decided_without_think(rewards[:, 1], margin)
     means = [math.fsum(query) / len(query) for query in rewards[:, 1].tolist()]
     near = torch.tensor([abs(mean + margin - 1) < 2e-6 for mean in means])
@@ -90,6 +90,11 @@ def test_a_query_without_valid_think_samples_is_not_decided_for_that() -> None:
     rewards = torch.tensor([[[math.nan, math.nan], [1.0, 0.0]]] * 2)
     r_inter, _ = assign_rewards(rewards, 0.2, decided=torch.tensor([False, True]))
     assert r_inter.tolist() == [[[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]]
+
+
+def test_decided_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"decided must have the shape \[2\]; got \[1\]"):
+        assign_rewards(torch.ones(2, 2, 2), 0.2, decided=torch.tensor([True]))
 
 
 # --- rewards ------------------------------------------------------------------------------------------------------
@@ -202,7 +207,8 @@ def rollout(trainer: HGPOTrainer) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def responses(batch: dict[str, Any]) -> list[list[int]]:
-    return [ids[mask.bool()].tolist() for ids, mask in zip(*(batch[f"completion_{x}"] for x in ("ids", "mask")))]
+    rows = zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in rows]
 
 
 @pytest.mark.parametrize("continuous_batching", [False, True])
