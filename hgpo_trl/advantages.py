@@ -36,20 +36,23 @@ def check_coefficients(alpha: float, margin: float, discount: float) -> None:
         raise ValueError(f"discount must lie in (0, 1]; got {discount}.")
 
 
-def assign_rewards(rewards: Tensor, margin: float, ties: str = "all") -> tuple[Tensor, Tensor]:
+def assign_rewards(
+    rewards: Tensor, margin: float, ties: str = "all", decided: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Turn raw rewards into the two binary rewards of HGPO (Eq. 8 and 9).
 
     Args:
         rewards: `[Q, 2, N/2]`, raw rewards r (Eq. 7), NaN where there is none.
         margin: δ, what the no-think mode is given on top of its mean. Equality goes to no-think, which is cheaper.
         ties: "all" gives r_intra = 1 to every sample that reaches its mode's maximum, "first" to the first one only.
+        decided: `[Q]`, queries that no-think has won without think samples (`decided_without_think`); None: none.
 
     Returns:
         `(r_inter, r_intra)`, both `[Q, 2, N/2]` with entries 0 or 1. Invalid samples get 0; so does r_inter of a whole
-        query one of whose modes has no valid sample, because there is nothing to compare.
+        query one of whose modes has no valid sample, because there is nothing to compare, unless it is decided.
 
     Raises:
-        ValueError: `rewards` is not `[Q, 2, n]`, `margin` is not finite, or `ties` is unknown.
+        ValueError: `rewards` is not `[Q, 2, n]`, `decided` is not `[Q]`, `margin` is not finite, or `ties` is unknown.
     """
     check_choice("ties", ties, TIES)
     check_coefficients(0.0, margin, 1.0)
@@ -59,6 +62,10 @@ def assign_rewards(rewards: Tensor, margin: float, ties: str = "all") -> tuple[T
     valid = ~rewards.isnan()
     mean_think, mean_no_think = rewards.nanmean(dim=2).unbind(dim=1)  # R̄, NaN where a mode has no valid sample
     comparable = ~(mean_think.isnan() | mean_no_think.isnan())
+    if decided is not None:
+        if decided.shape != comparable.shape:
+            raise ValueError(f"decided must have the shape {list(comparable.shape)}; got {list(decided.shape)}.")
+        comparable |= decided
     think_wins = mean_think - mean_no_think - margin > TIE_TOLERANCE
     wins = torch.stack([think_wins, ~think_wins], dim=1) & comparable[:, None]
     r_inter = wins[:, :, None] & valid
@@ -68,6 +75,21 @@ def assign_rewards(rewards: Tensor, margin: float, ties: str = "all") -> tuple[T
     if ties == "first":
         r_intra &= r_intra.cumsum(dim=2) == 1
     return r_inter.to(rewards.dtype), r_intra.to(rewards.dtype)
+
+
+def decided_without_think(no_think: Tensor, margin: float) -> Tensor:
+    """Queries that no-think wins whatever think samples would bring, as long as no reward exceeds 1 (Eq. 8).
+
+    Args:
+        no_think: `[Q, N/2]`, rewards of the no-think samples. A query with a NaN among them is left undecided.
+        margin: δ.
+
+    Returns:
+        `[Q]`, boolean: R̄_no_think + δ >= 1.
+    """
+    best_think = torch.ones_like(no_think)
+    r_inter, _ = assign_rewards(torch.stack([best_think, no_think], dim=1), margin)
+    return r_inter[:, 1].all(dim=1)
 
 
 def _masked_moments(x: Tensor, mask: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +141,7 @@ def compute_advantages(
     ties: str = "all",
     discount: float = 0.99,
     mode_probs: Tensor | None = None,
+    decided: Tensor | None = None,
 ) -> Tensor:
     """Per-token advantages A_i^t = norm(r_intra)_i + 1[t = 0] · α · norm(r_inter)_i (Eq. 10).
 
@@ -137,6 +160,8 @@ def compute_advantages(
         ties: see `assign_rewards`.
         discount: γ of Eq. 22; unused by the other estimators.
         mode_probs: `[Q, 2]`, the old policy's probability of each mode: turns on `decision_weights`. None is the paper.
+        decided: `[Q]`, queries without think samples that no-think has won (`decided_without_think`). The think rows
+            of these have a NaN reward, hence no intra-group signal, but the inter-group advantage of rows that lost.
 
     Returns:
         `[Q*N, T]`, rows as in `completion_lengths`, 0 beyond each length. float64 for float64 rewards, else float32.
@@ -149,7 +174,7 @@ def compute_advantages(
     check_coefficients(alpha, margin, discount)
     if rewards.dtype != torch.float64:
         rewards = rewards.float()
-    r_inter, r_intra = assign_rewards(rewards, margin, ties)
+    r_inter, r_intra = assign_rewards(rewards, margin, ties, decided)
     if completion_lengths.shape != (rewards.numel(),):
         raise ValueError(
             f"completion_lengths must have one entry per reward, [{rewards.numel()}]; "
@@ -164,6 +189,7 @@ def compute_advantages(
             raise ValueError(f"mode_probs must lie between 0 and 1; got {mode_probs.tolist()}.")
 
     valid = ~rewards.isnan()
+    compared = valid if decided is None else valid | decided[:, None, None]
     position = torch.arange(int(completion_lengths.max()), device=rewards.device)
     to_last = completion_lengths[:, None] - 1 - position  # [Q*N, T], tokens still to come after this one
     in_response = to_last >= 0
@@ -171,7 +197,7 @@ def compute_advantages(
     if estimator in ("grpo", "rloo"):
         norm = standardize if estimator == "grpo" else leave_one_out
         intra = norm(r_intra, valid, dim=(2,) if intra_scope == "mode" else (1, 2))
-        inter = norm(r_inter, valid, dim=(1, 2))
+        inter = norm(r_inter, compared, dim=(1, 2))
         advantages = intra.reshape(-1, 1) * in_response
     else:
         inter = r_inter

@@ -1,6 +1,7 @@
 """Configuration of `HGPOTrainer`: TRL's `GRPOConfig` with the paper's settings, plus what HGPO adds."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from transformers import SchedulerType
 from trl import GRPOConfig
@@ -42,6 +43,9 @@ class HGPOConfig(GRPOConfig):
         no_think_cap: a no-think response whose answer has more tokens than this multiple of the longest answer part
             among the query's well-formed think responses counts as malformed (`rewards.overlong`). None: no such limit.
         no_think_max_tokens: the same for a fixed number of tokens.
+        lazy_thinking: sample and score the no-think responses of a rollout first, and think samples only of the queries
+            that these leave undecided (`advantages.decided_without_think`). Of the others the think responses are the
+            decision token alone. Rewards must lie between 0 and 1, their weighted sum too. Training only.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
 
     Raises:
@@ -105,6 +109,10 @@ class HGPOConfig(GRPOConfig):
     no_think_max_tokens: int | None = field(
         default=None, metadata={"help": "A no-think answer of more tokens than this scores 0."}
     )
+    lazy_thinking: bool = field(
+        default=False,
+        metadata={"help": "Draw no think samples of queries that no-think wins already (rewards between 0 and 1)."},
+    )
     eval_margin: float = field(
         default=0.0, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy."}
     )
@@ -147,11 +155,40 @@ class HGPOConfig(GRPOConfig):
             if "must be divisible by num_generations" not in str(error):
                 raise
             raise ValueError(self._groups_do_not_come_out()) from None
+        if self.lazy_thinking:
+            self._check_lazy_thinking()
         forced = {"thinking_mode", "enable_thinking"} & set(self.chat_template_kwargs or {})
         if forced:
             raise ValueError(
                 f"chat_template_kwargs sets {' and '.join(sorted(forced))}, but HGPO itself forces each response's "
                 "mode. Leave it out."
+            )
+
+    def _check_lazy_thinking(self) -> None:
+        for name, why in (
+            ("no_think_cap", "it measures no-think answers by think answers, which are not there yet"),
+            ("mask_truncated_completions", "it would leave out think responses that are the decision token alone"),
+        ):
+            if value := getattr(self, name):
+                raise ValueError(f"lazy_thinking does not go with {name}={value}: {why}. Turn one of them off.")
+        if any(not 0.0 <= weight <= 1.0 for weight in self.reward_weights or []):
+            raise ValueError(
+                f"lazy_thinking needs rewards whose weighted sum lies between 0 and 1; reward_weights is "
+                f"{self.reward_weights}. Give weights between 0 and 1, or set lazy_thinking=false."
+            )
+        if self.use_vllm and (self.vllm_mode == "server" or self.vllm_tensor_parallel_size > 1):
+            raise ValueError(
+                "lazy_thinking needs processes that sample different numbers of responses; vLLM does so with "
+                f"vllm_mode=colocate and vllm_tensor_parallel_size=1, not with {self.vllm_mode} and "
+                f"{self.vllm_tensor_parallel_size}. Change them, or set lazy_thinking=false."
+            )
+        rows = self.per_device_train_batch_size * cast(int, self.steps_per_generation)
+        if 2 * rows <= cast(int, self.num_generations):
+            raise ValueError(
+                f"lazy_thinking needs both modes in every process: more than half of num_generations="
+                f"{self.num_generations} rows in its part of a rollout, but per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} x steps_per_generation={self.steps_per_generation} = {rows}. "
+                "Raise one of them, or set lazy_thinking=false."
             )
 
     def _groups_do_not_come_out(self) -> str:

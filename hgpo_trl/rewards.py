@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,59 @@ def overlong(lengths: Tensor, well_formed: Tensor, cap: float | None = None, max
     return beyond
 
 
+def check_bounded(rewards: Tensor, weights: Tensor, names: list[str]) -> None:
+    """Check that no response's weighted sum of rewards can exceed 1 or fall below 0, as `lazy_thinking` takes it.
+
+    Args:
+        rewards: `[B, F]`, one column per reward function, NaN where it gives none.
+        weights: `[F]`, not negative.
+        names: of the functions.
+
+    Raises:
+        ValueError: a reward lies outside [0, 1], or the weights of the functions that score the same response add up to
+            more than 1.
+    """
+    outside = (rewards < 0) | (rewards > 1)  # False for NaN
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"lazy_thinking needs rewards between 0 and 1, but {names[column]!r} gave {rewards[row, column]:.6g}. "
+            "Rescale it (reward_model_squash=true does that for the reward model), or set lazy_thinking=false."
+        )
+    scored = ~rewards.isnan()
+    totals = scored.to(weights.dtype) @ weights
+    if totals.max() > 1 + 1e-6:
+        row = int(totals.argmax())
+        together = " and ".join(name for name, has in zip(names, scored[row].tolist(), strict=True) if has)
+        raise ValueError(
+            f"lazy_thinking needs a sum of rewards of at most 1, but {together} score the same response and their "
+            f"reward_weights add up to {totals[row]:.6g}. Lower reward_weights, or set lazy_thinking=false."
+        )
+
+
+def is_model(reward_func: Any) -> bool:
+    """Whether TRL runs it as a sequence classifier: a model, or its id or path."""
+    return isinstance(reward_func, (str, nn.Module))
+
+
+def _with_response(columns: dict[str, Any]) -> tuple[list[bool], dict[str, Any]]:
+    """Which rows have a `response`, all where there is no such column, and what a reward function gets of them."""
+    kept = [response is not None for response in columns.get("response") or columns["completions"]]
+    return kept, {
+        name: [*compress(value, kept)] if isinstance(value, list) and len(value) == len(kept) else value
+        for name, value in columns.items()
+    }
+
+
 def checked(reward_func: Any) -> Any:
     """A reward function whose name stands in every error, its own included; a reward model as it is.
+
+    Rows whose `response` is None are not shown to it and get 0; it is not called where no row is left.
 
     Raises (when called):
         ValueError: it returns something else than one number or None per completion.
     """
-    if isinstance(reward_func, (str, nn.Module)):
+    if is_model(reward_func):
         return reward_func
     name = get_callable_name(reward_func)
 
@@ -106,28 +153,30 @@ def checked(reward_func: Any) -> Any:
             error.add_note(f"Raised by the reward function {name!r}.")
             raise
 
-    def numbers(rewards: Any, completions: list) -> list[float]:
+    def numbers(rewards: Any, kept: list[bool]) -> list[float]:
         rule = "it must return one number, or None, per completion"
         try:
             values = [math.nan if reward is None else math.fsum((reward,)) for reward in rewards]
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"The reward function {name!r} returned {_short(rewards)} ({error}): {rule}.") from error
-        if len(values) != len(completions):
+        if len(values) != sum(kept):
             raise ValueError(
-                f"The reward function {name!r} returned {len(values)} rewards for {len(completions)} completions: "
-                f"{rule}."
+                f"The reward function {name!r} returned {len(values)} rewards for {sum(kept)} completions: {rule}."
             )
-        return values
+        remaining = iter(values)
+        return [next(remaining) if shown else 0.0 for shown in kept]
 
-    async def later(*, completions: list, **kwargs: Any) -> list[float]:
+    async def later(**columns: Any) -> list[float]:
+        kept, shown = _with_response(columns)
         with named():
-            rewards = await reward_func(completions=completions, **kwargs)
-        return numbers(rewards, completions)
+            rewards = await reward_func(**shown) if any(kept) else []
+        return numbers(rewards, kept)
 
-    def at_once(*, completions: list, **kwargs: Any) -> list[float]:
+    def at_once(**columns: Any) -> list[float]:
+        kept, shown = _with_response(columns)
         with named():
-            rewards = reward_func(completions=completions, **kwargs)
-        return numbers(rewards, completions)
+            rewards = reward_func(**shown) if any(kept) else []
+        return numbers(rewards, kept)
 
     call = later if is_async_callable(reward_func) else at_once
     call.__name__ = name

@@ -3,9 +3,10 @@
 import math
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +24,14 @@ from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler
 
-from hgpo_trl.advantages import assign_rewards, compute_advantages
+from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_without_think
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import per_prompt_table
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, Fault, Response, check_embeddings, mode_tokens
-from hgpo_trl.rewards import answer_parts, checked, floor_faults, overlong, split_completions
+from hgpo_trl.rewards import answer_parts, check_bounded, checked, floor_faults, is_model, overlong, split_completions
 from hgpo_trl.vllm_support import (
     check_server,
     check_vllm_installed,
@@ -70,7 +71,8 @@ class HGPOTrainer(GRPOTrainer):
 
     Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the
     others with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for
-    the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10).
+    the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10). With
+    `lazy_thinking` a query that no-think wins whatever thinking would bring gets no think samples.
 
     What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
     `_calculate_rewards` splits the responses and keeps the rewards, `_generate_and_score_completions` replaces the
@@ -163,6 +165,12 @@ class HGPOTrainer(GRPOTrainer):
 
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            models = [func if isinstance(func, str) else type(func).__name__ for func in listed if is_model(func)]
+            if args.lazy_thinking and models:
+                raise ValueError(
+                    f"lazy_thinking needs rewards between 0 and 1, but the scores of {' and '.join(models)} have no "
+                    "bounds. Name it as reward_model, which squashes them, or set lazy_thinking=false."
+                )
             reward_funcs = [checked(reward_func) for reward_func in listed]
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
@@ -178,6 +186,10 @@ class HGPOTrainer(GRPOTrainer):
         self._faults: Tensor  # [B, len(Fault)] over all processes, 1 where a response has the fault
         self._lengths: Tensor  # [B] over all processes, tokens
         self._truncated: Tensor  # [B] over all processes, 1 where a response ran out of tokens
+        self._rollout_inputs: list[dict[str, Any]]  # this process's rows of the data set in the rollout
+        self._decided: Tensor | None = None  # [Q], queries whose think responses are not sampled; None: no such
+        self._no_think_rewards: Tensor | None = None  # [B, F], as the functions gave them; None: not scored beforehand
+        self._shown: list[bool]  # which of this process's rows the reward functions are shown
 
     def _budget_for_the_forced_token(self) -> None:
         """The decision token counts towards max_completion_length, so sampling gets one token less."""
@@ -224,28 +236,61 @@ class HGPOTrainer(GRPOTrainer):
             )
         modes = self._row_modes(len(prompt_ids))
         decisions = [self.mode_tokens.decision[mode] for mode in modes]
-        forced = [[*ids, token] for ids, token in zip(prompt_ids, decisions, strict=True)]
+        think, no_think = ([i for i, mode in enumerate(modes) if mode == m] for m in range(len(MODES)))
         per_mode = num_generations // 2
+        generate = super()._generate_single_turn
+        completion_ids: list[list[int]] = [[token] for token in decisions]
+        log_probs: list[list[float | None]] = [[None] for _ in decisions]
 
-        batches = [list(range(len(forced)))]
+        def sample(rows: list[int], spare: Sequence[int] = ()) -> None:
+            """Of a process without rows the spare ones: all take part, which ZeRO-3 and FSDP need."""
+            forced = [[*prompt_ids[i], decisions[i]] for i in rows or spare]
+            with self._naming_a_server_that_fails():
+                sampled, sampled_log_probs = generate(forced, None, {}, per_mode, has_tool_images)
+            for i, ids in zip(rows, sampled, strict=bool(rows)):
+                completion_ids[i] += ids
+            if sampled_log_probs is not None:
+                for i, values in zip(rows, sampled_log_probs, strict=bool(rows)):
+                    log_probs[i] += values
+
+        if self.args.lazy_thinking and self.model.training:
+            sample(no_think)
+            decided = self._decide(completion_ids).tolist()
+            if not all(decided):
+                first = self.accelerator.process_index * len(modes)
+                sample([i for i in think if not decided[(first + i) // num_generations]], spare=think[:1])
         # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones.
         # More than half a group holds both modes wherever it begins, so every process makes the same two calls, which
         # ZeRO-3 and FSDP need.
-        if not (self.use_vllm or self.use_transformers_continuous_batching) and len(forced) > per_mode:
-            batches = [[i for i, mode in enumerate(modes) if mode == m] for m in range(len(MODES))]
+        elif not (self.use_vllm or self.use_transformers_continuous_batching) and len(modes) > per_mode:
+            sample(think)
+            sample(no_think)
+        else:
+            sample(list(range(len(modes))))
+        return completion_ids, log_probs if self.use_vllm else None  # no other backend returns any
 
-        completion_ids: list[list[int]] = [[]] * len(forced)
-        log_probs: list[list[float | None]] | None = None
-        for rows in batches:
-            with self._naming_a_server_that_fails():
-                sampled, sampled_log_probs = super()._generate_single_turn(
-                    [forced[i] for i in rows], None, {}, per_mode, has_tool_images
-                )
-            for i, ids in zip(rows, sampled, strict=True):
-                completion_ids[i] = [decisions[i], *ids]
-            if sampled_log_probs is not None:  # only backends that take all rows at once return them
-                log_probs = [[None, *row] for row in sampled_log_probs]
-        return completion_ids, log_probs
+    def _decide(self, completion_ids: list[list[int]]) -> Tensor:
+        """Score the no-think responses, the only ones there are; `[Q]`, the queries that need no think samples."""
+        prompts = [row["prompt"] for row in self._rollout_inputs]
+        completions: list[Any] = self._tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [[{"role": "assistant", "content": text}] for text in completions]
+        num_rows = len(prompts) * self.accelerator.num_processes
+        self._decided = torch.ones(num_rows // self._group_size(), dtype=torch.bool, device=self.accelerator.device)
+        rewards = self._calculate_rewards(self._rollout_inputs, prompts, completions, completion_ids)
+        self._decided = decided_without_think(self._grouped(rewards)[:, 1], self.args.margin)
+        return self._decided
+
+    def _think_rows(self, num_rows: int) -> Tensor:
+        """`[B]` over all processes, of which `num_rows` is B."""
+        return ~torch.tensor(self._row_modes(num_rows, first=0), device=self.accelerator.device).bool()
+
+    def _unsampled(self, num_rows: int) -> Tensor:
+        """`[B]` over all processes: the think rows of decided queries, which are the decision token alone."""
+        think = self._think_rows(num_rows)
+        if self._decided is None:
+            return torch.zeros_like(think)
+        return think & self._decided.repeat_interleave(self._group_size())
 
     @contextmanager
     def _naming_a_server_that_fails(self) -> Iterator[None]:
@@ -264,8 +309,14 @@ class HGPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
     ) -> Tensor:
-        """TRL's rewards of the answer parts, lowest where the format is broken; kept for the advantages and metrics."""
+        """TRL's rewards of the answer parts, lowest where the format is broken; kept for the advantages and metrics.
+
+        Under `lazy_thinking` it is called twice, for the no-think responses and then for the think responses that there
+        are; what is not sampled has no fault and no reward.
+        """
         responses = split_completions(completions)
+        first, last = (len(inputs) * (self.accelerator.process_index + i) for i in range(2))
+        unsampled = self._unsampled(len(inputs) * self.accelerator.num_processes)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         facts = torch.tensor(
             [
@@ -275,17 +326,42 @@ class HGPOTrainer(GRPOTrainer):
             device=self.accelerator.device,
         )
         facts = self.accelerator.gather(facts)
+        facts[unsampled, 1:] = 0
         self._lengths, self._truncated, self._faults = facts[:, 0], facts[:, 1], facts[:, 2:]
         responses = self._cap_no_think(responses)
+        asked = ~unsampled if self._no_think_rewards is None else ~unsampled & self._think_rows(len(unsampled))
+        self._shown = asked[first:last].tolist()
         rewards = super()._calculate_rewards(
-            [{**row, "response": response} for row, response in zip(inputs, responses, strict=True)],
+            [
+                {**row, "response": response if shown else None}
+                for row, response, shown in zip(inputs, responses, self._shown, strict=True)
+            ],
             prompts,
             answer_parts(completions, responses),
             completion_ids_list,
         )
+        if self._decided is not None:
+            known = rewards.new_tensor(torch.nan) if self._no_think_rewards is None else self._no_think_rewards
+            rewards = self._no_think_rewards = torch.where(asked[:, None], rewards, known)
+            check_bounded(rewards, self.reward_weights.to(rewards.device), self.reward_func_names)
         query = torch.arange(len(rewards), device=rewards.device) // self._group_size()
         self._rewards_per_func = floor_faults(rewards, self._faults.any(dim=1), query)
         return self._rewards_per_func
+
+    def _log_completion_extra(self, column: str, values: list) -> None:
+        """TRL's, with the values in the places of the rows that the reward functions are shown."""
+        if self._decided is None:
+            super()._log_completion_extra(column, values)
+            return
+        if len(values) != sum(self._shown):
+            raise ValueError(
+                f"log_extra({column!r}) got {len(values)} values for {sum(self._shown)} completions: under "
+                "lazy_thinking it takes one per completion, in one call."
+            )
+        places = self._pending_extra_logs[column]
+        places += [None] * (len(self._shown) - len(places))
+        for place, value in zip(compress(range(len(self._shown)), self._shown), values, strict=True):
+            places[place] = value
 
     def _cap_no_think(self, responses: list[Response]) -> list[Response]:
         """This process's responses and `_faults`, with `Fault.OVERLONG` where a no-think answer is beyond the cap."""
@@ -329,12 +405,11 @@ class HGPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout, with HGPO's per-token advantages `[B, T]` in place of TRL's `[B]`."""
+        self._rollout_inputs = inputs
+        self._decided = self._no_think_rewards = None
         output = super()._generate_and_score_completions(inputs)
         decision = self._read_decision(output["prompt_ids"], output["prompt_mask"])
-        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
-        rewards[self._rewards_per_func.isnan().all(dim=1)] = torch.nan  # no function scored it: not a reward of 0
-        grouped = rewards.view(-1, len(MODES), self._group_size() // len(MODES))  # [Q, 2, N/2]
-
+        grouped = self._grouped(self._rewards_per_func)
         advantages = compute_advantages(
             grouped,
             self._lengths,
@@ -345,6 +420,7 @@ class HGPOTrainer(GRPOTrainer):
             ties=self.args.ties,
             discount=self.args.discount,
             mode_probs=decision.mode_probs if self.args.decision_weighting == "saturating" else None,
+            decided=self._decided,
         )
         first_row = self.accelerator.process_index * len(inputs)
         width = output["completion_ids"].shape[1]  # this process's own longest response, perhaps padded further
@@ -354,6 +430,12 @@ class HGPOTrainer(GRPOTrainer):
         self._log_group_metrics(grouped, decision)
         self._log_table(advantages)
         return output
+
+    def _grouped(self, rewards_per_func: Tensor) -> Tensor:
+        """The weighted sums of rewards `[B, F]` by query and mode, `[Q, 2, N/2]`."""
+        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
+        rewards[rewards_per_func.isnan().all(dim=1)] = torch.nan  # no function scored it: not a reward of 0
+        return rewards.view(-1, len(MODES), self._group_size() // len(MODES))
 
     # ------------------------------------------------------------------------------- micro-batches of like length
 
@@ -435,26 +517,39 @@ class HGPOTrainer(GRPOTrainer):
         phase = "train" if self.model.training else "eval"
         metrics = self._metrics[phase]
         shape = rewards.shape
-        faulty = self._faults.any(dim=1)
-        lengths, faulty, truncated = (x.view(shape).float() for x in (self._lengths, faulty, self._truncated))
+        unsampled = self._unsampled(len(self._lengths))
+        lengths, faulty, truncated = (
+            x.float().masked_fill(unsampled, torch.nan).view(shape)
+            for x in (self._lengths, self._faults.any(dim=1), self._truncated)
+        )
         for kind, found in zip(Fault, self._faults.float().unbind(dim=1), strict=True):
-            metrics[f"hgpo/faults/{kind}"] += found.view(len(rewards), -1).mean(dim=1).tolist()
+            of_query = found.masked_fill(unsampled, torch.nan).view(len(rewards), -1)
+            metrics[f"hgpo/faults/{kind}"] += of_query.nanmean(dim=1).tolist()
+        metrics["hgpo/rollout_tokens"] += (self._lengths - 1).view(len(rewards), -1).sum(dim=1).tolist()
+        if self._decided is not None:
+            metrics["hgpo/lazy_decided"] += self._decided.float().tolist()
+            for name, real in (
+                ("mean_length", lengths.nanmean()),
+                ("min_length", lengths[~lengths.isnan()].amin()),
+                ("clipped_ratio", truncated.nanmean()),
+            ):
+                metrics[f"completions/{name}"][-1] = real.item()  # TRL has counted the decision tokens alone
         for index, mode in enumerate(MODES):
             metrics[f"hgpo/reward/{mode}"] += rewards[:, index].nanmean(dim=1).tolist()
-            metrics[f"hgpo/length/{mode}"] += lengths[:, index].mean(dim=1).tolist()
-            metrics[f"hgpo/truncated/{mode}"] += truncated[:, index].mean(dim=1).tolist()
-            metrics[f"hgpo/format_faults/{mode}"] += faulty[:, index].mean(dim=1).tolist()
+            metrics[f"hgpo/length/{mode}"] += lengths[:, index].nanmean(dim=1).tolist()
+            metrics[f"hgpo/truncated/{mode}"] += truncated[:, index].nanmean(dim=1).tolist()
+            metrics[f"hgpo/format_faults/{mode}"] += faulty[:, index].nanmean(dim=1).tolist()
             metrics[f"hgpo/prob/{mode}"] += decision.mode_probs[:, index].tolist()
         metrics["hgpo/off_mode_mass"] += decision.neither.tolist()
         metrics["hgpo/decision_entropy"] += decision.entropy.tolist()
 
-        r_inter, r_intra = assign_rewards(rewards, self.args.margin, self.args.ties)
+        r_inter, r_intra = assign_rewards(rewards, self.args.margin, self.args.ties, self._decided)
         valid = ~rewards.isnan()
-        decided = r_inter.any(dim=2).any(dim=1)
-        metrics["hgpo/think_win_rate"] += r_inter[decided, 0].amax(dim=1).tolist()
+        compared = r_inter.any(dim=2).any(dim=1)
+        metrics["hgpo/think_win_rate"] += r_inter[compared, 0].amax(dim=1).tolist()
         flat = ((r_intra == 1) | ~valid).all(dim=2).all(dim=1)  # nothing to choose within either mode
         metrics["hgpo/no_intra_signal"] += flat.float().tolist()
-        metrics["hgpo/no_signal"] += (flat & ~decided).float().tolist()
+        metrics["hgpo/no_signal"] += (flat & ~compared).float().tolist()
 
         if phase == "eval":
             table = per_prompt_table(
@@ -483,6 +578,7 @@ class HGPOTrainer(GRPOTrainer):
         """Show HGPO's own numbers in TRL's completion table: mode, advantage of the response and of the decision."""
         num_rows = len(advantages)
         last = advantages.gather(1, self._lengths[:, None] - 1)[:, 0]  # beyond the decision it is norm(r_intra)
+        last = last.masked_fill(self._unsampled(num_rows), 0.0)
         for _ in range(min(num_rows, len(self._logs["advantages"]))):  # TRL has just appended its own
             self._logs["advantages"].pop()
         self._logs["advantages"].extend(last.tolist())

@@ -22,6 +22,7 @@ from run_logs import log_of
 from safetensors.torch import load_file
 from tokenizers_zoo import word_level
 
+from hgpo_trl.advantages import compute_advantages, decided_without_think
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.tasks.embedded import build_model
 
@@ -131,6 +132,33 @@ def test_two_processes_take_the_steps_of_one(
     assert {row["completion"][0] for row in together["rows"] if row["step"] == 2} == {
         row["completion"][0] for row in fixed(alone)
     }
+
+
+@pytest.mark.parametrize("config", ["cpu_ddp", "zero3", "fsdp2"])
+def test_lazy_thinking_decides_groups_that_straddle(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
+    """The decision is of the whole group's no-think responses; a process without undecided queries takes part."""
+    fields = {"cpu_ddp": ["cpu"], "fsdp2": ["fsdp"]}.get(config, [])
+    launch(config, "tests/lazy_worker.py", model_dir, data, tmp_path / "out.json", *fields)
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    idle = []
+    for step, entry in enumerate(result["log"]):
+        rows = sorted((row for row in result["rows"] if row["step"] == step), key=lambda row: row["place"])
+        assert [row["place"] for row in rows] == list(range(12))
+        assert all(rows[i]["query"] == rows[i + j]["query"] for i in range(0, 12, 4) for j in range(4))
+        rewards = torch.tensor([row["reward"] for row in rows]).view(3, 2, 2)
+        decided = decided_without_think(rewards[:, 1], 0.2)
+        assert entry["hgpo/lazy_decided"] == pytest.approx(decided.float().mean().item())
+        thinks = [place % 4 < 2 for place in range(12)]
+        unsampled = [think and bool(decided[place // 4]) for place, think in enumerate(thinks)]
+        assert [len(row["completion"]) == 1 for row in rows] == unsampled
+        assert rewards.isnan().flatten().tolist() == unsampled
+        lengths = torch.tensor([len(row["completion"]) for row in rows])
+        expected = compute_advantages(rewards, lengths, decided=decided)
+        for row, advantages in zip(rows, expected, strict=True):
+            assert row["advantages"] == pytest.approx(advantages[: len(row["advantages"])].tolist(), abs=1e-6)
+        idle.append([all(unsampled[i] for i in places if thinks[i]) for places in (range(6), range(6, 12))])
+    assert [False, True] in idle or [True, False] in idle, "one process had think rows to sample, the other none"
+    assert len(idle) == 5
 
 
 # --- the stages themselves --------------------------------------------------------------------------------------
