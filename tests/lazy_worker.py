@@ -6,6 +6,7 @@ Six rows per process and N = 4: the second of three groups begins in one process
 """
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -98,3 +99,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down

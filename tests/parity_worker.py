@@ -95,3 +95,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
