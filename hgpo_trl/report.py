@@ -231,12 +231,17 @@ def _accuracy_vs_tokens(evaluations: Mapping[str, Evaluation]) -> Figure:
         _mark(axes, evaluation, "auto", markersize=10, zorder=3, label=name, **_look(index))
     axes.plot([], [], color=NEITHER, linestyle="none", marker="o", markersize=5.5, label="the same, sampled")
     _mark_fixed_policies(axes, list(evaluations.values())[-1])
+    _accuracy_over_tokens(figure, axes)
+    return figure
+
+
+def _accuracy_over_tokens(figure: Figure, axes: Axes) -> None:
+    """Axes and legend of a figure of accuracy over tokens."""
     axes.set(xlabel="tokens per response")
     axes.set_xlim(left=0)
     axes.margins(y=0.08)
     _accuracy_axis(axes, "accuracy")
     figure.legend(loc="outside right upper", labelspacing=0.9)
-    return figure
 
 
 def _mark(axes: Axes, evaluation: Evaluation, policy: str, color: str, **style: Any) -> None:
@@ -283,11 +288,7 @@ def _decision_bias(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     axes.plot([], [], color=NEITHER, linestyle="none", marker="o", markersize=10, label="own choice (bias 0)")
     last = list(drawn.values())[-1]
     _mark_fixed_policies(axes, last)
-    axes.set(xlabel="tokens per response")
-    axes.set_xlim(left=0)
-    axes.margins(y=0.08)
-    _accuracy_axis(axes, "accuracy")
-    figure.legend(loc="outside right upper", labelspacing=0.9)
+    _accuracy_over_tokens(figure, axes)
     return figure
 
 

@@ -520,7 +520,7 @@ def _write_removed(
     work: Path, path: Path, rows: _Rows, first: NDArray[np.int64], exact: NDArray[np.bool_], fate: _Fate
 ) -> None:
     """Every row that was left out, in the order of the sources, with why."""
-    total = len(first)
+    total, left_out = len(first), ~fate.kept
     ids_path = work / "ids.bin"  # to name the row that a duplicate is one of
     with _naming(ids_path):
         ids = np.memmap(ids_path, dtype=f"S{_ID_BYTES}", mode="w+", shape=(max(total, 1),))
@@ -532,7 +532,7 @@ def _write_removed(
             names = zip(table["id"], table["source"], strict=True)
             ids[start:stop] = [f"{id_} of {source}".encode()[:_ID_BYTES] for id_, source in names]
             removed: list[dict[str, Any]] = []
-            for i in np.flatnonzero(~fate.kept[start:stop]):
+            for i in np.flatnonzero(left_out[start:stop]):
                 row = start + i
                 if fate.duplicate[row]:
                     original = bytes(ids[first[row]]).decode(errors="ignore")
