@@ -24,7 +24,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(AC
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install install-all data train-hft train-hgpo evaluate report demo sweep test lint clean
+.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep test lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -61,6 +61,13 @@ train-hgpo: $(INSTALLED)  ## Stage II; RECIPE=... ACCELERATE=... ARGS=...
 evaluate: $(INSTALLED)  ## evaluate RECIPE's HFT and HGPO models
 	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model $(RUN)/hft --output_dir $(RUN)/eval/hft $(ARGS)
 	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model $(RUN)/hgpo --output_dir $(RUN)/eval/hgpo $(ARGS)
+
+baselines: $(INSTALLED)  ## HFT-RFT and HFT-DPO from samples of RECIPE's HFT model, and their evaluation
+	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate_baselines.yaml
+	@for kind in rft dpo; do \
+		$(LAUNCH) -m hgpo_trl.scripts.baselines "$$kind" --config "$(CONFIG)/baselines_$$kind.yaml" $(ARGS); \
+		$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model "$(RUN)/baselines/$$kind" --output_dir "$(RUN)/eval/$$kind"; \
+	done
 
 report: $(INSTALLED)  ## tables and figures of RECIPE's evaluations and training logs
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml $(ARGS)

@@ -8,6 +8,7 @@ STAGES = {
     "data": "build data sets: an embedded task, or either stage's from any sources",
     "hft": "Stage I, Hybrid Fine-Tuning",
     "hgpo": "Stage II, Hybrid Group Policy Optimization",
+    "baselines": "the paper's HFT-RFT and HFT-DPO, from offline samples",
     "merge": "merge a LoRA adapter of either stage into its base model",
     "evaluate": "sample a model in both modes, score it, report hybrid accuracy",
     "report": "tables and figures from evaluations and training logs",

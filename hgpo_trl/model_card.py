@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
-from trl import ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.files import looks_like_path, write_atomically
@@ -21,6 +21,8 @@ from hgpo_trl.trainer import HGPOTrainer
 STAGES = {
     "hft": ("Hybrid Fine-Tuning", SFTConfig),
     "hgpo": ("Hybrid Group Policy Optimization", HGPOConfig),
+    "rft": ("Rejection fine-tuning on the best response of both modes", SFTConfig),
+    "dpo": ("DPO of the better mode over the other", DPOConfig),
 }
 PICTURES = ("accuracy_vs_tokens", "decision_bias", "thinking_ratio_by_level")
 PACKAGES = ("hgpo-trl", "trl", "transformers", "torch")

@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data.difficulty import DifficultyArguments
+from hgpo_trl.scripts.baselines import BaselineArguments
 from hgpo_trl.scripts.building import BuilderArguments
 from hgpo_trl.scripts.card import CardArguments
 from hgpo_trl.scripts.chat import ChatArguments
@@ -40,6 +41,7 @@ OURS = (
     HGPOArguments,
     RewardArguments,
     HGPOConfig,
+    BaselineArguments,
     MergeArguments,
     EvaluateArguments,
     ReportArguments,

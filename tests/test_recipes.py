@@ -97,9 +97,9 @@ def stage_of(path: Path) -> str:
 
 
 def command_of(path: Path) -> tuple[str, ...]:
-    """data_classifier.yaml is one for `hgpo-trl data classifier`."""
+    """data_classifier.yaml is one for `hgpo-trl data classifier`, baselines_rft.yaml for `hgpo-trl baselines rft`."""
     stage, kind = stage_of(path), path.stem.partition("_")[2]
-    return (stage, kind) if stage == "data" and kind else (stage,)
+    return (stage, kind) if stage in ("data", "baselines") and kind else (stage,)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_loads_through_its_stage(path: Path, parse: Parse) -> None:
     stage = stage_of(path)
-    on_cpu = ["--use_cpu", "true"] if stage in ("hft", "hgpo") else []  # else bf16 asks for a GPU
+    on_cpu = ["--use_cpu", "true"] if stage in ("hft", "hgpo", "baselines") else []  # else bf16 asks for a GPU
     parsed = parse(*command_of(path), "--config", str(path), *on_cpu)
     values = {name: value for part in parsed for name, value in vars(part).items()}
     for key, value in read(path).items():

@@ -42,7 +42,7 @@ from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
 from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
 from hgpo_trl.data.sources import Source, Unit, read_unit
-from hgpo_trl.files import write_json
+from hgpo_trl.files import whole_file, write_json
 from hgpo_trl.modes import format_response
 
 if TYPE_CHECKING:
@@ -243,14 +243,8 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` if all goes well."""
-    temporary = path.with_name(f".{path.name}.part")
-    with _naming(path):
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _naming(path), whole_file(path) as temporary:
+        yield temporary
 
 
 def _write_table(path: Path, table: pa.Table) -> None:

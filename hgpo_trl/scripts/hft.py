@@ -45,17 +45,17 @@ def _load(field: str, name: str, split: str) -> Dataset:
     return dataset
 
 
-def main(argv: Sequence[str]) -> None:
-    data_args, training_args, model_args = RecipeParser(
-        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft"
-    ).parse_recipe(argv)
-    checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
-    train_dataset = _load("train_data", data_args.train_data, data_args.train_split)
-    eval_dataset = _load("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
-
+def fine_tune(
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    checkpoint: str | None,
+) -> None:
+    """Give a model the mode tags and the chat template, if it has none, train it on responses, and save it."""
     tokenizer = load_tokenizer(training_args, model_args)
     model = create_model_from_path(
-        model_args.model_name_or_path,
+        str(model_args.model_name_or_path),  # there is one: load_tokenizer has looked
         quantization_config=get_quantization_config(model_args),
         **model_init_kwargs(training_args, model_args),
     )
@@ -75,6 +75,16 @@ def main(argv: Sequence[str]) -> None:
     if model_args.use_peft:
         prepare_wrapped(trainer.model)
     train_and_save(trainer, checkpoint)
+
+
+def main(argv: Sequence[str]) -> None:
+    data_args, training_args, model_args = RecipeParser(
+        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft"
+    ).parse_recipe(argv)
+    checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
+    train_dataset = _load("train_data", data_args.train_data, data_args.train_split)
+    eval_dataset = _load("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
+    fine_tune(train_dataset, eval_dataset, training_args, model_args, checkpoint)
 
 
 if __name__ == "__main__":

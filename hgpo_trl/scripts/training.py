@@ -1,4 +1,4 @@
-"""What both training stages share: how a model is loaded, and how a trainer is run and its result kept."""
+"""What the training stages share: how a model is loaded, and how a trainer is run and its result kept."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOConfig, ModelConfig, SFTConfig, get_peft_config
+from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig, get_peft_config
 
 from hgpo_trl.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.files import looks_like_path
@@ -16,8 +16,10 @@ from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, train_tag_rows
 from hgpo_trl.model_card import write_model_card
 from hgpo_trl.modes import ModeTokens
 
+TrainingConfig = SFTConfig | GRPOConfig | DPOConfig
 
-def model_init_kwargs(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
+
+def model_init_kwargs(training_args: TrainingConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a recipe's model fields. Master weights are float32 by default."""
     extra: Any = training_args.model_init_kwargs or {}  # a mapping by now: the parser has read it
     if training_args.distributed_state.distributed_type != DistributedType.NO:
@@ -47,7 +49,7 @@ def check_model_path(field: str, name: str | None) -> None:
 
 
 def lora_config(
-    training_args: SFTConfig | GRPOConfig,
+    training_args: TrainingConfig,
     model_args: ModelConfig,
     tokens: ModeTokens,
     model: PreTrainedModel | None = None,
@@ -81,7 +83,7 @@ def lora_config(
     return config
 
 
-def load_tokenizer(training_args: SFTConfig | GRPOConfig, model_args: ModelConfig, **kwargs: Any) -> Any:
+def load_tokenizer(training_args: TrainingConfig, model_args: ModelConfig, **kwargs: Any) -> Any:
     """The tokenizer of a recipe's model."""
     check_model_path("model_name_or_path", model_args.model_name_or_path)
     return AutoTokenizer.from_pretrained(

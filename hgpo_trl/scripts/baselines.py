@@ -1,0 +1,149 @@
+"""The paper's two baselines (appendix A), from the HFT model and offline samples of both modes:
+
+    hgpo-trl evaluate --config recipes/chain-sum/evaluate_baselines.yaml
+    hgpo-trl baselines rft --config recipes/chain-sum/baselines_rft.yaml
+    accelerate launch --config_file recipes/accelerate/gpu.yaml -m hgpo_trl.scripts.baselines dpo --config recipe.yaml
+
+`rft` fine-tunes on the best response to every query (TRL's SFTTrainer), `dpo` on the best response of the better mode
+over the worst of the other (TRL's DPOTrainer). What they train on is kept in `output_dir/train.parquet`.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_quantization_config
+
+from hgpo_trl.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
+from hgpo_trl.data_files import load_data
+from hgpo_trl.evaluation import PROMPT_ID
+from hgpo_trl.files import whole_file
+from hgpo_trl.lora import prepare_wrapped
+from hgpo_trl.modes import mode_tokens
+from hgpo_trl.rewards import has_answer
+from hgpo_trl.scripts.hft import fine_tune
+from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.run_dir import claim_run_dir
+from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
+from hgpo_trl.trainer import check_dataset
+
+
+@dataclass
+class BaselineArguments:
+    """Where a baseline's data comes from."""
+
+    samples: str = field(metadata={"help": "Folder of `hgpo-trl evaluate` on train_data: samples of both modes."})
+    train_data: str = field(metadata={"help": "Data set that was sampled, with `prompt`: path or hub id."})
+    train_split: str = field(default="train", metadata={"help": "Split of train_data."})
+    margin: float = field(
+        default=0.0, metadata={"help": "δ: what no-think is given, as in Eq. 8; the paper's baselines: 0."}
+    )
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.margin):
+            raise ValueError(f"margin must be a finite number; got {self.margin}.")
+
+
+def _load_samples(args: BaselineArguments) -> pd.DataFrame:
+    """The scored samples, of which every prompt is a row of train_data.
+
+    Raises:
+        ValueError: there are none, they have no scores, or they are of another data set.
+    """
+    folder = Path(args.samples)
+    remedy = f"Run `hgpo-trl evaluate --data {args.train_data} --output_dir {args.samples}` with the HFT model."
+    for name in ("report.json", "samples.parquet"):
+        if not (folder / name).is_file():
+            raise ValueError(f"samples={args.samples!r}: there is no {name} in it. {remedy}")
+    sampled = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"]
+    if sampled != args.train_data:
+        raise ValueError(
+            f"samples={args.samples!r} are of {sampled!r}, not of train_data={args.train_data!r}. {remedy}"
+        )
+    samples = pd.read_parquet(folder / "samples.parquet")
+    if missing := [name for name in COLUMNS if name not in samples]:
+        raise ValueError(f"samples={args.samples!r}: samples.parquet lacks the column {missing[0]}. {remedy}")
+    return samples
+
+
+def _build(
+    args: BaselineArguments, training_args: SFTConfig | DPOConfig, choose: Callable[..., pd.DataFrame]
+) -> Dataset:
+    """A baseline's training set, of which the first process keeps a copy in `output_dir`."""
+    samples = _load_samples(args)
+    queries = load_data("train_data", args.train_data, args.train_split)
+    if samples[PROMPT_ID].max() >= len(queries):
+        raise ValueError(
+            f"samples={args.samples!r} are of {samples[PROMPT_ID].max() + 1} prompts, but train_data has only "
+            f"{len(queries)} rows. Name the data set and the split that were sampled."
+        )
+    answers: Sequence[Any] = queries["answer"] if "answer" in queries.column_names else [None] * len(queries)
+    chosen = choose(samples, [has_answer(answer) for answer in answers], args.margin, training_args.seed)
+    if not len(chosen):
+        raise ValueError(
+            f"samples={args.samples!r}: no query has a response that is well-formed and not wrong. Train the model "
+            "further in Stage I, or draw more samples (samples_per_mode)."
+        )
+    dataset = as_dataset(chosen, queries)
+    if training_args.process_index == 0:
+        with whole_file(Path(str(training_args.output_dir)) / "train.parquet") as temporary:
+            dataset.to_parquet(temporary)
+        print(f"{len(dataset):,} of {samples[PROMPT_ID].nunique():,} sampled queries give an example")
+    return dataset
+
+
+def rft(argv: Sequence[str]) -> None:
+    """HFT-RFT: rejection fine-tuning (Eq. 20, 21)."""
+    args, training_args, model_args = RecipeParser(
+        (BaselineArguments, SFTConfig, ModelConfig), prog="hgpo-trl baselines rft"
+    ).parse_recipe(argv)
+    checkpoint = claim_run_dir("rft", training_args, args, model_args)
+    fine_tune(_build(args, training_args, best_responses), None, training_args, model_args, checkpoint)
+
+
+def dpo(argv: Sequence[str]) -> None:
+    """HFT-DPO: direct preference optimization of one mode over the other (Eq. 17 to 19)."""
+    args, training_args, model_args = RecipeParser(
+        (BaselineArguments, DPOConfig, ModelConfig), prog="hgpo-trl baselines dpo"
+    ).parse_recipe(argv)
+    checkpoint = claim_run_dir("dpo", training_args, args, model_args)
+    tokenizer = load_tokenizer(training_args, model_args)
+    tokens = mode_tokens(tokenizer)
+    dataset = _build(args, training_args, preference_pairs)
+    check_dataset("train_data", dataset, tokenizer)
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    trainer = DPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=lora_config(training_args, model_args, tokens),
+    )
+    if model_args.use_peft:
+        prepare_wrapped(trainer.model)
+    train_and_save(trainer, checkpoint)
+
+
+KINDS = {"rft": rft, "dpo": dpo}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train one baseline in this process."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\n`hgpo-trl baselines KIND --help` lists the fields of {' and '.join(KINDS)}.")
+        return
+    if argv[0] not in KINDS:
+        print(f"hgpo-trl baselines: error: unknown kind {argv[0]!r}; there are {', '.join(KINDS)}", file=sys.stderr)
+        sys.exit(2)
+    KINDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
