@@ -491,7 +491,7 @@ def test_config_without_a_path(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("stage", sorted(STAGES.keys() - {"serve"}))  # its fields are vLLM's
 def test_help_lists_the_fields(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kind = ["task"] if stage == "data" else []
+    kind = {"data": ["task"], "baselines": ["dpo"]}.get(stage, [])
     with pytest.raises(SystemExit) as caught:
         importlib.import_module(f"hgpo_trl.scripts.{stage}").main([*kind, "--help"])
     assert caught.value.code == 0
