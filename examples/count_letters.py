@@ -1,6 +1,6 @@
 """A task of your own: how often does a letter occur in a word, modulo 4?
 
-    hgpo-trl data --task examples/count_letters.py --output_dir runs/count-letters/data
+    hgpo-trl data --tasks examples/count_letters.py --output_dir runs/count-letters/data
 
 A task is three names: LEVELS, VOCABULARY and sample. The rest (tokenizer, model, data sets, held-out split) follows.
 """

@@ -178,7 +178,7 @@ def sample(level, rng):
 def test_task_of_a_users_own(tmp_path: Path) -> None:
     path = tmp_path / "doubling.py"
     path.write_text(TASK, encoding="utf-8")
-    run("data", TINY | {"output_dir": str(tmp_path / "data"), "task": str(path)})
+    run("data", TINY | {"output_dir": str(tmp_path / "data"), "tasks": [str(path)]})
     evaluation = pd.read_parquet(tmp_path / "data" / "eval.parquet")
     assert Counter(evaluation["level"]) == {1: 12, 2: 6}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data" / "base")
@@ -204,7 +204,7 @@ def test_bad_task(tmp_path: Path, change: tuple[str, str], words: str) -> None:
     path = tmp_path / "task.py"
     path.write_text(TASK.replace(*change), encoding="utf-8")
     with refused(re.escape(words)):
-        run("data", TINY | {"output_dir": str(tmp_path / "data"), "task": str(path)})
+        run("data", TINY | {"output_dir": str(tmp_path / "data"), "tasks": [str(path)]})
 
 
 @pytest.mark.parametrize(
@@ -213,19 +213,19 @@ def test_bad_task(tmp_path: Path, change: tuple[str, str], words: str) -> None:
         ("nowhere/task.py", "There is no file nowhere/task.py"),
         ("hgpo_trl.tasks.nothing", "There is no module 'hgpo_trl.tasks.nothing'"),
         ("no.such.package", "There is no module 'no.such.package'"),
-        ("json", "task='json' lacks LEVELS, VOCABULARY, sample"),
+        ("json", "tasks: 'json' lacks LEVELS, VOCABULARY, sample"),
     ],
 )
 def test_task_that_is_not_there(tmp_path: Path, task: str, words: str) -> None:
     with refused(re.escape(words)):
-        run("data", TINY | {"output_dir": str(tmp_path / "data"), "task": task})
+        run("data", TINY | {"output_dir": str(tmp_path / "data"), "tasks": [task]})
 
 
 def test_error_inside_a_task_is_shown_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "task.py"
     path.write_text("import a_package_that_is_not_installed", encoding="utf-8")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
-        run("data", TINY | {"output_dir": str(tmp_path / "data"), "task": str(path)})
+        run("data", TINY | {"output_dir": str(tmp_path / "data"), "tasks": [str(path)]})
 
 
 @pytest.mark.parametrize("line", ["raise ValueError('from a task')", "raise UnicodeError('from a task')"])
@@ -234,7 +234,7 @@ def test_other_errors_keep_their_traceback(line: str, tmp_path: Path) -> None:
     path = tmp_path / "task.py"
     path.write_text(TASK.replace("    number =", f"    {line}\n    number ="), encoding="utf-8")
     with pytest.raises(ValueError, match="from a task"):
-        run("data", TINY | {"output_dir": str(tmp_path / "data"), "task": str(path)})
+        run("data", TINY | {"output_dir": str(tmp_path / "data"), "tasks": [str(path)]})
 
 
 # --- the whole method -----------------------------------------------------------------------------------------
@@ -669,5 +669,5 @@ TASKS = [path for path in sorted(ROOT.glob("examples/*.py")) if "LEVELS =" in pa
 def test_example_tasks_build(path: Path, tmp_path: Path) -> None:
     """Each task in examples/ is whole: data sets, tokenizer and model follow from it."""
     sizes = ["--num_hft", "70", "--num_hgpo", "35", "--num_eval", "35", "--hidden_size", "16"]
-    data.main(["--task", str(path), "--output_dir", str(tmp_path), *sizes])
+    data.main(["--tasks", str(path), "--output_dir", str(tmp_path), *sizes])
     assert {"hft.parquet", "hgpo.parquet", "eval.parquet", "base"} <= {entry.name for entry in tmp_path.iterdir()}

@@ -307,8 +307,8 @@ def test_values_take_the_type_of_their_field(recipe: Callable, parse: Parse) -> 
 
 
 def test_names_that_look_like_numbers_stay_names(recipe: Callable, parse: Parse) -> None:
-    (args,) = parse("data", "--config", recipe("output_dir: run-1e-4\ntask: 1e4x\n"))
-    assert (args.output_dir, args.task) == ("run-1e-4", "1e4x")
+    (args,) = parse("data", "--config", recipe("output_dir: run-1e-4\ntasks: [1e4x]\n"))
+    assert (args.output_dir, args.tasks) == ("run-1e-4", ["1e4x"])
 
 
 def test_mapping_field_from_yaml_and_from_the_command_line(recipe: Callable, parse: Parse) -> None:

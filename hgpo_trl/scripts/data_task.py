@@ -1,9 +1,10 @@
-"""Build the data sets and the untrained model of an embedded task.
+"""Build the data sets and the untrained model of embedded tasks.
 
     hgpo-trl data task --config recipes/chain-sum/data.yaml
 
 Writes `hft.parquet`, `hgpo.parquet` and `eval.parquet` (held-out queries) and the folder `base` (tokenizer and randomly
-initialised model) into `output_dir`. The same recipe gives the same bytes.
+initialised model) into `output_dir`. Several tasks take turns; the column `domain` says whose a row is. The same recipe
+gives the same bytes.
 """
 
 import sys
@@ -13,7 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, hft_dataset, load_task, prompt_dataset
+from hgpo_trl.tasks.embedded import (
+    build_model,
+    build_tokenizer,
+    draw_equally,
+    hft_dataset,
+    load_tasks,
+    prompt_dataset,
+)
 
 
 @dataclass
@@ -21,8 +29,13 @@ class DataArguments:
     """What to build."""
 
     output_dir: str = field(metadata={"help": "Folder to write to."})
-    task: str = field(
-        default="hgpo_trl.tasks.chain_sum", metadata={"help": "Module, or path to a .py file, of the task."}
+    tasks: list[str] = field(
+        default_factory=lambda: ["hgpo_trl.tasks.chain_sum"],
+        metadata={"help": "Modules, or paths to .py files, of the tasks; each has an equal share of the rows."},
+    )
+    hgpo_tasks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Those of tasks that Stage II trains on, as they are named there; default: all."},
     )
     num_hft: int = field(default=40_000, metadata={"help": "Stage I examples."})
     think_share: float = field(default=0.6, metadata={"help": "Share of Stage I examples that think (paper: 0.60)."})
@@ -37,6 +50,13 @@ class DataArguments:
     num_heads: int = field(default=4, metadata={"help": "Attention heads of the model."})
 
     def __post_init__(self) -> None:
+        if self.hgpo_tasks is not None:
+            if not self.hgpo_tasks:
+                raise ValueError("hgpo_tasks is empty; name at least one of tasks, or leave it out for all of them.")
+            if foreign := [name for name in self.hgpo_tasks if name not in self.tasks]:
+                raise ValueError(f"hgpo_tasks: {foreign[0]!r} is none of tasks={self.tasks}.")
+            if len(set(self.hgpo_tasks)) < len(self.hgpo_tasks):
+                raise ValueError(f"hgpo_tasks={self.hgpo_tasks} names a task twice; each has an equal share anyway.")
         for name in ("num_hft", "num_hgpo", "num_eval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
@@ -49,21 +69,23 @@ class DataArguments:
 
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(DataArguments, prog="hgpo-trl data").parse_recipe(argv)
-    task = load_task(args.task)
+    tasks = load_tasks(args.tasks)
+    chosen = args.hgpo_tasks or args.tasks
+    hgpo_tasks = [task for name, task in zip(args.tasks, tasks, strict=True) if name in chosen]
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    draw_from = partial(draw, task, fraction=args.held_out_fraction)
+    draw = partial(draw_equally, fraction=args.held_out_fraction)
     parts = {
-        "hft": hft_dataset(draw_from(args.num_hft, held_out=False, seed=args.seed), args.think_share, args.seed),
-        "hgpo": prompt_dataset(draw_from(args.num_hgpo, held_out=False, seed=args.seed + 1)),
-        "eval": prompt_dataset(draw_from(args.num_eval, held_out=True, seed=args.seed)),
+        "hft": hft_dataset(draw(tasks, args.num_hft, held_out=False, seed=args.seed), args.think_share, args.seed),
+        "hgpo": prompt_dataset(draw(hgpo_tasks, args.num_hgpo, held_out=False, seed=args.seed + 1)),
+        "eval": prompt_dataset(draw(tasks, args.num_eval, held_out=True, seed=args.seed)),
     }
     for name, dataset in parts.items():
         dataset.to_parquet(output_dir / f"{name}.parquet")
         print(f"{output_dir / name}.parquet: {len(dataset):,} rows")
 
-    tokenizer = build_tokenizer(task)
+    tokenizer = build_tokenizer(*tasks)
     model = build_model(
         tokenizer,
         hidden_size=args.hidden_size,

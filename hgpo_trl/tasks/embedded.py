@@ -8,9 +8,12 @@ A task is one small Python file with three names (`hgpo_trl/tasks/chain_sum.py` 
 """
 
 import hashlib
+import inspect
 import random
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
 from types import ModuleType
 
 from datasets import Dataset
@@ -26,12 +29,16 @@ _TURN_WORDS = ("System:", "User:", "Assistant:")  # of the plain-text chat templ
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One problem: what is asked, a reasoning trace that solves it, the answer, and its difficulty."""
+    """One problem: what is asked, a reasoning trace that solves it, the answer, and its difficulty.
+
+    `draw` fills in the domain, which is the task's name.
+    """
 
     prompt: str
     reasoning: str
     answer: str
     level: int
+    domain: str = ""
 
 
 def load_task(name: str) -> ModuleType:
@@ -44,14 +51,37 @@ def load_task(name: str) -> ModuleType:
     missing = [attribute for attribute in ("LEVELS", "VOCABULARY", "sample") if not hasattr(task, attribute)]
     if missing:
         raise ValueError(
-            f"task={name!r} lacks {', '.join(missing)}; hgpo_trl/tasks/embedded.py says what a task needs."
+            f"tasks: {name!r} lacks {', '.join(missing)}; hgpo_trl/tasks/embedded.py says what a task needs."
         )
     levels = task.LEVELS
     if not isinstance(levels, dict) or not levels or not all(isinstance(w, int) and w > 0 for w in levels.values()):
         raise ValueError(
-            f"task={name!r}: LEVELS must map at least one level to a whole number above 0; got {levels!r}."
+            f"tasks: {name!r}: LEVELS must map at least one level to a whole number above 0; got {levels!r}."
         )
     return task
+
+
+def domain_of(task: ModuleType) -> str:
+    """The short name of a task: "chain_sum" for `hgpo_trl.tasks.chain_sum`, "my_task" for `examples/my_task.py`."""
+    return Path(inspect.getfile(task)).stem
+
+
+def load_tasks(names: Sequence[str]) -> list[ModuleType]:
+    """Import tasks.
+
+    Raises:
+        ValueError: there is none, `load_task` refuses one, or two have the same domain.
+    """
+    if not names:
+        raise ValueError("tasks is empty; name at least one task.")
+    tasks = [load_task(name) for name in names]
+    domains = [domain_of(task) for task in tasks]
+    if twice := [domain for domain in domains if domains.count(domain) > 1]:
+        raise ValueError(
+            f"tasks={list(names)}: two have the domain {twice[0]!r}. Name each task once; a domain is called after the "
+            "task's file, so of two files with one name rename one."
+        )
+    return tasks
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
@@ -77,15 +107,16 @@ def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float,
             word that is not in the task's vocabulary.
     """
     rng = random.Random(f"{seed}/{held_out}")
-    cycle = [level for level, weight in task.LEVELS.items() for _ in range(weight)]
+    domain = domain_of(task)
+    levels = [level for level, weight in task.LEVELS.items() for _ in range(weight)]
     vocabulary = set(task.VOCABULARY)
     for index in range(num_queries):
-        level = cycle[index % len(cycle)]
+        level = levels[index % len(levels)]
         for _ in range(10_000):
             query = task.sample(level, rng)
             if is_held_out(query.prompt, fraction) == held_out:
                 _check_words(query, vocabulary)
-                yield query
+                yield replace(query, domain=domain)
                 break
         else:
             part = "held-out" if held_out else "training"
@@ -93,6 +124,18 @@ def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float,
                 f"held_out_fraction={fraction}: level {level} has no {part} query. Choose another fraction, or give "
                 "the level more distinct queries."
             )
+
+
+def draw_equally(
+    tasks: Sequence[ModuleType], num_queries: int, *, held_out: bool, fraction: float, seed: int
+) -> Iterator[Query]:
+    """Draw queries from the tasks in turn, from each what `draw` gives.
+
+    Raises:
+        ValueError: as `draw`.
+    """
+    drawn = [draw(task, num_queries, held_out=held_out, fraction=fraction, seed=seed) for task in tasks]
+    return (next(queries) for queries in islice(cycle(drawn), num_queries))
 
 
 def _messages(role: str, content: str) -> list[dict[str, str]]:
@@ -112,21 +155,26 @@ def hft_dataset(queries: Iterator[Query], think_share: float, seed: int) -> Data
                 "completion": _messages("assistant", format_response(mode, query.answer, reasoning)),
                 "mode": mode.value,
                 "level": query.level,
+                "domain": query.domain,
             }
         )
     return Dataset.from_list(rows)
 
 
 def prompt_dataset(queries: Iterator[Query]) -> Dataset:
-    """Stage II and evaluation rows: prompt, answer, level."""
+    """Stage II and evaluation rows: prompt, answer, level, domain."""
     return Dataset.from_list(
-        [{"prompt": _messages("user", q.prompt), "answer": q.answer, "level": q.level} for q in queries]
+        [
+            {"prompt": _messages("user", query.prompt), "answer": query.answer}
+            | {"level": query.level, "domain": query.domain}
+            for query in queries
+        ]
     )
 
 
-def build_tokenizer(task: ModuleType) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the task's vocabulary, with the mode tags and the chat template."""
-    words = ["<unk>", "<pad>", "<bos>", "<eos>", *_TURN_WORDS, *task.VOCABULARY]
+def build_tokenizer(*tasks: ModuleType) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the tasks' vocabularies, with the mode tags and the chat template."""
+    words = ["<unk>", "<pad>", "<bos>", "<eos>", *_TURN_WORDS, *(word for task in tasks for word in task.VOCABULARY)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
