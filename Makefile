@@ -14,6 +14,7 @@ DEVICE := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/n
 ACCELERATE ?= $(DEVICE)
 ARGS ?=                                 # more fields: ARGS="--max_steps 20 --report_to wandb"
 MARGINS ?= 0 0.2 0.6                    # of `make sweep`
+JOBS ?= 2                               # runs at a time of `make reproduce`
 RECIPE := $(strip $(RECIPE))
 RUN := runs/$(RECIPE)
 CONFIG := recipes/$(RECIPE)
@@ -24,7 +25,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(AC
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep test lint clean
+.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep reproduce test lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -87,6 +88,9 @@ sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all
 		$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model "$(RUN)/sweep/margin-$$margin" --output_dir "$(RUN)/sweep/margin-$$margin/eval"; \
 	done
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml --margin_sweep $(foreach m,$(MARGINS),$(m)=$(RUN)/sweep/margin-$(m)/eval)
+
+reproduce: $(INSTALLED)  ## the paper's Table 1 and figures on the embedded tasks, three seeds: about an hour
+	$(MAKE) --no-print-directory -j $(JOBS) -f benchmarks/reproduce.mk BIN=$(BIN)
 
 test: $(INSTALLED_ALL) lint  ## everything that proves it
 	$(BIN)/python -m pytest
