@@ -270,8 +270,8 @@ def _difficulty(runs: Runs) -> list[Block]:
     return [
         Heading("Figure 4: thinking by difficulty"),
         Paragraph(
-            f"The paper: after HGPO the thinking ratio rises with the difficulty, before it is flat. Here it rises from "
-            f"{_percent(ratios[0])} to {_percent(ratios[-1])} over the levels; at every step up it rises: "
+            "The paper: after HGPO the thinking ratio rises with the difficulty, before it is flat. Here it rises "
+            f"from {_percent(ratios[0])} to {_percent(ratios[-1])} over the levels; at every step up it rises: "
             f"{_holds(ratios == sorted(ratios))}; before, it lies between {_percent(min(before))} and "
             f"{_percent(max(before))}."
         ),
@@ -301,8 +301,9 @@ def _domains(runs: Runs) -> list[Block]:
     return [
         Heading("Figure 5: a domain that Stage II has not seen"),
         Paragraph(
-            "The paper: trained on maths and general queries, the model thinks more on harder problems of code, too. Here "
-            "Stage I sees chain sums and the shell game, Stage II chain sums alone; in the shell game the thinking ratio "
+            "The paper: trained on maths and general queries, the model thinks more on harder problems of code, too. "
+            "Here Stage I sees chain sums and the shell game, Stage II chain sums alone; in the shell game the "
+            "thinking ratio "
             f"goes from {_percent(held_out[0])} at the easiest to {_percent(held_out[-1])} at the hardest level: more "
             f"thinking at the hardest {_holds(held_out[-1] > held_out[0])}, a rise at every step "
             f"{_holds(held_out == sorted(held_out))}."
@@ -334,14 +335,14 @@ def _sizes(runs: Runs) -> list[Block]:
     more = pooled["smaller"][1]["thinking_ratio"] > pooled["larger"][1]["thinking_ratio"]
     return [
         Heading("Figure 6: two model sizes"),
-        Paragraph(f"The paper: in Stage II the smaller model learns to think more, the larger one less. Here the smaller "
-                  f"one thinks more in the end: {_holds(more)}."),
+        Paragraph(f"The paper: in Stage II the smaller model learns to think more, the larger one less. Here the "
+                  f"smaller one thinks more in the end: {_holds(more)}."),
         Table(
             ["model", "P(think)", "seeds", "hybrid accuracy", "accuracy, own choice", "HFT, never thinking",
              "HFT, always thinking"],
             rows,
         ),
-        _picture("figure_6", "Probability of thinking during Stage II", "On the training queries; thin lines are seeds.",
+        _picture("figure_6", "Probability of thinking during Stage II", "Training queries; thin lines are seeds.",
                  lambda figure: _training(figure.add_subplot(), runs, {n: m for n, (_, m) in names.items()})),
     ]  # fmt: skip
 
@@ -364,8 +365,8 @@ def main() -> None:
         Heading("The paper's findings on the embedded tasks", 1),
         Paragraph(
             f"`make reproduce` on {platform.processor() or platform.machine()}. Seeds "
-            f"{', '.join(map(str, args.seeds))} (data, initial weights, sampling); every evaluation samples 16 responses "
-            "per mode and prompt at temperature 0.6, top-p 0.95; margin of hybrid accuracy 0.2. In brackets 95 % "
+            f"{', '.join(map(str, args.seeds))} (data, initial weights, sampling); every evaluation samples 16 "
+            "responses per mode and prompt at temperature 0.6, top-p 0.95; margin of hybrid accuracy 0.2. In brackets 95 % "
             "intervals over the prompts of all seeds; beside them the single seeds, in per cent."
         ),
         *_table_1(runs),
