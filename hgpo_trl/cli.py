@@ -9,7 +9,7 @@ STAGES = {
     "hft": "Stage I, Hybrid Fine-Tuning",
     "hgpo": "Stage II, Hybrid Group Policy Optimization",
     "merge": "merge a LoRA adapter of either stage into its base model",
-    "evaluate": "sample a model in both modes, score it, report hybrid accuracy",
+    "evaluate": "sample a model in both modes, score it, report hybrid accuracy; --compare: several models",
     "report": "tables and figures from evaluations and training logs",
     "card": "a model's card, from its run and its report; push to the hub",
     "chat": "talk to a model in the terminal",

@@ -17,6 +17,7 @@ from hgpo_trl.data.difficulty import DifficultyArguments
 from hgpo_trl.scripts.building import BuilderArguments
 from hgpo_trl.scripts.card import CardArguments
 from hgpo_trl.scripts.chat import ChatArguments
+from hgpo_trl.scripts.compare import CompareArguments
 from hgpo_trl.scripts.data_classifier import DataClassifierArguments
 from hgpo_trl.scripts.data_hft import HFTDataArguments
 from hgpo_trl.scripts.data_hgpo import HGPODataArguments
@@ -42,6 +43,7 @@ OURS = (
     HGPOConfig,
     MergeArguments,
     EvaluateArguments,
+    CompareArguments,
     ReportArguments,
     CardArguments,
     ChatArguments,
