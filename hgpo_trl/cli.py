@@ -10,6 +10,7 @@ STAGES = {
     "hgpo": "Stage II, Hybrid Group Policy Optimization",
     "merge": "merge a LoRA adapter of either stage into its base model",
     "evaluate": "sample a model in both modes, score it, report hybrid accuracy; --compare: several models",
+    "export": "answers for EvalPlus, AlpacaEval and Arena-Hard, as these tools read them",
     "report": "tables and figures from evaluations and training logs",
     "card": "a model's card, from its run and its report; push to the hub",
     "chat": "talk to a model in the terminal",

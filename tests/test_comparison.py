@@ -1,4 +1,4 @@
-"""`hgpo-trl evaluate --compare`: paired bootstrap against scipy and enumeration, Holm by its definition, the command."""
+"""`hgpo-trl evaluate --compare`: paired bootstrap against scipy and enumeration, Holm by definition, the command."""
 
 import copy
 import itertools

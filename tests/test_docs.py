@@ -23,6 +23,7 @@ from hgpo_trl.scripts.data_hft import HFTDataArguments
 from hgpo_trl.scripts.data_hgpo import HGPODataArguments
 from hgpo_trl.scripts.data_task import DataArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
+from hgpo_trl.scripts.export import ExportArguments
 from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
 from hgpo_trl.scripts.merge import MergeArguments
@@ -44,6 +45,7 @@ OURS = (
     MergeArguments,
     EvaluateArguments,
     CompareArguments,
+    ExportArguments,
     ReportArguments,
     CardArguments,
     ChatArguments,
