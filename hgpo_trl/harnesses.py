@@ -304,13 +304,13 @@ def served_answers(
 
 def check_server(client: Any, base_url: str, model: str) -> None:
     """ValueError unless the server is there, has the model, and takes modes apart."""
-    from openai import APIConnectionError
+    from openai import APIConnectionError, NotFoundError
 
     try:
         names = [entry.id for entry in client.models.list()]
-    except APIConnectionError as error:
+    except (APIConnectionError, NotFoundError) as error:
         raise ValueError(
-            f"base_url={base_url!r}: no server answers there ({error}). Start one with `hgpo-trl serve`; the address "
+            f"base_url={base_url!r}: no such server answers there ({error}). Start one with `hgpo-trl serve`; the address "
             "ends with /v1."
         ) from error
     if model not in names:

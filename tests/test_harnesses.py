@@ -1,4 +1,4 @@
-"""`hgpo-trl export`: the files, read as the tools read them, by a small reader of each that follows the tool's own code."""
+"""`hgpo-trl export`: its files, read as the tools read them, by small readers that follow the tools' own code."""
 
 import gzip
 import http.server
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -70,14 +71,14 @@ def read_evalplus(path: Path, problems: list[dict[str, Any]]) -> list[str]:
 
 
 def read_alpaca_eval(path: Path, problems: list[dict[str, Any]]) -> list[str]:
-    """src/alpaca_eval/utils.py: load_or_convert_to_dataframe; main.py: evaluate; annotators: annotate_head2head."""
+    """src/alpaca_eval: utils.py load_or_convert_to_dataframe, main.py evaluate, pairwise_evaluator.py annotate_head2head."""
     assert path.suffix == ".json"
     outputs, reference = pd.read_json(path), pd.DataFrame.from_records(problems)
     assert outputs["generator"].unique().tolist() == ["tiny"]
     keys = ["instruction"]
     merged = reference[[*keys, "output"]].merge(outputs[[*keys, "output"]], on=keys, suffixes=("_1", "_2"))
     assert len(merged) == len(reference) == len(outputs)
-    return merged["output_2"].tolist()
+    return merged["output_2"].astype(str).tolist()  # annotators/base.py: read_json makes numbers of "7"
 
 
 def read_arena_hard(path: Path, problems: list[dict[str, Any]]) -> list[str]:
@@ -286,6 +287,9 @@ class Server(http.server.BaseHTTPRequestHandler):
     apart = True
 
     def do_GET(self) -> None:
+        if self.path != "/v1/models":
+            self.send_error(404)
+            return
         self.reply({"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "vllm"}]})
 
     def do_POST(self) -> None:
@@ -360,25 +364,27 @@ def test_responses_of_a_server(
         ]
 
 
-def test_an_error_of_the_server_is_not_swallowed(base_url: str) -> None:
-    client = OpenAI(base_url=base_url.replace("/v1", "/v1?"), api_key="none", max_retries=0)
-    client.chat.completions.create = lambda **request: (_ for _ in ()).throw(RuntimeError(request["seed"]))  # type: ignore[method-assign,assignment]
+def test_an_error_of_a_request_is_not_swallowed() -> None:
+    def create(**request: Any) -> None:
+        raise RuntimeError(f"seed {request['seed']}")
+
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
     settings = {"mode": "auto", "max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 3, "batch_size": 2}
-    with pytest.raises(RuntimeError, match="3"):
+    with pytest.raises(RuntimeError, match="seed 3"):
         list(served_answers(client, "tiny", {"0": "?"}, **settings))
 
 
 def test_servers_that_will_not_do(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = OpenAI(base_url=base_url, api_key="none", max_retries=0)
     check_server(client, base_url, "tiny")
-    with pytest.raises(ValueError, match="model='other': the server at .* has tiny"):
+    with pytest.raises(ValueError, match=r"model='other': the server at .* has tiny"):
         check_server(client, base_url, "other")
     monkeypatch.setattr(Server, "apart", False)
-    with pytest.raises(ValueError, match="leaves reasoning and answer in one text.*hgpo-trl serve --model tiny"):
+    with pytest.raises(ValueError, match=r"leaves reasoning and answer in one text.*hgpo-trl serve --model tiny"):
         check_server(client, base_url, "tiny")
-    nowhere = "http://127.0.0.1:9/v1"
-    with pytest.raises(ValueError, match="no server answers there"):
-        check_server(OpenAI(base_url=nowhere, api_key="none", max_retries=0), nowhere, "tiny")
+    for nowhere in ("http://127.0.0.1:9/v1", base_url.removesuffix("/v1")):
+        with pytest.raises(ValueError, match=r"no such server answers there.*ends with /v1"):
+            check_server(OpenAI(base_url=nowhere, api_key="none", max_retries=0), nowhere, "tiny")
 
 
 # --- bad input ------------------------------------------------------------------------------------------------
@@ -427,8 +433,8 @@ def test_the_closing_message_counts() -> None:
     one = Answer("0", True, "r", "", 9, True, 0.0)
     answers = [one, replace(one, answer="4", truncated=False), replace(one, thought=False, answer="4", truncated=True)]
     assert closing_message("evalplus", answers, Path("x/samples.jsonl"), "auto").splitlines() == [
-        "3 responses (mode auto), 2 of them with thinking; 2 cut off, 1 without an answer (exported as an empty text) -> "
-        "x/samples.jsonl",
+        "3 responses (mode auto), 2 of them with thinking; 2 cut off, 1 without an answer (exported as an empty text) "
+        "-> x/samples.jsonl",
         "Next: evalplus.sanitize --samples x/samples.jsonl, then evalplus.evaluate on the sanitized file "
         "(docs/harnesses.md)",
     ]
