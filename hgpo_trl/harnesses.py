@@ -310,8 +310,8 @@ def check_server(client: Any, base_url: str, model: str) -> None:
         names = [entry.id for entry in client.models.list()]
     except (APIConnectionError, NotFoundError) as error:
         raise ValueError(
-            f"base_url={base_url!r}: no such server answers there ({error}). Start one with `hgpo-trl serve`; the address "
-            "ends with /v1."
+            f"base_url={base_url!r}: no such server answers there ({error}). Start one with `hgpo-trl serve`; the "
+            "address ends with /v1."
         ) from error
     if model not in names:
         raise ValueError(f"model={model!r}: the server at {base_url} has {', '.join(names)}. Name one of these.")
