@@ -71,7 +71,7 @@ def read_evalplus(path: Path, problems: list[dict[str, Any]]) -> list[str]:
 
 
 def read_alpaca_eval(path: Path, problems: list[dict[str, Any]]) -> list[str]:
-    """src/alpaca_eval: load_or_convert_to_dataframe of utils.py, evaluate of main.py, annotate_head2head of annotators."""
+    """src/alpaca_eval: load_or_convert_to_dataframe in utils.py, evaluate in main.py, annotate_head2head."""
     assert path.suffix == ".json"
     outputs, reference = pd.read_json(path), pd.DataFrame.from_records(problems)
     assert outputs["generator"].unique().tolist() == ["tiny"]
