@@ -18,11 +18,13 @@ from hgpo_trl.scripts.baselines import BaselineArguments
 from hgpo_trl.scripts.building import BuilderArguments
 from hgpo_trl.scripts.card import CardArguments
 from hgpo_trl.scripts.chat import ChatArguments
+from hgpo_trl.scripts.compare import CompareArguments
 from hgpo_trl.scripts.data_classifier import DataClassifierArguments
 from hgpo_trl.scripts.data_hft import HFTDataArguments
 from hgpo_trl.scripts.data_hgpo import HGPODataArguments
 from hgpo_trl.scripts.data_task import DataArguments
 from hgpo_trl.scripts.evaluate import EvaluateArguments
+from hgpo_trl.scripts.export import ExportArguments
 from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
 from hgpo_trl.scripts.merge import MergeArguments
@@ -44,6 +46,8 @@ OURS = (
     BaselineArguments,
     MergeArguments,
     EvaluateArguments,
+    CompareArguments,
+    ExportArguments,
     ReportArguments,
     CardArguments,
     ChatArguments,

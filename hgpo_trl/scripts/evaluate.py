@@ -3,6 +3,7 @@
     hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hft --output_dir runs/eval/hft
 
 Writes `report.json` (the figures) and `samples.parquet` (every response with its score) into `output_dir`.
+`--compare NAME=FOLDER NAME=FOLDER ...` compares models that have been evaluated: see `hgpo_trl.scripts.compare`.
 """
 
 import math
@@ -126,6 +127,11 @@ def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts
 
 
 def main(argv: Sequence[str]) -> None:
+    if "--compare" in argv:
+        from hgpo_trl.scripts import compare
+
+        compare.main(argv)
+        return
     args, reward_args = RecipeParser((EvaluateArguments, RewardArguments), prog="hgpo-trl evaluate").parse_recipe(argv)
     if args.backend == "vllm":
         check_vllm_installed("backend=vllm")

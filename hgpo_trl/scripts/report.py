@@ -35,11 +35,11 @@ class ReportArguments:
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f"report_to must be none or wandb; got {self.report_to!r}.")
         for name in ("evaluations", "training_runs"):
-            _pairs(name, getattr(self, name))
+            named_folders(name, getattr(self, name))
         _sweep(self.margin_sweep)
 
 
-def _pairs(name: str, entries: list[str]) -> dict[str, Path]:
+def named_folders(name: str, entries: list[str]) -> dict[str, Path]:
     """["hft=runs/eval/hft"] -> {"hft": Path("runs/eval/hft")}"""
     pairs = {}
     for entry in entries:
@@ -55,12 +55,12 @@ def _pairs(name: str, entries: list[str]) -> dict[str, Path]:
 def _sweep(entries: list[str]) -> dict[float, Path]:
     """["0.2=runs/eval"] -> {0.2: Path("runs/eval")}"""
     try:
-        return {float(margin): folder for margin, folder in _pairs("margin_sweep", entries).items()}
+        return {float(margin): folder for margin, folder in named_folders("margin_sweep", entries).items()}
     except ValueError as error:
         raise ValueError(f"margin_sweep: every entry must be DELTA=FOLDER with a number; {error}") from None
 
 
-def _load_evaluation(name: str, folder: Path) -> dict[str, Any]:
+def load_evaluation(name: str, folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     if not path.is_file():
         raise ValueError(f"{name}: there is no {path}. Run `hgpo-trl evaluate --output_dir {folder}` first.")
@@ -90,11 +90,13 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(ReportArguments, prog="hgpo-trl report").parse_recipe(argv)
     evaluations = {
-        name: _load_evaluation("evaluations", folder)
-        for name, folder in _pairs("evaluations", args.evaluations).items()
+        name: load_evaluation("evaluations", folder)
+        for name, folder in named_folders("evaluations", args.evaluations).items()
     }
-    sweep = {margin: _load_evaluation("margin_sweep", folder) for margin, folder in _sweep(args.margin_sweep).items()}
-    logs = {name: load_training_log(folder) for name, folder in _pairs("training_runs", args.training_runs).items()}
+    sweep = {margin: load_evaluation("margin_sweep", folder) for margin, folder in _sweep(args.margin_sweep).items()}
+    logs = {
+        name: load_training_log(folder) for name, folder in named_folders("training_runs", args.training_runs).items()
+    }
     path = write_report(evaluations, args.output_dir, training_logs=logs, margin_sweep=sweep, title=args.title)
     if args.report_to == "wandb":
         _log_to_wandb(args, evaluations)

@@ -16,10 +16,12 @@ from hgpo_trl.files import write_json
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+RESPONSES = "responses.jsonl"  # of `hgpo-trl export`
 
 # What a resumed run may change: where it runs, what it saves, measures and reports, not what it learns from.
 _FREE_PREFIXES = ("ddp_", "eval_", "hub_", "log_", "logging_", "save_", "trackio_", "vllm_server_")
 _FREE = {
+    "base_url", "batch_size",
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "deepspeed", "disable_tqdm", "do_eval", "local_rank", "num_completions_to_print", "num_generations_eval",
     "off_mode_warning", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
@@ -88,8 +90,8 @@ def claim_results(directory: Path, stage: str, *configs: Any) -> None:
 
 
 def _check_results(directory: Path, run: dict[str, Any]) -> None:
-    """ValueError if a folder holds checkpoints or a model, and not this run's."""
-    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json")
+    """ValueError if a folder holds checkpoints, a model or responses, and not this run's."""
+    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json", RESPONSES)
     if any(any(directory.glob(pattern)) for pattern in results):
         _check_same_run(directory, run)
 
