@@ -33,14 +33,14 @@ def shell_game_places(prompt: str) -> list[str]:
     """The ball's cup after each swap, by moving what is under the cups."""
     found = re.fullmatch(r"ball in (\w+)((?: [a-h] swap \w+ \w+)+) where \?", prompt)
     assert found, prompt
-    under = dict.fromkeys(("red", "blue", "green", "white"), "nothing") | {found[1]: "ball"}
-    assert len(under) == 4
+    under = dict.fromkeys(("red", "blue", "green"), "nothing") | {found[1]: "ball"}
+    assert len(under) == 3
     places = []
     for name, (step, one, other) in zip("abcdefgh", re.findall(r"(\w) swap (\w+) (\w+)", found[2]), strict=False):
         assert step == name
         assert one != other
         under[one], under[other] = under[other], under[one]
-        assert len(under) == 4, "a cup that there is none of"
+        assert len(under) == 3, "a cup that there is none of"
         places += [cup for cup, thing in under.items() if thing == "ball"]
     return places
 
@@ -105,7 +105,7 @@ def test_draws_keep_the_parts_and_the_answers_apart(task: ModuleType) -> None:
         assert {query.domain for query in found} == {domain_of(task)}
         assert Counter(query.level for query in found) == {level: 100 * w for level, w in task.LEVELS.items()}
     hardest = Counter(query.answer for query in drawn[False] if query.level == max(task.LEVELS))
-    assert max(hardest.values()) < 0.4 * hardest.total(), "no answer is a good guess"
+    assert max(hardest.values()) < 0.5 * hardest.total(), "no answer is a good guess"
 
 
 # --- several tasks ----------------------------------------------------------------------------------------------

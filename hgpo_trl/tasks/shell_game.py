@@ -1,8 +1,8 @@
-"""An embedded task of another kind than sums: follow the ball under four cups that are swapped in pairs.
+"""An embedded task of another kind than sums: follow the ball under three cups, swapped in pairs.
 
-    user:      ball in red a swap blue red b swap green white c swap white blue where ?
-    think:     <think> let me follow it step by step : a blue red in blue b green white in blue c white blue in white </think> white
-    no think:  <no_think> white </no_think>
+    user:      ball in red a swap red blue b swap red green c swap blue green where ?
+    think:     <think> let me follow it step by step : a red blue in blue b red green in blue c blue green in green </think> green
+    no think:  <no_think> green </no_think>
 
 As with chain sums, answering at once fails with length: the level is the number of swaps. The steps carry the names
 that operands carry there, so that a choice of mode that goes by a prompt's length has something in common to go by.
@@ -10,10 +10,12 @@ that operands carry there, so that a choice of mode that goes by a prompt's leng
 
 import random
 import string
+from itertools import combinations
 
 from hgpo_trl.tasks.embedded import Query
 
-CUPS = ("red", "blue", "green", "white")
+CUPS = ("red", "blue", "green")
+SWAPS = list(combinations(CUPS, 2))  # in one order each: with both, or with four cups, two swaps are a cliff already
 LEVELS = {1: 2, 2: 2, 3: 2, 4: 1, 6: 1, 8: 1}  # swaps -> weight
 
 _PREFIX = "let me follow it step by step :"
@@ -29,7 +31,7 @@ def sample(level: int, rng: random.Random) -> Query:
     start = place = rng.choice(CUPS)
     swaps, steps = [], []
     for name in string.ascii_lowercase[:level]:
-        one, other = rng.sample(CUPS, 2)
+        one, other = rng.choice(SWAPS)
         place = {one: other, other: one}.get(place, place)
         swaps.append(f"{name} swap {one} {other}")
         steps.append(f"{name} {one} {other} in {place}")
