@@ -366,8 +366,8 @@ def main() -> None:
         Paragraph(
             f"`make reproduce` on {platform.processor() or platform.machine()}. Seeds "
             f"{', '.join(map(str, args.seeds))} (data, initial weights, sampling); every evaluation samples 16 "
-            "responses per mode and prompt at temperature 0.6, top-p 0.95; margin of hybrid accuracy 0.2. In brackets 95 % "
-            "intervals over the prompts of all seeds; beside them the single seeds, in per cent."
+            "responses per mode and prompt at temperature 0.6, top-p 0.95; margin of hybrid accuracy 0.2. In brackets "
+            "95 % intervals over the prompts of all seeds; beside them the single seeds, in per cent."
         ),
         *_table_1(runs),
         *_margins(runs, args.margins),
