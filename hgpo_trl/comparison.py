@@ -18,11 +18,10 @@ from scipy.stats import bootstrap
 
 from hgpo_trl.documents import NO_BREAK, Block, Bullets, Heading, Paragraph, Picture, to_html, to_markdown
 from hgpo_trl.documents import Table as Grid
-from hgpo_trl.evaluation import PROMPT_ID
+from hgpo_trl.evaluation import PROMPT_ID, prompt_table
 from hgpo_trl.figures import NEITHER, STYLE, WIDTH, to_png
 from hgpo_trl.files import nan_to_null, write_atomically, write_json
-from hgpo_trl.hybrid_accuracy import Array, Table, biased_choice, per_prompt_table, summarize
-from hgpo_trl.modes import MODES
+from hgpo_trl.hybrid_accuracy import Array, Table, summarize
 from hgpo_trl.report import METRICS, MODEL_COLORS, MODEL_MARKERS
 
 COMPARED = (
@@ -56,25 +55,6 @@ class Difference(NamedTuple):
 
 
 # --- statistics -----------------------------------------------------------------------------------------------
-
-
-def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: float = 0.0) -> Table:
-    """The figures of each prompt, in the order of `prompt_id`, from the scored samples of an evaluation.
-
-    Args:
-        samples: with `reward`; every prompt has the same number of samples in each mode, in any order.
-        margin, decision_bias: as in `hgpo_trl.evaluation.report_on`, of whose figures these are the parts.
-
-    Returns:
-        Columns as of `hgpo_trl.hybrid_accuracy.per_prompt_table`, each `[K]`.
-    """
-    samples = samples.assign(mode=pd.Categorical(samples["mode"], [mode.value for mode in MODES], ordered=True))
-    samples = samples.sort_values([PROMPT_ID, "mode", "sample"])
-    prompts = samples.drop_duplicates(PROMPT_ID)
-    shape = (len(prompts), len(MODES), -1)
-    scores, lengths = (samples[name].to_numpy(dtype=np.float64).reshape(shape) for name in ("reward", "num_tokens"))
-    own = prompts["prob_think"].to_numpy(), prompts["prob_no_think"].to_numpy(), prompts["picked"].to_numpy()
-    return per_prompt_table(scores, lengths, *biased_choice(*own, decision_bias), margin)
 
 
 def paired_difference(first: Array, second: Array, resamples: int = RESAMPLES, seed: int = 0) -> Difference:

@@ -7,18 +7,21 @@ needed.
 import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import read_decision
 from hgpo_trl.generate import batches, complete, end_tokens, padded, render, sampling_config, until_end
 from hgpo_trl.hybrid_accuracy import (
+    Table,
     biased_choice,
     decision_bias_curve,
     per_prompt_table,
@@ -95,6 +98,7 @@ def sample_both_modes(
     top_p: float = 0.95,
     batch_size: int = 64,
     seed: int = 0,
+    progress: tqdm | None = None,
 ) -> pd.DataFrame:
     """Sample `samples_per_mode` responses in each mode for every prompt, and read the model's own decision.
 
@@ -105,6 +109,7 @@ def sample_both_modes(
         temperature, top_p: of the sampling (paper: 0.6 and 0.95). The decision's probabilities are those at
             temperature 1.
         batch_size: responses generated at a time.
+        progress: a bar that counts responses, where these are part of more; else they have one of their own.
 
     Returns:
         One row per response: `prompt_id`, `mode`, `sample`, `completion` (text, tags included), `num_tokens`,
@@ -118,8 +123,10 @@ def sample_both_modes(
     model.eval()
     torch.manual_seed(seed)
     decisions = _read_decisions(model, tokenizer, ids, tokens, batch_size)
-    responses = _generate(model, tokenizer, ids, tokens, generation_config, samples_per_mode, batch_size)
-    return samples_table(tokenizer, decisions, responses, ends)
+    total = len(ids) * len(MODES) * samples_per_mode
+    with tqdm(total=total, desc="sampling", unit="response") if progress is None else nullcontext(progress) as bar:
+        responses = _generate(model, tokenizer, ids, tokens, generation_config, samples_per_mode, batch_size, bar)
+        return samples_table(tokenizer, decisions, responses, ends)
 
 
 def _read_decisions(
@@ -142,15 +149,19 @@ def _generate(
     generation_config: GenerationConfig,
     samples_per_mode: int,
     batch_size: int,
+    progress: tqdm,
 ) -> Iterator[Generated]:
     """The modes one after the other: no short response waits in a batch for a long one of the other mode."""
-    progress = tqdm(total=len(ids) * len(MODES) * samples_per_mode, desc="sampling", unit="response")
-    whole_prompts = max(1, batch_size // samples_per_mode) * samples_per_mode
-    with progress:
-        for mode, forced in enumerate(tokens.decision):
-            rows = [[*row, forced] for row in ids for _ in range(samples_per_mode)]
-            for place, rest in complete(model, tokenizer, rows, generation_config, whole_prompts, progress):
-                yield Generated(place // samples_per_mode, mode, place % samples_per_mode, rest)
+    rows_at_a_time = prompts_at_a_time(batch_size, samples_per_mode) * samples_per_mode
+    for mode, forced in enumerate(tokens.decision):
+        rows = [[*row, forced] for row in ids for _ in range(samples_per_mode)]
+        for place, rest in complete(model, tokenizer, rows, generation_config, rows_at_a_time, progress):
+            yield Generated(place // samples_per_mode, mode, place % samples_per_mode, rest)
+
+
+def prompts_at_a_time(batch_size: int, samples_per_mode: int) -> int:
+    """Prompts whose responses in one mode make a batch: whole ones, and one at least."""
+    return max(1, batch_size // samples_per_mode)
 
 
 # --- scores and figures ---------------------------------------------------------------------------------------
@@ -186,7 +197,47 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
     return samples.assign(reward=totals.nansum(dim=1).where(~unscored, torch.nan).numpy())
 
 
+GROUPS = ("level", "subject", "domain")  # columns of a data set by which figures are given, too
 SWEEP = "sweep"  # in place of a decision bias: as many as make a difference
+
+
+class _Arrays(NamedTuple):
+    """What `per_prompt_table` takes: `[K, 2, n]` twice, and `[K]` three times, in the order of `prompt_id`."""
+
+    scores: NDArray[np.float64]
+    lengths: NDArray[np.float64]
+    prob_think: NDArray[np.float64]
+    prob_no_think: NDArray[np.float64]
+    picked: NDArray[np.int64]
+
+
+def _by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, _Arrays]:
+    """The samples in order, and as arrays."""
+    samples = samples.assign(mode=pd.Categorical(samples["mode"], [mode.value for mode in MODES], ordered=True))
+    samples = samples.sort_values([PROMPT_ID, "mode", "sample"])
+    prompts = samples.drop_duplicates(PROMPT_ID)
+    shape = (len(prompts), len(MODES), -1)
+    scores, lengths = (samples[name].to_numpy(dtype=np.float64).reshape(shape) for name in ("reward", "num_tokens"))
+    own = (prompts[name].to_numpy() for name in ("prob_think", "prob_no_think", "picked"))
+    return samples, _Arrays(scores, lengths, *own)
+
+
+def _biased_table(arrays: _Arrays, margin: float, decision_bias: float) -> Table:
+    choice = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
+    return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin)
+
+
+def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: float = 0.0) -> Table:
+    """The figures of each prompt, of which those of `report_on` are the means.
+
+    Args:
+        samples: with `reward`; every prompt has the same number of samples in each mode, in any order.
+        margin, decision_bias: as in `report_on`.
+
+    Returns:
+        Columns as of `hgpo_trl.hybrid_accuracy.per_prompt_table`, each `[K]`, in the order of `prompt_id`.
+    """
+    return _biased_table(_by_prompt(samples)[1], margin, decision_bias)
 
 
 def report_on(
@@ -194,35 +245,48 @@ def report_on(
     margin: float = 0.0,
     levels: Sequence[Any] | None = None,
     decision_bias: float | str = 0.0,
+    *,
+    subjects: Sequence[Any] | None = None,
+    domains: Sequence[Any] | None = None,
+    price_per_million_tokens: float | None = None,
 ) -> dict[str, Any]:
     """The evaluation's figures from its scored samples alone.
 
     Args:
         samples: with `reward`; every prompt has the same number of samples in each mode.
         margin: of Eq. 13: mode means closer than this count as equal.
-        levels: difficulty of each prompt, by `prompt_id`; None where the data set has none.
+        levels, subjects, domains: difficulty, subject and domain of each prompt, by `prompt_id`; None where the data
+            set has none.
         decision_bias: added to the log-odds of thinking before the model's own choice is looked at; or SWEEP, which
             leaves the choice as it is and adds what it would be worth under every bias.
+        price_per_million_tokens: of generated tokens, in any currency; adds what 1,000 queries cost.
 
     Returns:
         What `report.json` holds: see docs/evaluation.md.
+
+    Raises:
+        ValueError: a level, subject or domain is neither a number nor text.
     """
-    samples = samples.assign(mode=pd.Categorical(samples["mode"], [mode.value for mode in MODES], ordered=True))
-    samples = samples.sort_values([PROMPT_ID, "mode", "sample"])
-    prompts = samples.drop_duplicates(PROMPT_ID)
-    shape = (len(prompts), len(MODES), -1)
-    scores = samples["reward"].to_numpy(dtype=np.float64).reshape(shape)
-    lengths = samples["num_tokens"].to_numpy(dtype=np.float64).reshape(shape)
-    own = prompts["prob_think"].to_numpy(), prompts["prob_no_think"].to_numpy(), prompts["picked"].to_numpy()
+    samples, arrays = _by_prompt(samples)
     curve = {}
     if decision_bias == SWEEP:
         decision_bias = 0.0
-        curve = {"decision_bias_curve": decision_bias_curve(scores, lengths, *own, sweep_biases(*own), margin)}
-    table = per_prompt_table(scores, lengths, *biased_choice(*own, float(decision_bias)), margin)
+        curve = {"decision_bias_curve": decision_bias_curve(*arrays, sweep_biases(*arrays[2:]), margin)}
+    table = _biased_table(arrays, margin, float(decision_bias))
     by_mode = samples.groupby("mode", observed=True)
+    summary = summarize(table)
+    cost = {}
+    if price_per_million_tokens is not None:
+        per_1000_queries = price_per_million_tokens / 1000
+        cost = {"cost": {name: tokens * per_1000_queries for name, tokens in summary["mean_tokens"].items()}}
+    ids = samples[PROMPT_ID].unique().tolist()
+    groups = {
+        f"by_{name}": [] if labels is None else summarize_by(table, [labels[row] for row in ids], name)
+        for name, labels in zip(GROUPS, (levels, subjects, domains), strict=True)
+    }
     return {
-        **summarize(table),
-        "samples_per_mode": len(samples) // (len(prompts) * len(MODES)),
+        **summary,
+        "samples_per_mode": arrays.scores.shape[2],
         "margin": margin,
         "decision_bias": float(decision_bias),
         **curve,
@@ -232,5 +296,6 @@ def report_on(
             for mode, faults in by_mode["faults"]
         },
         "truncated": by_mode["truncated"].mean().to_dict(),
-        "by_level": [] if levels is None else summarize_by(table, [levels[i] for i in prompts[PROMPT_ID]], "level"),
+        **cost,
+        **groups,
     }

@@ -6,7 +6,10 @@ level or with an interval, is the mean of a column over some prompts; NaN entrie
 Shapes: `K` prompts, `n` samples in each mode; axis 1 is the mode in the order of `hgpo_trl.modes.MODES`.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from hgpo_trl.decision import OFF_MODE
 
 Array = NDArray[np.float64]
 Table = dict[str, Array]
+Label = int | float | str
 
 THINK, NO_THINK = 0, 1  # positions on the mode axis
 TIE_TOLERANCE = 1e-9  # means of the same rewards in another order may differ in the last bits
@@ -237,8 +241,45 @@ def summarize(table: Table, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def group_labels(name: str, values: Iterable[Any]) -> list[Label | None]:
+    """The labels by which prompts are grouped, from a column that may be of mixed types.
+
+    Text that is a whole number counts as that number and a whole float as an int, so that "2", 2 and 2.0 are one group.
+    Other text is taken without blanks around it. None, NaN and blank text are no label.
+
+    Args:
+        name: of the column, for the message.
+
+    Raises:
+        ValueError: a value is neither a finite number nor text; names the column and the value.
+    """
+    return [_label(name, value) for value in values]
+
+
+def _label(name: str, value: Any) -> Label | None:
+    match value:
+        case None:
+            return None
+        case str():
+            text = value.strip()
+            return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text or None
+        case Integral() if not isinstance(value, bool):
+            return int(value)
+        case Real() if not isinstance(value, bool):
+            number = float(value)
+            if math.isnan(number):
+                return None
+            if math.isfinite(number):
+                return int(number) if number.is_integer() else number
+    raise ValueError(
+        f"{name}: {value!r} is {type(value).__name__}; to group by it, the column must hold finite numbers or text. "
+        "Rename or remove the column, or make numbers or text of its values."
+    )
+
+
 def summarize_by(table: Table, labels: Sequence[Any], name: str, seed: int = 0) -> list[dict[str, Any]]:
-    """`summarize` for each distinct label but None, numbers before text: [{name: label, ...}, ...]."""
+    """`summarize` for each distinct label of `group_labels`, numbers before text: [{name: label, ...}, ...]."""
+    labels = group_labels(name, labels)
     distinct = sorted(set(labels) - {None}, key=lambda label: (isinstance(label, str), label))
     groups = []
     for label in distinct:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import OFF_MODE
@@ -77,15 +78,22 @@ def sample_both_modes(
     temperature: float = 0.6,
     top_p: float = 0.95,
     seed: int = 0,
+    progress: tqdm | None = None,
 ) -> pd.DataFrame:
-    """`hgpo_trl.evaluation.sample_both_modes` with an engine of `running_engine` in place of the model."""
+    """`hgpo_trl.evaluation.sample_both_modes` with an engine of `running_engine` in place of the model.
+
+    vLLM shows a bar of its own for what it is at; `progress` moves when all of it is done.
+    """
     tokens = mode_tokens(tokenizer)
     ids = render(tokenizer, prompts)
     generation_config = engine.llm_engine.model_config.try_get_generation_config()
     ends = end_tokens(tokenizer, generation_config.get("eos_token_id"))
     decisions = _read_decisions(engine, ids, tokens)
     responses = _generate(engine, ids, tokens, ends, samples_per_mode, max_new_tokens, temperature, top_p, seed)
-    return samples_table(tokenizer, decisions, responses, ends)
+    samples = samples_table(tokenizer, decisions, responses, ends)
+    if progress is not None:
+        progress.update(len(samples))
+    return samples
 
 
 def _read_decisions(engine: "LLM", ids: list[list[int]], tokens: ModeTokens) -> list[FirstToken]:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from hgpo_trl.cli import main
-from hgpo_trl.comparison import COMPARED, Evaluation, compare, holm, paired_difference, prompt_table, write_comparison
-from hgpo_trl.evaluation import report_on
+from hgpo_trl.comparison import COMPARED, Evaluation, compare, holm, paired_difference, write_comparison
+from hgpo_trl.evaluation import prompt_table, report_on
 from hgpo_trl.files import nan_to_null, write_json
 
 LEVELS = [1, 2, 3, 4] * 10

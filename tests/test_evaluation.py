@@ -468,6 +468,27 @@ def test_levels_are_looked_up_by_prompt() -> None:
     assert [group["level"] for group in report_on(samples, levels=["a", "b", "c"])["by_level"]] == ["a", "c"]
 
 
+def test_subjects_and_domains_are_groups_as_levels_are() -> None:
+    report = report_on(scored_samples(), levels=[1, 2, 1], subjects=["b", "a", "b"], domains=[None, "x", None])
+    assert [(group["subject"], group["num_prompts"]) for group in report["by_subject"]] == [("a", 1), ("b", 2)]
+    assert [(group["domain"], group["num_prompts"]) for group in report["by_domain"]] == [("x", 1)]
+    by_level = [{key: value for key, value in group.items() if key != "level"} for group in report["by_level"]]
+    by_subject = [{key: value for key, value in group.items() if key != "subject"} for group in report["by_subject"]]
+    assert repr(by_level) == repr(by_subject[::-1])
+    plain = report_on(scored_samples())
+    assert (plain["by_subject"], plain["by_domain"]) == ([], [])
+
+
+def test_cost_of_1000_queries() -> None:
+    report = report_on(scored_samples(), price_per_million_tokens=0.6)
+    # 8 tokens per query of the model's own choice: 8,000 tokens at 0.6 per million
+    assert report["mean_tokens"]["auto"] == 8.0
+    assert report["cost"] == pytest.approx({name: n * 0.6e-3 for name, n in report["mean_tokens"].items()})
+    assert report["cost"]["auto"] == pytest.approx(0.0048)
+    assert "cost" not in report_on(scored_samples())
+    assert set(report_on(scored_samples(), price_per_million_tokens=0)["cost"].values()) == {0.0}
+
+
 def test_the_order_of_rows_does_not_matter() -> None:
     samples, levels = scored_samples(), ["hard", "easy", "hard"]
     expected = repr(report_on(samples, levels=levels))
@@ -508,8 +529,9 @@ def evaluate(model_dir: str, prompts: Dataset, tmp_path: Path) -> Callable[..., 
             "max_new_tokens": 8,
             "dtype": "float32",
         }
-        main([word for key, value in (fields | changes).items() for word in (f"--{key}", str(value))])
-        return tmp_path / "eval"
+        fields |= changes
+        main([word for key, value in fields.items() for word in (f"--{key}", str(value))])
+        return Path(fields["output_dir"])
 
     return run
 
@@ -525,7 +547,17 @@ def test_evaluate_writes_a_report_that_its_samples_reproduce(
     assert {"model": model_dir, "margin": 0.2, "num_prompts": 8, "samples_per_mode": 2}.items() <= report.items()
     assert [group["level"] for group in report["by_level"]] == sorted(set(prompts["level"][:8]))
     recomputed = report_on(samples, margin=0.2, levels=prompts["level"])
-    assert nan_as_none(recomputed) == {key: report[key] for key in report.keys() - {"model", "dataset"}}
+    assert nan_as_none(recomputed) == {key: report[key] for key in report.keys() - {"model", "dataset", "settings"}}
+    assert report["settings"] == {
+        "split": "train",
+        "num_prompts": 8,
+        "samples_per_mode": 2,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "max_new_tokens": 8,
+        "seed": 0,
+        "backend": "transformers",
+    }
     assert f"thinking ratio {report['thinking_ratio']:.3f}" in capsys.readouterr().out
 
 
@@ -561,9 +593,9 @@ def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -
     assert "evaluate with --decision_bias sweep" in look_up(evaluate(), 0).stderr
 
 
-def test_evaluate_again_gives_the_same_files(evaluate: Callable[..., Path]) -> None:
+def test_evaluate_again_gives_the_same_files(evaluate: Callable[..., Path], tmp_path: Path) -> None:
     names = ("report.json", "samples.parquet")
-    first, second = ([(evaluate() / name).read_bytes() for name in names] for _ in range(2))
+    first, second = ([(evaluate(output_dir=tmp_path / f"{n}") / name).read_bytes() for name in names] for n in "ab")
     assert first == second
 
 
@@ -589,7 +621,9 @@ def test_a_model_without_tags_is_refused(
     plain = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
     plain.chat_template = tokenizer.chat_template
     plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"The tag <think> is not a token of the tokenizer.*add_mode_tokens"):
+    with pytest.raises(
+        ValueError, match=r"model=.*is no hybrid model: The tag <think> is not a token.*add_mode_tokens.*hft"
+    ):
         evaluate(model=tmp_path / "plain")
 
 
@@ -615,6 +649,9 @@ def test_empty_data_is_refused(evaluate: Callable[..., Path], prompts: Dataset, 
         ("margin", "inf", "margin must be a finite number of at least 0; got inf"),
         ("decision_bias", "inf", "decision_bias must be a finite number or sweep; got inf"),
         ("decision_bias", "all", "decision_bias must be a finite number or sweep; got 'all'"),
+        ("price_per_million_tokens", -1, "price_per_million_tokens must be a finite number of at least 0; got -1.0"),
+        ("price_per_million_tokens", "nan", "price_per_million_tokens must be a finite number of at least 0; got nan"),
+        ("data_dir", "copies", "data_dir='copies' holds copies of benchmarks, but data="),
         ("samples_per_mode", 0, "samples_per_mode must be at least 1; got 0"),
         ("batch_size", 0, "batch_size must be at least 1; got 0"),
         ("max_new_tokens", 1, "max_new_tokens must be at least 2"),
@@ -667,6 +704,31 @@ def test_a_reward_model_scores_rows_without_an_answer(
             expected = torch.sigmoid(scorer.scores([mixed[row.prompt_id]["prompt"]], [part])).item()
             assert row.reward == pytest.approx(expected, abs=1e-5)
     assert samples["reward"].nunique() > 4
+
+
+def test_data_without_answers_is_refused(evaluate: Callable[..., Path], prompts: Dataset, tmp_path: Path) -> None:
+    prompts.remove_columns("answer").to_parquet(tmp_path / "bare.parquet")
+    with pytest.raises(ValueError, match=r"data: 8 of 8 rows have no `answer`.*Name a reward_model"):
+        evaluate(data=tmp_path / "bare.parquet")
+    assert not (tmp_path / "eval").exists()
+
+
+def test_levels_of_mixed_types(evaluate: Callable[..., Path], prompts: Dataset, tmp_path: Path) -> None:
+    """As JSON lines may hold them."""
+    rows = [
+        {"prompt": prompt, "answer": "4", "level": level, "domain": "maths"}
+        for prompt, level in zip(prompts["prompt"], ["2", 2, 2.0, None, "hard", 1.5, "x 2", 10], strict=False)
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    report = read_json(evaluate(data=path) / "report.json")
+    found = [(group["level"], group["num_prompts"]) for group in report["by_level"]]
+    assert found == [(1.5, 1), (2, 3), (10, 1), ("hard", 1), ("x 2", 1)]
+    assert [(group["domain"], group["num_prompts"]) for group in report["by_domain"]] == [("maths", 8)]
+    path.write_text("".join(f"{json.dumps(row | {'level': [2]})}\n" for row in rows))
+    with pytest.raises(ValueError, match=r"level: \[2\] is list; to group by it, the column must hold finite numbers"):
+        evaluate(data=path, output_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_reward_model_is_refused(evaluate: Callable[..., Path]) -> None:

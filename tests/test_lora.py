@@ -434,7 +434,7 @@ def test_what_merge_refuses(stage_two: Any, tmp_path: Path) -> None:
         run("merge", {"model": str(adapter), "output_dir": str(adapter)})
     with refused(r"base_model='.*' is a LoRA adapter of"):
         run("merge", {"model": str(adapter), "output_dir": output, "base_model": str(root / "hgpo")})
-    with refused(r"holds a model or checkpoints of an unknown run"):
+    with refused(r"holds results of an unknown run"):
         run("merge", {"model": str(adapter), "output_dir": str(root / "merged")})
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))

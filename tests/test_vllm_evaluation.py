@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from hgpo_trl import vllm_sampling
 from hgpo_trl.evaluation import render, sample_both_modes
 from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.scripts import evaluate
 from hgpo_trl.scripts.evaluate import main
 from hgpo_trl.tasks.embedded import build_model
 
 # Looked up, not imported: that takes seconds, also where these tests are not the ones to run.
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
 
-NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS = 32, 3, 24
+NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS, POSITIONS = 32, 3, 24, 512
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # GiB
 
 
@@ -34,7 +36,7 @@ ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Untrained, float32, with heads as wide as vLLM needs them on a CPU. The mode tokens' rows are enlarged, so that
     the model picks one of them now and then."""
-    model: LlamaForCausalLM = build_model(tokenizer, hidden_size=64, num_heads=2)
+    model: LlamaForCausalLM = build_model(tokenizer, hidden_size=64, num_heads=2, max_length=POSITIONS)
     with torch.no_grad():
         model.get_input_embeddings().weight[list(mode_tokens(tokenizer).decision)] *= 2
     return model.eval()
@@ -54,8 +56,8 @@ def few(prompts: Dataset) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def engine(path: str, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Iterator[Any]:
-    longest = max(map(len, render(tokenizer, few["prompt"])))
+def engine(path: str) -> Iterator[Any]:
+    longest = POSITIONS - MAX_NEW_TOKENS
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -158,6 +160,41 @@ def test_plain_text_prompts_are_conversations_already_rendered(
 ) -> None:
     texts = tokenizer.apply_chat_template(list(few["prompt"]), add_generation_prompt=True, tokenize=False)
     pd.testing.assert_frame_equal(sample(texts), samples, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["math500", "aime24", "amc23", "olympiadbench", "gsm8k"])
+def test_a_benchmark(
+    name: str,
+    engine: Any,
+    path: str,
+    model: LlamaForCausalLM,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The whole command on real problems, in parts, greedily, against Transformers."""
+
+    @contextmanager
+    def running_engine(name: str, longest_prompt: int, max_new_tokens: int, **settings: Any) -> Iterator[Any]:
+        assert longest_prompt + max_new_tokens <= POSITIONS
+        yield engine
+
+    monkeypatch.setattr(vllm_sampling, "running_engine", running_engine)
+    monkeypatch.setattr(evaluate, "VLLM_CHUNK", 8)  # responses, of two prompts
+    reports = {}
+    for backend in ("vllm", "transformers"):
+        fields = {
+            "backend": backend, "model": path, "data": name, "data_dir": shared_data, "temperature": 0,
+            "output_dir": tmp_path / backend, "num_prompts": 5, "samples_per_mode": 2, "max_new_tokens": MAX_NEW_TOKENS,
+        }  # fmt: skip
+        main([word for field, value in fields.items() for word in (f"--{field}", str(value))])
+        reports[backend] = json.loads((tmp_path / backend / "report.json").read_text(encoding="utf-8"))
+        assert reports[backend].pop("settings")["backend"] == backend
+    samples = [pd.read_parquet(tmp_path / backend / "samples.parquet") for backend in reports]
+    pd.testing.assert_frame_equal(*samples, rtol=1e-4, atol=1e-6)
+    for group in ("by_level", "by_subject", "by_domain"):
+        assert len(reports["vllm"][group]) == len(reports["transformers"][group])
+    assert reports["vllm"]["accuracy"] == pytest.approx(reports["transformers"]["accuracy"], rel=1e-4, abs=1e-6)
 
 
 # --- The command --------------------------------------------------------------

@@ -2,11 +2,14 @@
 
     hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hft --output_dir runs/eval/hft
 
-Writes `report.json` (the figures) and `samples.parquet` (every response with its score) into `output_dir`.
+Writes `report.json` (the figures) and `samples.parquet` (every response with its score) into `output_dir`. The same
+command goes on where it was interrupted; with `--rescore true` what is there is scored again, without the model.
 `--compare NAME=FOLDER NAME=FOLDER ...` compares models that have been evaluated: see `hgpo_trl.scripts.compare`.
 """
 
+import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,20 +17,39 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import xxhash
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
 from hgpo_trl.data_files import load_data
-from hgpo_trl.evaluation import PROMPT_ID, SWEEP, report_on, score_samples
+from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
-from hgpo_trl.modes import Mode, format_response
+from hgpo_trl.generate import render
+from hgpo_trl.hybrid_accuracy import Label, group_labels
+from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
 from hgpo_trl.rewards import load_reward
+from hgpo_trl.samples import (
+    PARTS,
+    RECORD,
+    SAMPLES,
+    chunks_by_length,
+    draw_missing,
+    fingerprint,
+    part_paths,
+    read_parts,
+    read_samples,
+    write_samples,
+)
 from hgpo_trl.sampling import check_backend, default_device, loaded_sampler
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
+from hgpo_trl.scripts.run_dir import check_same_run
 from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.trainer import check_dataset
 from hgpo_trl.vllm_support import check_vllm_installed
+
+VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
 
 
 @dataclass
@@ -35,14 +57,28 @@ class EvaluateArguments:
     """What to evaluate, and how to sample."""
 
     model: str = field(metadata={"help": "Model to evaluate: path or hub id."})
-    data: str = field(metadata={"help": "Data set with `prompt`, what the rewards need, and perhaps `level`."})
+    data: str = field(
+        metadata={
+            "help": f"A benchmark ({', '.join(BENCHMARKS)}), or a data set with `prompt`, what the rewards need, and "
+            "perhaps `level`, `subject`, `domain`: file, folder or hub id."
+        }
+    )
     output_dir: str = field(metadata={"help": "Folder for report.json and samples.parquet."})
-    split: str = field(default="train", metadata={"help": "Split of data."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of local copies of benchmarks: NAME.json, .jsonl or .parquet."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of data; a benchmark has its own."})
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
     samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
     margin: float = field(default=0.0, metadata={"help": "Mode means closer than this count as equal (Eq. 13)."})
     decision_bias: float | str = field(
         default=0.0, metadata={"help": "Added to the log-odds of thinking, logit(think) - logit(no_think); or sweep."}
+    )
+    price_per_million_tokens: float | None = field(
+        default=None, metadata={"help": "Price of generated tokens: adds the cost of 1,000 queries to the report."}
+    )
+    rescore: bool = field(
+        default=False, metadata={"help": "Only score the samples that are there, and report; no model is needed."}
     )
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature (paper: 0.6); 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling (paper: 0.95)."})
@@ -70,7 +106,20 @@ class EvaluateArguments:
             raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
         if not 0.0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
+        price = self.price_per_million_tokens
+        if price is not None and not 0.0 <= price < math.inf:
+            raise ValueError(f"price_per_million_tokens must be a finite number of at least 0; got {price}.")
         check_backend("backend", self.backend)
+        if self.data_dir is not None and self.data not in BENCHMARKS:
+            raise ValueError(
+                f"data_dir={self.data_dir!r} holds copies of benchmarks, but data={self.data!r} is none of "
+                f"{', '.join(BENCHMARKS)}. Give the file itself as data, and leave data_dir out."
+            )
+        if self.data in BENCHMARKS and self.split != "train":
+            raise ValueError(
+                f"split={self.split!r}: the benchmark data={self.data!r} has its own split. Leave split out, or give "
+                f"the data set itself as data ({BENCHMARKS[self.data].hub})."
+            )
         if self.decision_bias != SWEEP and not (
             isinstance(self.decision_bias, int | float) and math.isfinite(self.decision_bias)
         ):
@@ -103,27 +152,117 @@ def _try_rewards(rewards: Sequence[Callable], dataset: Dataset) -> None:
         raise ValueError(f"reward_funcs: {error}. The columns of data are {dataset.column_names}.") from error
 
 
+def _load(args: EvaluateArguments) -> Dataset:
+    if args.data in BENCHMARKS:
+        dataset = load_benchmark(args.data, args.data_dir)
+    else:
+        dataset = load_data("data", args.data, args.split)
+    if args.num_prompts is not None:
+        dataset = dataset.select(range(min(args.num_prompts, len(dataset))))
+    return dataset
+
+
+def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
+    """How the samples are drawn: evaluations that differ in one of these measure different things."""
+    return {
+        "split": BENCHMARKS[args.data].split if args.data in BENCHMARKS else args.split,
+        "num_prompts": len(dataset),
+        "samples_per_mode": args.samples_per_mode,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+        "backend": args.backend,
+    }
+
+
+def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) -> None:
+    """Take `output_dir` for these samples, and note there what they are drawn from and how.
+
+    Raises:
+        ValueError: it holds samples of another model, of other prompts or settings, or of an unknown run; or there are
+            none to `rescore`.
+    """
+    output_dir = Path(args.output_dir)
+    record = output_dir / RECORD
+    prompts = list(dataset["prompt"]) if "prompt" in dataset.column_names else []
+    run = {
+        "model": args.model,
+        "data": args.data,
+        "prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts, sort_keys=True).encode()),
+        "dtype": args.dtype,
+        **settings,
+    }
+    if args.backend == "transformers":  # what is drawn together is drawn from one stream of random numbers
+        run["batch_size"] = args.batch_size
+    if args.rescore:
+        if not (output_dir / SAMPLES).is_file():
+            raise ValueError(
+                f"rescore: there is no {output_dir / SAMPLES}, so there is nothing to score again. Name the output_dir "
+                "of a finished evaluation, or leave rescore out to sample what is missing."
+            )
+        before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        run["model_files"] = before.get("model_files")  # the model may be gone
+    else:
+        run["model_files"] = fingerprint(args.model)
+    if (output_dir / SAMPLES).is_file() or any((output_dir / PARTS).glob("*.parquet")):
+        check_same_run(record, run)
+    write_json(record, run)
+
+
 def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
-    """Load the model into the backend, and sample; the backend's memory is free again afterwards."""
-    sampler = loaded_sampler(
-        args.model,
-        tokenizer,
-        prompts,
-        backend=args.backend,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-    )
-    with sampler as sample:
-        return sample(
+    """Sample what is missing, in parts; the backend's memory is free again afterwards."""
+    folder = Path(args.output_dir) / PARTS
+    size = VLLM_CHUNK // (len(MODES) * args.samples_per_mode)
+    if args.backend == "transformers":
+        size = prompts_at_a_time(args.batch_size, args.samples_per_mode)
+    chunks = chunks_by_length([len(ids) for ids in render(tokenizer, prompts)], max(1, size))
+    present = [path.is_file() for path in part_paths(folder, chunks)]
+    if any(present):
+        found = sum(len(chunk) for chunk, there in zip(chunks, present, strict=True) if there)
+        print(f"{found} of {len(prompts)} prompts have been sampled already: {folder}", flush=True)
+    if not all(present):
+        sampler = loaded_sampler(
+            args.model,
+            tokenizer,
             prompts,
-            samples_per_mode=args.samples_per_mode,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
+            backend=args.backend,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            tensor_parallel_size=args.tensor_parallel_size,
+            gpu_memory_utilization=args.gpu_memory_utilization,
         )
+        with sampler as sample:
+            draw_missing(
+                sample,
+                prompts,
+                chunks,
+                folder,
+                samples_per_mode=args.samples_per_mode,
+                seed=args.seed,
+                temperature=args.temperature,
+                top_p=args.top_p,
+            )
+    return read_parts(folder, chunks)
+
+
+def _model_tokenizer(args: EvaluateArguments, dataset: Dataset) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, checked with the data.
+
+    Raises:
+        ValueError: there is no such model, it has no mode tags, or the prompts do not suit it.
+    """
+    check_model_path("model", args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    try:
+        mode_tokens(tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            f"model={args.model!r} is no hybrid model: {error} Evaluate one that went through `hgpo-trl hft`."
+        ) from None
+    check_dataset("data", dataset, tokenizer)
+    return tokenizer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -132,30 +271,45 @@ def main(argv: Sequence[str]) -> None:
 
         compare.main(argv)
         return
-    args, reward_args = RecipeParser((EvaluateArguments, RewardArguments), prog="hgpo-trl evaluate").parse_recipe(argv)
-    if args.backend == "vllm":
+    parser = RecipeParser((EvaluateArguments, RewardArguments), prog="hgpo-trl evaluate")
+    parser.epilog = "--compare NAME=FOLDER NAME=FOLDER ... compares models that have been evaluated, instead."
+    args, reward_args = parser.parse_recipe(argv)
+    if args.backend == "vllm" and not args.rescore:
         check_vllm_installed("backend=vllm")
     rewards = [_load_function(name) for name in reward_args.reward_funcs]
-    dataset = load_data("data", args.data, args.split)
-    if args.num_prompts is not None:
-        dataset = dataset.select(range(min(args.num_prompts, len(dataset))))
-    check_model_path("model", args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    check_dataset("data", dataset, tokenizer)
+    dataset = _load(args)
+    tokenizer = None if args.rescore else _model_tokenizer(args, dataset)
+    settings = _settings(args, dataset)
     check_answers_are_there("data", dataset, rewards, reward_args)
+    groups: dict[str, list[Label | None]] = {
+        name: group_labels(name, dataset[name]) for name in GROUPS if name in dataset.column_names
+    }
+    _claim(args, dataset, settings)
     _try_rewards(rewards, dataset)
     reward_model = reward_args.build_reward_model(default_device(), dataset[0]["prompt"])
     if reward_model is not None:
         rewards.append(reward_model)  # its weights are loaded when the sampling has left the memory to them
-    samples = _sample(args, tokenizer, dataset["prompt"])
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    samples.to_parquet(output_dir / "samples.parquet", index=False)  # whatever becomes of the scoring
+    if (output_dir / SAMPLES).is_file():
+        print(f"All samples are there: {output_dir / SAMPLES}", flush=True)
+        samples = read_samples(output_dir / SAMPLES)
+    else:
+        assert tokenizer is not None  # rescoring without samples was refused
+        samples = _sample(args, tokenizer, list(dataset["prompt"]))
     samples = score_samples(samples, dataset, rewards)
-    samples.to_parquet(output_dir / "samples.parquet", index=False)
-    levels = dataset["level"] if "level" in dataset.column_names else None
-    report = report_on(samples, args.margin, levels, args.decision_bias)
-    write_json(output_dir / "report.json", nan_to_null({"model": args.model, "dataset": args.data, **report}))
+    write_samples(output_dir / SAMPLES, samples)
+    report = report_on(
+        samples,
+        args.margin,
+        groups.get("level"),
+        args.decision_bias,
+        subjects=groups.get("subject"),
+        domains=groups.get("domain"),
+        price_per_million_tokens=args.price_per_million_tokens,
+    )
+    heading = {"model": args.model, "dataset": args.data, "settings": settings}
+    write_json(output_dir / "report.json", nan_to_null({**heading, **report}))
+    shutil.rmtree(output_dir / PARTS, ignore_errors=True)  # all of it is in samples.parquet
     accuracy, length = report["accuracy"], report["mean_tokens"]
     print(
         f"{args.model}: hybrid accuracy {report['hybrid_accuracy']:.3f}, "

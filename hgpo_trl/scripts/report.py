@@ -76,7 +76,7 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
     run_name = os.environ.get("WANDB_NAME", args.title)
     with wandb.init(project=project, job_type="report", name=run_name, config=vars(args)) as run:
         for name, evaluation in evaluations.items():
-            lists = ("by_level", "intervals", "decision_bias_curve")
+            lists = ("by_level", "by_subject", "by_domain", "intervals", "decision_bias_curve")
             figures = {key: value for key, value in evaluation.items() if key not in lists}
             run.summary.update({f"report/{name}": figures})
             if levels := evaluation["by_level"]:

@@ -93,7 +93,7 @@ def _check_results(directory: Path, run: dict[str, Any]) -> None:
     """ValueError if a folder holds checkpoints, a model or responses, and not this run's."""
     results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json", RESPONSES)
     if any(any(directory.glob(pattern)) for pattern in results):
-        _check_same_run(directory, run)
+        check_same_run(directory / RUN_FILE, run)
 
 
 def is_free(key: str) -> bool:
@@ -101,15 +101,21 @@ def is_free(key: str) -> bool:
     return key in _FREE or key.startswith(_FREE_PREFIXES)
 
 
-def _check_same_run(directory: Path, run: dict[str, Any]) -> None:
+def check_same_run(record: Path, run: dict[str, Any]) -> None:
+    """Compare a run with the one whose results lie in a folder.
+
+    Args:
+        record: file of that folder in which the other run was noted.
+
+    Raises:
+        ValueError: there is no such file, or the runs differ; the message lists in what.
+    """
+    directory = str(record.parent)
     remedy = "Choose another output_dir, remove this one, or use the recipe it was made with to resume it."
-    path = directory / RUN_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"output_dir={str(directory)!r} holds a model or checkpoints of an unknown run (no {RUN_FILE}). {remedy}"
-        )
-    before = json.loads(path.read_text(encoding="utf-8"))
+    if not record.is_file():
+        raise ValueError(f"output_dir={directory!r} holds results of an unknown run (no {record.name}). {remedy}")
+    before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(key for key in before.keys() | run.keys() if not is_free(key) and before.get(key) != run.get(key))
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed)
-        raise ValueError(f"output_dir={str(directory)!r} holds another run's results. Changed: {listing}. {remedy}")
+        raise ValueError(f"output_dir={directory!r} holds another run's results. Changed: {listing}. {remedy}")
