@@ -156,9 +156,8 @@ class HGPOConfig(GRPOConfig):
         if self.selects_a_checkpoint:
             if self.eval_strategy == "no":
                 raise ValueError(
-                    f"load_best_model_at_end={self.load_best_model_at_end} and save_strategy={self.save_strategy!s} "
-                    "choose a checkpoint by evaluations, but eval_strategy is no. Set eval_strategy and eval_data, or "
-                    "do without the best checkpoint."
+                    "load_best_model_at_end and save_strategy=best choose a checkpoint by evaluations, but "
+                    "eval_strategy is no. Set eval_strategy and eval_data, or do without the best checkpoint."
                 )
             self.metric_for_best_model = self.metric_for_best_model or BEST_METRIC
         if self.scale_rewards not in ("group", True):

@@ -220,7 +220,7 @@ def accuracy_at_budget(
     own = prob_think, prob_no_think, picked
     curve = decision_bias_curve(scores, lengths, *own, sweep_biases(*own, limit))
     within = [point["accuracy"]["auto"] for point in curve if point["mean_tokens"]["auto"] <= token_budget]
-    return max(within, default=np.nan)
+    return max((accuracy for accuracy in within if not np.isnan(accuracy)), default=np.nan)
 
 
 def figures(

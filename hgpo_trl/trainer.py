@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.fsdp import is_fsdp_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy, has_length
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
@@ -673,8 +673,8 @@ def check_evaluation(args: HGPOConfig, eval_dataset: Any) -> None:
         return
     if eval_dataset is None:
         raise ValueError(
-            f"eval_strategy={args.eval_strategy!s} needs prompts to evaluate on. Set eval_data (of HGPOTrainer: "
-            'eval_dataset), or eval_strategy to "no".'
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value} needs prompts to evaluate on. Set "
+            'eval_data (of HGPOTrainer: eval_dataset), or eval_strategy to "no".'
         )
     if args.metric_for_best_model is None:
         return
