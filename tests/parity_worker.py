@@ -2,8 +2,8 @@
 
     accelerate launch ... tests/parity_worker.py MODEL PROMPTS OUTPUT.json ROWS_PER_PROCESS MICRO_BATCHES
 
-An evaluation and two optimizer steps on completions that depend on the query, the place in its group and the step alone,
-so that every way of dividing the work has the same rollouts, and a step on completions that are really sampled.
+An evaluation and two optimizer steps on completions that depend on the query, the place in its group and the step
+alone, so that every way of dividing the work has the same rollouts, and a step on completions that are really sampled.
 """
 
 import json

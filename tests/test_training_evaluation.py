@@ -205,7 +205,8 @@ def run(model_dir: str, prompts: Dataset, tmp_path: Path) -> Callable[..., Path]
             "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2,
             "logging_steps": 1, "max_steps": 4, "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "beta": 0.0,
-            "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_hgpo/accuracy/think",
+            "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1,
+            "load_best_model_at_end": True, "metric_for_best_model": "eval_hgpo/accuracy/think",
         }  # fmt: skip
         hgpo.main([word for key, value in (base | fields).items() for word in (f"--{key}", str(value))])
         return tmp_path / name
