@@ -153,7 +153,7 @@ class HGPOConfig(GRPOConfig):
                 f"eval_token_budget must be a finite number of tokens above 0, or null for no budget; got "
                 f"{self.eval_token_budget}."
             )
-        if self.selects_a_checkpoint:
+        if self.load_best_model_at_end or self.save_strategy == "best":
             if self.eval_strategy == "no":
                 raise ValueError(
                     "load_best_model_at_end and save_strategy=best choose a checkpoint by evaluations, but "
@@ -184,11 +184,6 @@ class HGPOConfig(GRPOConfig):
                 f"chat_template_kwargs sets {' and '.join(sorted(forced))}, but HGPO itself forces each response's "
                 "mode. Leave it out."
             )
-
-    @property
-    def selects_a_checkpoint(self) -> bool:
-        """Whether evaluations decide which checkpoint is kept."""
-        return self.load_best_model_at_end or self.save_strategy == "best"
 
     def _check_lazy_thinking(self) -> None:
         for name, why in (

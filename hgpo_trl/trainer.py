@@ -79,8 +79,8 @@ class HGPOTrainer(GRPOTrainer):
     What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
     `_calculate_rewards` splits the responses and keeps the rewards, `_generate_and_score_completions` replaces the
     advantages and logs both modes, `_prepare_inputs` and `_get_per_token_logps_and_entropies` take the padding out of
-    the micro-batches. `evaluation_loop` adds hybrid accuracy and what goes with it, and leaves out the loss. The loss
-    and everything else is inherited.
+    the micro-batches, `evaluation_loop` and `prediction_step` put hybrid accuracy and what goes with it in the place of
+    a loss. The loss of training and everything else is inherited.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode
@@ -536,7 +536,7 @@ class HGPOTrainer(GRPOTrainer):
         self._evaluated = []
         self._to_evaluate = len(cast(Dataset, dataloader.dataset)) if has_length(dataloader.dataset) else math.inf
         kept = self.beta, self.vllm_importance_sampling_correction
-        self.beta, self.vllm_importance_sampling_correction = 0.0, False  # both take passes, for a loss
+        self.beta, self.vllm_importance_sampling_correction = 0.0, False  # passes for a loss
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -660,7 +660,7 @@ def _prepare_vllm(args: HGPOConfig, model: str) -> None:
 
 
 def check_evaluation(args: HGPOConfig, eval_dataset: Any) -> None:
-    """Check that there is something to evaluate on, and that evaluations give the figure that the best has most of.
+    """Check that there is something to evaluate on, and that evaluations give what the best checkpoint is chosen by.
 
     Args:
         eval_dataset: as `HGPOTrainer` takes it. What counts is whether there is one, and the names where there are

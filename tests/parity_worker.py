@@ -74,7 +74,7 @@ def main() -> None:
         eval_on_start=True,
         eval_steps=100,
         per_device_eval_batch_size=6 if "WORLD_SIZE" in os.environ else 8,
-        eval_token_budget=5.0,
+        eval_token_budget=6.0,
         no_think_cap=1.0,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         use_cpu="cpu" in fields,

@@ -282,7 +282,7 @@ def test_best_within_a_token_budget(run: Callable[..., Path]) -> None:
 
 # --- bad input ------------------------------------------------------------------------------------------------------
 
-EVALUATES = {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10}
+EVALUATES: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10}
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])
