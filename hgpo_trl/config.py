@@ -49,6 +49,7 @@ class HGPOConfig(GRPOConfig):
             that these leave undecided (`advantages.decided_without_think`). Of the others the think responses are the
             decision token alone. Rewards must lie between 0 and 1, their weighted sum too. Training only.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
+            None: `margin`.
         eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
             (`hybrid_accuracy.accuracy_at_budget`). None: not computed.
         metric_for_best_model: a figure of the evaluation. Default, where a best checkpoint is asked for: BEST_METRIC.
@@ -118,8 +119,8 @@ class HGPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Draw no think samples of queries that no-think wins already (rewards between 0 and 1)."},
     )
-    eval_margin: float = field(
-        default=0.0, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy."}
+    eval_margin: float | None = field(
+        default=None, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy; null: margin."}
     )
     eval_token_budget: float | None = field(
         default=None,
@@ -146,8 +147,10 @@ class HGPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
-        if not 0.0 <= self.eval_margin < float("inf"):
-            raise ValueError(f"eval_margin must be a finite number of at least 0; got {self.eval_margin}.")
+        if self.eval_margin is not None and not 0.0 <= self.eval_margin < float("inf"):
+            raise ValueError(
+                f"eval_margin must be a finite number of at least 0, or null for margin; got {self.eval_margin}."
+            )
         if self.eval_token_budget is not None and not 0.0 < self.eval_token_budget < float("inf"):
             raise ValueError(
                 f"eval_token_budget must be a finite number of tokens above 0, or null for no budget; got "

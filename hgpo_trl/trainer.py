@@ -545,8 +545,9 @@ class HGPOTrainer(GRPOTrainer):
             self.beta, self.vllm_importance_sampling_correction = kept
             self._to_evaluate = math.inf
         scores, lengths, think, no_think, picked = map(np.concatenate, zip(*self._evaluated, strict=True))
+        margin = self.args.margin if self.args.eval_margin is None else self.args.eval_margin
         budget = self.args.eval_token_budget
-        found = figures(scores, lengths, think, no_think, picked, self.args.eval_margin, budget)
+        found = figures(scores, lengths, think, no_think, picked, margin, budget)
         if math.isnan(found.get("accuracy_at_budget", 0.0)) and not self._warned_budget:
             self._warned_budget = True
             logger.warning(

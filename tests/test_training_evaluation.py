@@ -125,6 +125,24 @@ def test_the_figures_by_hand(
 
 
 @pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize(
+    ("margins", "expected"),
+    [
+        ({"margin": 0.2}, 1 / 3),
+        ({"margin": 1.5}, 0.0),  # so that no think is better for all
+        ({"margin": 1.5, "eval_margin": 0.2}, 1 / 3),
+        ({"margin": 0.2, "eval_margin": 1.5}, 0.0),
+        ({"margin": -1.0}, 1 / 3),  # as 0
+    ],
+)
+def test_close_means_are_those_of_the_training_margin(
+    make_trainer: Make, margins: dict[str, float], expected: float
+) -> None:
+    log = make_trainer(four, Dataset.from_dict({"prompt": list(CASES)}), **margins).evaluate()
+    assert log["eval_hgpo/hybrid_accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("by_hand")
 def test_several_data_sets_keep_their_figures_apart(make_trainer: Make) -> None:
     sets = {name: Dataset.from_dict({"prompt": [name]}) for name in ("1", "3")}
     trainer = make_trainer(four, sets, load_best_model_at_end=False, metric_for_best_model="3_hgpo/accuracy/no_think")
