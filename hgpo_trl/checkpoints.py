@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from hgpo_trl.files import write_json
 
@@ -34,7 +34,9 @@ class SealCheckpoints(TrainerCallback):
         self._limit, args.save_total_limit = args.save_total_limit, None
 
     def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        if control.should_save:
+        # Whether it is the best, only the evaluation will tell.
+        may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        if control.should_save or may_be_best:
             control.should_log = True
             if state.is_world_process_zero:  # a run that resumed from further back writes into the same folder again
                 (_folder(args, state) / SEAL).unlink(missing_ok=True)

@@ -15,6 +15,8 @@ from hgpo_trl.advantages import (
     check_coefficients,
 )
 
+BEST_METRIC = "eval_hgpo/hybrid_accuracy"  # by which the best checkpoint is chosen, unless another one is named
+
 
 @dataclass
 class HGPOConfig(GRPOConfig):
@@ -47,6 +49,10 @@ class HGPOConfig(GRPOConfig):
             that these leave undecided (`advantages.decided_without_think`). Of the others the think responses are the
             decision token alone. Rewards must lie between 0 and 1, their weighted sum too. Training only.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
+            None: `margin`.
+        eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
+            (`hybrid_accuracy.accuracy_at_budget`). None: not computed.
+        metric_for_best_model: a figure of the evaluation. Default, where a best checkpoint is asked for: BEST_METRIC.
 
     Raises:
         ValueError: at construction, naming the field, its value and the remedy.
@@ -113,8 +119,12 @@ class HGPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Draw no think samples of queries that no-think wins already (rewards between 0 and 1)."},
     )
-    eval_margin: float = field(
-        default=0.0, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy."}
+    eval_margin: float | None = field(
+        default=None, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy; null: margin."}
+    )
+    eval_token_budget: float | None = field(
+        default=None,
+        metadata={"help": "Mean tokens per response of the evaluation's accuracy_at_budget; null: no such figure."},
     )
 
     def __post_init__(self) -> None:
@@ -137,8 +147,22 @@ class HGPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
-        if not 0.0 <= self.eval_margin < float("inf"):
-            raise ValueError(f"eval_margin must be a finite number of at least 0; got {self.eval_margin}.")
+        if self.eval_margin is not None and not 0.0 <= self.eval_margin < float("inf"):
+            raise ValueError(
+                f"eval_margin must be a finite number of at least 0, or null for margin; got {self.eval_margin}."
+            )
+        if self.eval_token_budget is not None and not 0.0 < self.eval_token_budget < float("inf"):
+            raise ValueError(
+                f"eval_token_budget must be a finite number of tokens above 0, or null for no budget; got "
+                f"{self.eval_token_budget}."
+            )
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            if self.eval_strategy == "no":
+                raise ValueError(
+                    "load_best_model_at_end and save_strategy=best choose a checkpoint by evaluations, but "
+                    "eval_strategy is no. Set eval_strategy and eval_data, or do without the best checkpoint."
+                )
+            self.metric_for_best_model = self.metric_for_best_model or BEST_METRIC
         if self.scale_rewards not in ("group", True):
             raise ValueError(
                 f"scale_rewards={self.scale_rewards!r} has no effect under HGPO, whose `estimator` normalises. Leave "

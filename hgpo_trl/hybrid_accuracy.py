@@ -198,8 +198,60 @@ def decision_bias_curve(
             "thinking_ratio/sampled": table["thinking_ratio"],
             **{name: table[name] for name in shown},
         }
-        curve.append({"bias": bias, **_nest({name: float(_mean(column)) for name, column in columns.items()})})
+        curve.append({"bias": bias, **_nest(column_means(columns))})
     return curve
+
+
+def accuracy_at_budget(
+    scores: Array,
+    lengths: Array,
+    prob_think: Array,
+    prob_no_think: Array,
+    picked: NDArray[np.int64],
+    token_budget: float,
+    limit: int = 1000,
+) -> float:
+    """The best accuracy that the model's greedy choice gives under any decision bias that keeps to a budget.
+
+    Args:
+        scores, lengths, prob_think, prob_no_think, picked: as `per_prompt_table` takes them.
+        token_budget: most mean tokens per response.
+        limit: of biases (`sweep_biases`).
+
+    Returns:
+        NaN where no bias keeps to the budget, and where nothing has a score.
+    """
+    own = prob_think, prob_no_think, picked
+    curve = decision_bias_curve(scores, lengths, *own, sweep_biases(*own, limit))
+    within = [point["accuracy"]["auto"] for point in curve if point["mean_tokens"]["auto"] <= token_budget]
+    return max((accuracy for accuracy in within if not np.isnan(accuracy)), default=np.nan)
+
+
+def figures(
+    scores: Array,
+    lengths: Array,
+    prob_think: Array,
+    prob_no_think: Array,
+    picked: NDArray[np.int64],
+    margin: float = 0.0,
+    token_budget: float | None = None,
+) -> dict[str, float]:
+    """What an evaluation inside training logs: the mean of every column of `per_prompt_table`, by its name.
+
+    With a token budget, `accuracy_at_budget` as well.
+    """
+    table = per_prompt_table(scores, lengths, prob_think, prob_no_think, picked, margin)
+    found = column_means(table)
+    if token_budget is not None:
+        found["accuracy_at_budget"] = accuracy_at_budget(
+            scores, lengths, prob_think, prob_no_think, picked, token_budget
+        )
+    return found
+
+
+def column_means(table: Table) -> dict[str, float]:
+    """Mean of every column over the prompts, NaN where it has no value."""
+    return {name: float(_mean(column)) for name, column in table.items()}
 
 
 def bootstrap_intervals(table: Table, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
@@ -233,10 +285,9 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def summarize(table: Table, seed: int = 0) -> dict[str, Any]:
     """Mean and 95 % interval of every column, nested as in report.json: means at the top, `intervals` beside them."""
-    means = {name: float(_mean(column)) for name, column in table.items()}
     return {
         "num_prompts": len(next(iter(table.values()))),
-        **_nest(means),
+        **_nest(column_means(table)),
         "intervals": _nest(bootstrap_intervals(table, seed=seed)),
     }
 

@@ -1,5 +1,6 @@
 """HGPOTrainer: TRL's GRPOTrainer with hybrid group sampling and mode-aware advantages."""
 
+import difflib
 import math
 import os
 import textwrap
@@ -10,15 +11,16 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.fsdp import is_fsdp_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy, has_length
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
@@ -27,7 +29,7 @@ from trl.trainer.utils import RepeatSampler
 from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_without_think
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
-from hgpo_trl.hybrid_accuracy import per_prompt_table
+from hgpo_trl.hybrid_accuracy import figures
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, Fault, Response, check_embeddings, mode_tokens
@@ -77,7 +79,8 @@ class HGPOTrainer(GRPOTrainer):
     What changes with respect to `GRPOTrainer`, each in one override: `_generate_single_turn` forces the modes,
     `_calculate_rewards` splits the responses and keeps the rewards, `_generate_and_score_completions` replaces the
     advantages and logs both modes, `_prepare_inputs` and `_get_per_token_logps_and_entropies` take the padding out of
-    the micro-batches. The loss and everything else is inherited.
+    the micro-batches, `evaluation_loop` and `prediction_step` put hybrid accuracy and what goes with it in the place of
+    a loss. The loss of training and everything else is inherited.
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode
@@ -156,6 +159,7 @@ class HGPOTrainer(GRPOTrainer):
             )
         if args.use_vllm:
             _prepare_vllm(args, model if isinstance(model, str) else model.config._name_or_path)
+        check_evaluation(args, eval_dataset)
         self.mode_tokens = mode_tokens(processing_class)
         check_dataset("train_dataset", train_dataset, processing_class)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
@@ -190,6 +194,9 @@ class HGPOTrainer(GRPOTrainer):
         self._decided: Tensor | None = None  # [Q], queries whose think responses are not sampled; None: no such
         self._no_think_rewards: Tensor | None = None  # [B, F], as the functions gave them; None: not scored beforehand
         self._shown: list[bool]  # which of this process's rows the reward functions are shown
+        self._evaluated: list[tuple[np.ndarray, ...]] = []  # of each batch, what `figures` takes
+        self._to_evaluate: float = math.inf  # prompts of this evaluation that are still to come
+        self._warned_budget = False
 
     def _budget_for_the_forced_token(self) -> None:
         """The decision token counts towards max_completion_length, so sampling gets one token less."""
@@ -510,22 +517,79 @@ class HGPOTrainer(GRPOTrainer):
     def _rollout_file(self) -> str:
         return f"rollout_{self.accelerator.process_index}.pt"
 
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """TRL's, with `hgpo_trl.hybrid_accuracy.figures` of the whole data set under `{prefix}_hgpo/`.
+
+        Every prompt counts once. Where the last batch does not come out even over the processes, it is filled up with
+        the data set's first prompts; these are left out. Only of a stream the end is not known. A figure without a
+        value is None.
+        """
+        self._evaluated = []
+        self._to_evaluate = len(cast(Dataset, dataloader.dataset)) if has_length(dataloader.dataset) else math.inf
+        kept = self.beta, self.vllm_importance_sampling_correction
+        self.beta, self.vllm_importance_sampling_correction = 0.0, False  # passes for a loss
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.beta, self.vllm_importance_sampling_correction = kept
+            self._to_evaluate = math.inf
+        scores, lengths, think, no_think, picked = map(np.concatenate, zip(*self._evaluated, strict=True))
+        margin = self.args.margin if self.args.eval_margin is None else self.args.eval_margin
+        budget = self.args.eval_token_budget
+        found = figures(scores, lengths, think, no_think, picked, margin, budget)
+        if math.isnan(found.get("accuracy_at_budget", 0.0)) and not self._warned_budget:
+            self._warned_budget = True
+            logger.warning(
+                f"No decision bias keeps to eval_token_budget={budget}: never thinking takes "
+                f"{found['mean_tokens/no_think']:.1f} tokens per response. hgpo/accuracy_at_budget has no value, and a "
+                "checkpoint without one is never the best. Raise the budget."
+            )
+        metrics = cast(dict[str, float | None], output.metrics)
+        metrics |= {f"{metric_key_prefix}_hgpo/{k}": None if math.isnan(v) else v for k, v in found.items()}
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        """Sample and score a batch. The loss on a policy's own samples says nothing about it, and is left out."""
+        self._prepare_inputs(inputs)
+        return None, None, None
+
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        """Trainer's; a figure without a value is never the best."""
+        return super()._determine_best_metric({k: math.nan if v is None else v for k, v in metrics.items()}, trial)
+
     # ---------------------------------------------------------------------------------------------------- metrics
 
     def _log_group_metrics(self, rewards: Tensor, decision: Decision) -> None:
         """One value per query for each metric: TRL averages what it finds, so every query counts once."""
-        phase = "train" if self.model.training else "eval"
-        metrics = self._metrics[phase]
-        shape = rewards.shape
-        unsampled = self._unsampled(len(self._lengths))
+        training = self.model.training
+        metrics = self._metrics["train" if training else "eval"]
+        if not training:
+            queries = int(min(len(rewards), self._to_evaluate))
+            self._to_evaluate -= queries
+            rewards, decision = rewards[:queries], Decision(*(field[:queries] for field in decision))
+        shape, rows = rewards.shape, rewards.numel()
+        unsampled = self._unsampled(len(self._lengths))[:rows]
         lengths, faulty, truncated = (
-            x.float().masked_fill(unsampled, torch.nan).view(shape)
+            x[:rows].float().masked_fill(unsampled, torch.nan).view(shape)
             for x in (self._lengths, self._faults.any(dim=1), self._truncated)
         )
-        for kind, found in zip(Fault, self._faults.float().unbind(dim=1), strict=True):
+        for kind, found in zip(Fault, self._faults[:rows].float().unbind(dim=1), strict=True):
             of_query = found.masked_fill(unsampled, torch.nan).view(len(rewards), -1)
             metrics[f"hgpo/faults/{kind}"] += of_query.nanmean(dim=1).tolist()
-        metrics["hgpo/rollout_tokens"] += (self._lengths - 1).view(len(rewards), -1).sum(dim=1).tolist()
+        metrics["hgpo/rollout_tokens"] += (self._lengths[:rows] - 1).view(len(rewards), -1).sum(dim=1).tolist()
         if self._decided is not None:
             metrics["hgpo/lazy_decided"] += self._decided.float().tolist()
             for name, real in (
@@ -551,18 +615,10 @@ class HGPOTrainer(GRPOTrainer):
         metrics["hgpo/no_intra_signal"] += flat.float().tolist()
         metrics["hgpo/no_signal"] += (flat & ~compared).float().tolist()
 
-        if phase == "eval":
-            table = per_prompt_table(
-                rewards.double().cpu().numpy(),
-                lengths.double().cpu().numpy(),
-                decision.think.double().cpu().numpy(),
-                decision.no_think.double().cpu().numpy(),
-                decision.picked.cpu().numpy(),
-                self.args.eval_margin,
-            )
-            table.pop("off_mode_mass")  # logged above
-            for name, column in table.items():
-                metrics[f"hgpo/{name}"] += column.tolist()
+        if not training:
+            columns = (rewards, lengths, decision.think, decision.no_think)
+            picked = decision.picked.cpu().numpy()
+            self._evaluated.append((*(column.double().cpu().numpy() for column in columns), picked))
 
         off_mode_mass = decision.neither.mean().item()
         if off_mode_mass > self.args.off_mode_warning and not self._warned_off_mode:
@@ -602,6 +658,40 @@ def _prepare_vllm(args: HGPOConfig, model: str) -> None:
         keep_cpu_weights_replaceable()
     elif args.process_index == 0:
         check_server(_server_url(args), model, args.vllm_server_timeout)
+
+
+def check_evaluation(args: HGPOConfig, eval_dataset: Any) -> None:
+    """Check that there is something to evaluate on, and that evaluations give what the best checkpoint is chosen by.
+
+    Args:
+        eval_dataset: as `HGPOTrainer` takes it. What counts is whether there is one, and the names where there are
+            several.
+
+    Raises:
+        ValueError: `eval_strategy` without prompts, or a `metric_for_best_model` that is not among the figures.
+    """
+    if args.eval_strategy == "no":
+        return
+    if eval_dataset is None:
+        raise ValueError(
+            f"eval_strategy={IntervalStrategy(args.eval_strategy).value} needs prompts to evaluate on. Set "
+            'eval_data (of HGPOTrainer: eval_dataset), or eval_strategy to "no".'
+        )
+    if args.metric_for_best_model is None:
+        return
+    one, half = np.ones((1, len(MODES), 1)), np.full(1, 0.5)
+    names = figures(one, one, half, half, np.zeros(1, dtype=np.int64), token_budget=args.eval_token_budget)
+    sets = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    valid = [f"eval_{of_set}hgpo/{name}" for of_set in sets for name in names]
+    metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    if metric not in valid:
+        budget = " (accuracy_at_budget needs eval_token_budget)" if args.eval_token_budget is None else ""
+        nearest = difflib.get_close_matches(metric, valid, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is none of the evaluation's figures{budget}.{hint} "
+            f"There are {', '.join(valid)}."
+        )
 
 
 def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,8 +2,8 @@
 
     accelerate launch ... tests/parity_worker.py MODEL PROMPTS OUTPUT.json ROWS_PER_PROCESS MICRO_BATCHES
 
-Two optimizer steps on completions that depend on the query, the place in its group and the step alone, so that every
-way of dividing the work has the same rollouts, and one on completions that are really sampled.
+An evaluation and two optimizer steps on completions that depend on the query, the place in its group and the step
+alone, so that every way of dividing the work has the same rollouts, and a step on completions that are really sampled.
 """
 
 import json
@@ -48,6 +48,8 @@ class FixedRollouts(HGPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return output
         keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
         for prompt, prompt_mask, completion, mask, advantages in zip(*(output[key] for key in keys), strict=True):
             row = {"query": prompt[prompt_mask.bool()].tolist(), "completion": completion[mask.bool()].tolist()}
@@ -68,6 +70,11 @@ def main() -> None:
         max_steps=FIXED_STEPS + 1,
         learning_rate=1e-2,
         beta=0.04,
+        eval_strategy="steps",
+        eval_on_start=True,
+        eval_steps=100,
+        per_device_eval_batch_size=6 if "WORLD_SIZE" in os.environ else 8,
+        eval_token_budget=6.0,
         no_think_cap=1.0,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         use_cpu="cpu" in fields,
@@ -81,14 +88,18 @@ def main() -> None:
         seed=0,
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    trainer = FixedRollouts(model, reward, args, Dataset.from_parquet(prompts), processing_class=tokenizer)
+    data = Dataset.from_parquet(prompts)
+    trainer = FixedRollouts(model, reward, args, data, data.select(range(7)), processing_class=tokenizer)
     trainer.seen = []
     trainer.train()
     seen = gather_object(trainer.seen)
     if trainer.accelerator.is_main_process:
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        evaluation = next(entry for entry in trainer.state.log_history if "eval_hgpo/hybrid_accuracy" in entry)
+        evaluation = {name: value for name, value in evaluation.items() if "hgpo/" in name}
         engine = str(trainer.accelerator.distributed_type)
         result = {"engine": engine, "processes": trainer.accelerator.num_processes, "rows": seen, "log": log}
+        result["evaluation"] = evaluation
         Path(output).write_text(json.dumps(result), encoding="utf-8")
     trainer.accelerator.end_training()
 

@@ -124,6 +124,9 @@ def test_two_processes_take_the_steps_of_one(
             assert together["log"][step][name] == pytest.approx(alone["log"][step][name], rel=2e-5, abs=1e-6), name
         for name in (key for key in alone["log"][step] if key.startswith("hgpo/faults/")):
             assert together["log"][step][name] == pytest.approx(alone["log"][step][name]), name
+    assert together["evaluation"] == pytest.approx(alone["evaluation"], rel=1e-5, abs=1e-6)
+    assert None not in alone["evaluation"].values()
+    assert 0 < alone["evaluation"]["eval_hgpo/accuracy_at_budget"] != alone["evaluation"]["eval_hgpo/accuracy/auto"]
     capped = [entry["hgpo/faults/overlong"] for entry in alone["log"][:2]]
     assert 0 < sum(capped) < 1, "some no-think answers are longer than their query's think answers, others are not"
     assert len({max(row["advantages"][1:], default=0.0) > 0 for row in fixed(alone)}) == 2

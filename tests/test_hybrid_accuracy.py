@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from hgpo_trl.hybrid_accuracy import (
     Table,
+    accuracy_at_budget,
     better_mode,
     biased_choice,
     bootstrap_intervals,
     decision_bias_curve,
+    figures,
     group_labels,
     per_prompt_table,
     summarize,
@@ -424,6 +426,52 @@ def test_a_curve_by_hand() -> None:
     expected = (think[0] / sum(think) + weights[0] / sum(weights)) / 2
     assert always["thinking_ratio"]["sampled"] == pytest.approx(expected)
     assert sweep_biases(*choice) == pytest.approx([-math.log(2) - 1, 0.0, math.log(2) / 2, math.log(4) + 1])
+
+
+# --- Accuracy at a token budget -----------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(2.9, NAN), (3.0, 0.5), (14.9, 0.5), (15.0, 1.0), (1e9, 1.0)])
+def test_accuracy_at_a_budget_by_hand(budget: float, expected: float) -> None:
+    """Never thinking takes 3 tokens, the second prompt alone 11, always thinking 15; only that is right twice."""
+    prompts = [
+        Prompt(([1.0, 1.0], [0.0, 0.0]), ([10, 10], [2, 2]), 0.2, 0.8, NO_THINK),
+        Prompt(([1.0, 1.0], [1.0, 1.0]), ([20, 20], [4, 4]), 0.5, 0.25, THINK),
+    ]
+    scored, choice = arrays(prompts)
+    assert accuracy_at_budget(*scored, *choice, budget) == pytest.approx(expected, nan_ok=True)
+    found = figures(*scored, *choice, margin=0.1, token_budget=budget)
+    table = table_of(prompts, 0.1)
+    assert list(found) == [*table, "accuracy_at_budget"]
+    assert found == pytest.approx(
+        {name: column.mean() for name, column in table.items()} | {"accuracy_at_budget": expected}, nan_ok=True
+    )
+    assert list(figures(*scored, *choice)) == list(table)
+
+
+def test_thinking_where_it_helps_little_is_not_always_worth_its_tokens() -> None:
+    """More tokens are not always better: the best within the budget is not the last within it."""
+    prompts = [
+        Prompt(([1.0], [0.0]), ([10], [2]), 0.6, 0.4, THINK),
+        Prompt(([0.0], [1.0]), ([10], [2]), 0.5, 0.5, NO_THINK),
+    ]
+    scored, choice = arrays(prompts)
+    assert [accuracy_at_budget(*scored, *choice, budget) for budget in (2, 6, 10)] == [0.5, 1.0, 1.0]
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompts=consistent_prompts(), budget=st.floats(0.5, 60), data=st.data())
+def test_no_bias_within_the_budget_does_better(prompts: list[Prompt], budget: float, data: st.DataObject) -> None:
+    scored, choice = arrays(prompts)
+    found = accuracy_at_budget(*scored, *choice, budget)
+    bias = data.draw(st.floats(-40, 40))
+    assume(min(abs(bias - threshold) for threshold in _thresholds(prompts)) > 1e-6)
+    (point,) = decision_bias_curve(*scored, *choice, [bias])
+    if point["mean_tokens"]["auto"] <= budget and not math.isnan(point["accuracy"]["auto"]):
+        assert found >= point["accuracy"]["auto"]
+    if not math.isnan(found):
+        points = decision_bias_curve(*scored, *choice, sweep_biases(*choice, limit=1000))
+        assert any(p["accuracy"]["auto"] == found and p["mean_tokens"]["auto"] <= budget for p in points)
 
 
 # --- Intervals ----------------------------------------------------------------

@@ -20,7 +20,7 @@ from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import claim_run_dir
 from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
-from hgpo_trl.trainer import HGPOTrainer, check_dataset
+from hgpo_trl.trainer import HGPOTrainer, check_dataset, check_evaluation
 
 
 @dataclass
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     script_args, training_args, model_args, reward_args = RecipeParser(
         (HGPOArguments, HGPOConfig, ModelConfig, RewardArguments), prog="hgpo-trl hgpo"
     ).parse_recipe(argv)
+    check_evaluation(training_args, script_args.eval_data)
     rewards = [load_reward(name) for name in reward_args.reward_funcs]
     checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args, reward_args)
 
