@@ -20,6 +20,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -157,7 +158,7 @@ def run(seed: int, name: str, args: argparse.Namespace) -> None:
     script_args, config, model_args, _ = RecipeParser(
         (HGPOArguments, HGPOConfig, ModelConfig, RewardArguments), prog="rollout_tokens"
     ).parse_recipe(
-        ["--config", str(RECIPES / "hgpo.yaml"), "--seed", str(seed), "--output_dir", str(folder / f"{name}-trainer")]
+        ["--config", str(RECIPES / "hgpo.yaml"), "--seed", str(seed), "--output_dir", tempfile.gettempdir()]
         + ["--model_name_or_path", str(models / "hft"), "--train_data", str(models / "data" / "hgpo.parquet")]
         + ["--logging_strategy", "no"]
         + [word for option, value in rule.fields.items() for word in (f"--{option}", str(value))]
