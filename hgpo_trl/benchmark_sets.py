@@ -134,7 +134,7 @@ def _from_hub(name: str, benchmark: Benchmark) -> Dataset:
     except Exception as error:  # of datasets, huggingface_hub or httpx: they have no base in common
         raise ValueError(
             f"data={name!r}: {benchmark.hub} cannot be loaded from the hub: {type(error).__name__}: {error}. Check the "
-            "network (with HF_HUB_OFFLINE=1 only what the cache holds is found) and your access to it (huggingface-cli "
+            "network (with HF_HUB_OFFLINE=1 only what the cache holds is found) and your access to it (hf auth "
             "login, where its terms have to be accepted), or give a folder with a local copy as data_dir."
         ) from error
 

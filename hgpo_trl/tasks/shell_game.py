@@ -15,7 +15,7 @@ from itertools import combinations
 from hgpo_trl.tasks.embedded import Query
 
 CUPS = ("red", "blue", "green")
-SWAPS = list(combinations(CUPS, 2))  # in one order each: with both, or with four cups, two swaps are a cliff already
+SWAPS = list(combinations(CUPS, 2))  # in one order each: with four cups and both orders, two swaps are a cliff already
 LEVELS = {1: 2, 2: 2, 3: 2, 4: 1, 6: 1, 8: 1}  # swaps -> weight
 
 _PREFIX = "let me follow it step by step :"
