@@ -109,14 +109,14 @@ def split_response(text: str) -> Response:
 
     reasoning, answer = (inside, after) if mode is Mode.THINK else ("", inside)
     misplaced = tags_inside.intersection(_THINK_TAGS) if mode is Mode.NO_THINK else set()
-    found = {
-        Fault.UNCLOSED: not closed,
-        Fault.NESTED: bool(tags_inside - misplaced or tags_after),
-        Fault.THINK_IN_NO_THINK: mode is Mode.NO_THINK and bool(misplaced or trace_mark(inside)),
-        Fault.TRAILING_TEXT: mode is Mode.NO_THINK and bool(after),
-        Fault.EMPTY_ANSWER: closed and not answer,
-    }
-    return Response(mode, reasoning, answer, tuple(fault for fault, present in found.items() if present))
+    found = (
+        (Fault.UNCLOSED, not closed),
+        (Fault.NESTED, tags_inside - misplaced or tags_after),
+        (Fault.THINK_IN_NO_THINK, mode is Mode.NO_THINK and (misplaced or trace_mark(inside))),
+        (Fault.TRAILING_TEXT, mode is Mode.NO_THINK and after),
+        (Fault.EMPTY_ANSWER, closed and not answer),
+    )
+    return Response(mode, reasoning, answer, tuple(fault for fault, present in found if present))
 
 
 def trace_mark(text: str) -> str | None:
