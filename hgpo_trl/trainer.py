@@ -11,6 +11,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
@@ -320,14 +321,11 @@ class HGPOTrainer(GRPOTrainer):
         first, last = (len(inputs) * (self.accelerator.process_index + i) for i in range(2))
         unsampled = self._unsampled(len(inputs) * self.accelerator.num_processes)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        facts = torch.tensor(
-            [
-                (len(ids), ids[-1] not in ends, *_which_faults(response.faults))
-                for response, ids in zip(responses, completion_ids_list, strict=True)
-            ],
-            device=self.accelerator.device,
-        )
-        facts = self.accelerator.gather(facts)
+        local = [
+            (len(ids), ids[-1] not in ends, *_which_faults(response.faults))
+            for response, ids in zip(responses, completion_ids_list, strict=True)
+        ]
+        facts = self.accelerator.gather(torch.as_tensor(np.array(local), device=self.accelerator.device))
         facts[unsampled, 1:] = 0
         self._lengths, self._truncated, self._faults = facts[:, 0], facts[:, 1], facts[:, 2:]
         responses = self._cap_no_think(responses)
