@@ -10,14 +10,20 @@ Distributions of response lengths, in tokens:
 All responses are well formed, so that they are taken apart, scored and compared like real ones.
 """
 
-from collections.abc import Callable
+import argparse
+import json
+import platform
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig
 
@@ -116,3 +122,35 @@ def build(
     built = trainer(model, every_third, config(**(common | settings)), data, processing_class=tokenizer)
     built.completions = responses
     return built
+
+
+def markdown_table(columns: dict[str, Callable[[dict], Any]], rows: Iterable[dict]) -> str:
+    """Columns are `{header: cell of a row}`; the first one is text, the others are numbers."""
+    lines = ["| " + " | ".join(columns) + " |", "| :-- " + "| --: " * (len(columns) - 1) + "|"]
+    lines += ["| " + " | ".join(str(cell(row)) for cell in columns.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Processor and versions, for the table."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    processor = found.group(1) if found else platform.machine()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "transformers"))
+    return f"{processor}, one thread, fp32; {versions}."
+
+
+def publish(name: str, rows: list[dict], table: str, figure: Figure, args: argparse.Namespace) -> None:
+    """Write results.json, table.md and the figure; with `update_results` the part of RESULTS.md that is called so."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    text = f"{machine()}\n\n{table}"
+    (args.output_dir / "table.md").write_text(text, encoding="utf-8")
+    figure.savefig(args.output_dir / f"{name}.png", dpi=160)
+    print(text)
+    if args.update_results:
+        folder = Path(__file__).parent
+        figure.savefig(folder / "images" / f"{name}.png", dpi=160)
+        results = (folder / "RESULTS.md").read_text(encoding="utf-8")
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, rest = results.split(begin)
+        (folder / "RESULTS.md").write_text(f"{before}{begin}{text}{end}{rest.split(end)[1]}", encoding="utf-8")

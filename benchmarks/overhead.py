@@ -1,6 +1,6 @@
 """What HGPO's own code costs, as a share of the whole step.
 
-    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--quick] [--output_dir runs/benchmarks/overhead]
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--quick] [--update_results] [--repeats 9]
 
 Own code is everything that `HGPOTrainer` does and `GRPOTrainer` does not: the time inside its methods less the time
 inside the methods that it inherits and calls. That is the decision pass (a forward pass over the prompts), forcing the
@@ -9,7 +9,7 @@ The step is all of it: data, generation, scoring, loss and backward pass, optimi
 by token with transformers; only what it samples is fixed. Reward functions are the task's and not counted as own.
 
 Seconds are this process's CPU seconds, of one thread: on a CPU they are the wall time of a machine that does nothing
-else. Writes results.json, table.md and overhead.png.
+else. Writes results.json, table.md and overhead.png, and with --update_results the section of benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from fixed_rollouts import Case, build
+from fixed_rollouts import Case, build, markdown_table, publish
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
@@ -139,7 +139,6 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         force_completions(trainer)
         times = StepTimes(clock)
         trainer.add_callback(times)
-        trainer.generate_seconds = 0.0
         trainer.model.generate = clock.charging(trainer.model.generate, "generate")
         trainer.train()
     steps = times.steps[1:]
@@ -152,6 +151,8 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
 
     return {
         **asdict(case),
+        "mean_length": sum(map(len, trainer.completions)) / case.rows,
+        "parameters": trainer.model.num_parameters(),
         "step_s": median(lambda step: step.total()),
         "generation_s": median(lambda step: step["generate"]),
         "own_s": median(own),
@@ -164,9 +165,68 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
+CASES = [
+    EMBEDDED,
+    replace(EMBEDDED, rows=512),
+    replace(EMBEDDED, group=16),
+    *(replace(LOG_NORMAL, rows=rows) for rows in (16, 64)),
+    LOG_NORMAL,
+    replace(LOG_NORMAL, rows=64, scale=80.0),
+    replace(LOG_NORMAL, rows=64, scale=20.0),
+    replace(LOG_NORMAL, rows=64, group=4),
+    replace(LOG_NORMAL, rows=64, group=16),
+    replace(LOG_NORMAL, rows=64, hidden_size=256),
+]
+COLUMNS = {
+    "lengths": lambda r: r["lengths"],
+    "rows": lambda r: r["rows"],
+    "N": lambda r: r["group"],
+    "tokens per response": lambda r: f"{r['mean_length']:.0f}",
+    "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
+    "step": lambda r: f"{r['step_s']:.2f} s",
+    "of that generation": lambda r: f"{100 * r['generation_s'] / r['step_s']:.0f} %",
+    "own code": lambda r: f"{1000 * r['own_s']:.1f} ms",
+    "share of the step": lambda r: f"{100 * r['own_share']:.2f} %",
+    "share without generation": lambda r: f"{100 * r['own_share_without_generation']:.2f} %",
+    "of own code, decision pass": lambda r: f"{100 * r['parts_s']['_read_decision'] / r['own_s']:.0f} %",
+}
+
+
+def draw(results: list[dict[str, Any]]) -> Figure:
+    """Own code by part, per row of the generation batch."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(results))
+    bottom = [0.0] * len(results)
+    named = {label: (name,) for name, label in PARTS.items()}
+    others = sorted(set().union(*(r["parts_s"] for r in results)) - PARTS.keys())
+    for label, names in (named | {"the rest": tuple(others)}).items():
+        heights = [1e6 * sum(r["parts_s"].get(name, 0.0) for name in names) / r["rows"] for r in results]
+        axes.bar(places, heights, bottom=bottom, label=label)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    labels = [f"{r['lengths']}\n{r['rows']} rows, N {r['group']}\n{r['mean_length']:.0f} tokens" for r in results]
+    axes.set_xticks(places, labels, fontsize=6.5)
+    axes.set_ylabel("µs per row")
+    axes.set_title("HGPO's own code by part", loc="left", fontsize=10.5)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def main() -> None:
-    for case in (EMBEDDED,):
-        print(json.dumps(measure(case, 5), indent=1))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="3 steps, no more than 128 rows, short responses")
+    parser.add_argument("--repeats", type=int, default=9, help="steps of each case")
+    parser.add_argument("--update_results", action="store_true", help="write benchmarks/RESULTS.md and its figure")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/overhead"))
+    args = parser.parse_args()
+
+    small = [case for case in CASES if case.rows <= 128 and case.scale >= LOG_NORMAL.scale]
+    results = []
+    for case in tqdm(small if args.quick else CASES, desc="cases"):
+        repeats = args.repeats * 3 if case.lengths == "embedded" else args.repeats  # short steps vary more
+        results.append(measure(case, 3 if args.quick else repeats))
+        tqdm.write(json.dumps(results[-1]))
+    publish("overhead", results, markdown_table(COLUMNS, results), draw(results), args)
 
 
 if __name__ == "__main__":
