@@ -1,6 +1,6 @@
 """What HGPO's own code costs, as a share of the whole step.
 
-    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--quick] [--update_results] [--repeats 9]
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--quick] [--update_results] [--repeats 5]
 
 Own code is everything that `HGPOTrainer` does and `GRPOTrainer` does not: the time inside its methods less the time
 inside the methods that it inherits and calls. That is the decision pass (a forward pass over the prompts), forcing the
@@ -215,7 +215,7 @@ def draw(results: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="3 steps, no more than 128 rows, short responses")
-    parser.add_argument("--repeats", type=int, default=9, help="steps of each case")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each case")
     parser.add_argument("--update_results", action="store_true", help="write benchmarks/RESULTS.md and its figure")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/overhead"))
     args = parser.parse_args()
@@ -223,7 +223,7 @@ def main() -> None:
     small = [case for case in CASES if case.rows <= 128 and case.scale >= LOG_NORMAL.scale]
     results = []
     for case in tqdm(small if args.quick else CASES, desc="cases"):
-        repeats = args.repeats * 3 if case.lengths == "embedded" else args.repeats  # short steps vary more
+        repeats = args.repeats * 4 if case.lengths == "embedded" else args.repeats  # short steps vary more
         results.append(measure(case, 3 if args.quick else repeats))
         tqdm.write(json.dumps(results[-1]))
     publish("overhead", results, markdown_table(COLUMNS, results), draw(results), args)

@@ -290,10 +290,9 @@ class HGPOTrainer(GRPOTrainer):
 
     def _unsampled(self, num_rows: int) -> Tensor:
         """`[B]` over all processes: the think rows of decided queries, which are the decision token alone."""
-        think = self._think_rows(num_rows)
         if self._decided is None:
-            return torch.zeros_like(think)
-        return think & self._decided.repeat_interleave(self._group_size())
+            return torch.zeros(num_rows, dtype=torch.bool, device=self.accelerator.device)
+        return self._think_rows(num_rows) & self._decided.repeat_interleave(self._group_size())
 
     @contextmanager
     def _naming_a_server_that_fails(self) -> Iterator[None]:
