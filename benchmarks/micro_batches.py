@@ -19,6 +19,7 @@ import multiprocessing
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -167,6 +168,15 @@ COLUMNS = {
 }
 
 
+def show_ticks(panel: Any, label: str, ticks: list[tuple[float, str]]) -> None:
+    """A logarithmic axis with nothing but the values measured."""
+    panel.axhline(1, color="#999999", linewidth=0.8)
+    panel.set(xscale="log", ylim=(0, None))
+    panel.set_xticks(*zip(*ticks, strict=True))
+    panel.minorticks_off()
+    panel.set_xlabel(label, fontsize=8.5)
+
+
 def draw(found: dict[Case, dict[str, Any]], by_rows: dict[str, list[Case]]) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True, width_ratios=[1.4, 1, 1, 1])
@@ -174,17 +184,18 @@ def draw(found: dict[Case, dict[str, Any]], by_rows: dict[str, list[Case]]) -> F
         panels[0].plot(
             [c.rows for c in cases], [found[c]["speedup_training"] for c in cases], marker=marker, label=name
         )
-    panels[0].legend(frameon=False)
-    for panel, (name, key) in zip(
-        panels[1:], {"N": "group", "length": "mean_length", "model": "parameters"}.items(), strict=True
-    ):
+    panels[0].legend(frameon=False, fontsize=8)
+    ticks = [(case.rows, str(case.rows)) for case in by_rows["log-normal"]]
+    show_ticks(panels[0], "rows", ticks)
+    shown: dict[str, tuple[str, str, Callable[[float], str]]] = {
+        "N": ("N", "group", str),
+        "length": ("tokens per response", "mean_length", "{:.0f}".format),
+        "model": ("million parameters", "parameters", lambda number: f"{number / 1e6:.2g}"),
+    }
+    for panel, (name, (label, key, written)) in zip(panels[1:], shown.items(), strict=True):
         rows = [found[case] for case in GROWTH[name] if case in found]
         panel.plot([row[key] for row in rows], [row["speedup_training"] for row in rows], marker="o")
-    names = ("rows", "N (log-normal)", "tokens per response (log-normal)", "parameters (log-normal)")
-    for panel, label in zip(panels, names, strict=True):
-        panel.axhline(1, color="#999999", linewidth=0.8)
-        panel.set(xscale="log", ylim=(0, None))
-        panel.set_xlabel(label, fontsize=8.5)
+        show_ticks(panel, f"{label} (log-normal)", [(row[key], written(row[key])) for row in rows])
     panels[0].set_ylabel("stock / ours, seconds")
     figure.suptitle("Training phase: how many times faster than stock TRL", x=0.01, ha="left", fontsize=10.5)
     return figure

@@ -33,7 +33,8 @@ def trim(batch: Batch, multiple: int | None = None) -> Batch:
         multiple: keep widths at a multiple of this (`pad_to_multiple_of`), as far as the batch is that wide.
     """
     longest = torch.stack([batch["prompt_mask"].sum(dim=1).amax(), batch["completion_mask"].sum(dim=1).amax()])
-    return _cut(batch, *longest.tolist(), multiple)
+    prompt, completion = longest.tolist()
+    return _cut(batch, prompt, completion, multiple)
 
 
 def _cut(batch: Batch, longest_prompt: int, longest_completion: int, multiple: int | None) -> Batch:
@@ -98,7 +99,9 @@ def sort_and_trim(
         order = lengths.sum(dim=0).argsort(stable=True)
         longest = lengths[:, order].view(2, window, -1).amax(dim=2).T.tolist()  # at once: each transfer waits for a GPU
         chunks = _divide(_select(merged, order), window)
-        result += [_cut(chunks[index], *longest[index], multiple) for index in torch.randperm(window).tolist()]
+        for index in torch.randperm(window).tolist():
+            prompt, completion = longest[index]
+            result.append(_cut(chunks[index], prompt, completion, multiple))
     return result
 
 
