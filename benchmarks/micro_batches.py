@@ -1,63 +1,36 @@
-"""Training phase of HGPOTrainer against stock GRPOTrainer, side by side in one run, on identical fixed completions.
+"""Loss and backward pass of HGPOTrainer against stock GRPOTrainer, side by side, on identical fixed completions.
 
-    python benchmarks/micro_batches.py [--rows 16 64 256] [--repeats 5] [--output_dir runs/benchmarks/micro-batches]
+    OMP_NUM_THREADS=1 python benchmarks/micro_batches.py [--quick] [--update_results]
+        [--repeats 5] [--output_dir runs/benchmarks/micro-batches]
 
-Completions are drawn once per length distribution and given to both trainers in place of generation, so that only what
-comes after a rollout is timed. The two trainers take turns, step by step. Distributions (tokens per response):
+Completions (see fixed_rollouts.py) are given to both trainers in place of generation. The two take turns, step by step,
+the first of a turn alternating; ratios are medians over the turns. "Training phase" is loss and backward pass of an
+optimizer step, "whole step" adds scoring, advantages, metrics and the optimizer, but no generation.
 
-    log-normal   think: log-normal, mean 4,000, sigma 0.6, at most 16,000; no think: mean 400; scaled down by --scale
-    embedded     the chain-sum task's own lengths
-    equal        every response as long as the others: nothing to gain
-
-Writes results.json, table.md and speedup.png. Ratios are medians over the steps; seconds depend on the machine.
+Seconds are this process's CPU seconds, of one thread: on a CPU they are the wall time of a machine that does nothing
+else. Peak memory is what a step's resident memory rises to above that of the trainer before it, each in a process of
+its own (Linux). Writes results.json, table.md and micro_batches.png, and with --update_results the section of
+benchmarks/RESULTS.md.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
+from fixed_rollouts import DISTRIBUTIONS, Case, build, markdown_table, publish
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
-from hgpo_trl.tasks.embedded import build_tokenizer, load_task
-
-PROMPT_TOKENS = 8
-MICRO_BATCH = 4
-GROUP = 8
-Lengths = Callable[[np.random.Generator, bool], int]
-
-
-def log_normal(scale: float) -> Lengths:
-    """Think and no-think lengths of a reasoning model, divided by `scale`."""
-
-    def draw(rng: np.random.Generator, think: bool) -> int:
-        mean, sigma, cap = (4000, 0.6, 16_000) if think else (400, 0.6, 16_000)
-        length = min(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma), cap)
-        return max(2, round(length / scale))
-
-    return draw
-
-
-def embedded(rng: np.random.Generator, think: bool) -> int:
-    task = load_task("hgpo_trl.tasks.chain_sum")
-    levels = [level for level, weight in task.LEVELS.items() for _ in range(weight)]
-    return 11 + 5 * int(rng.choice(levels)) if think else 4
-
-
-def equal(rng: np.random.Generator, think: bool) -> int:
-    return 32
 
 
 class Timed:
@@ -66,7 +39,7 @@ class Timed:
     completions: list[list[int]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.seconds: dict[str, float] = defaultdict(float)
         self.processed = self.real = 0
         super().__init__(*args, **kwargs)
 
@@ -74,9 +47,9 @@ class Timed:
         return [list(ids) for ids in self.completions[: len(prompt_ids)]], None
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        self.seconds["scoring"].append(time.perf_counter() - start)
+        self.seconds["scoring"] += time.process_time() - start
         return output
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,171 +57,179 @@ class Timed:
         self.real += int(inputs["prompt_mask"].sum() + inputs["completion_mask"].sum())
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        start, scored = time.perf_counter(), len(self.seconds["scoring"])
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        elapsed = time.perf_counter() - start
-        self.seconds["training"].append(elapsed - sum(self.seconds["scoring"][scored:]))
-        return loss
 
-
-class StockTrainer(Timed, GRPOTrainer):
+class Stock(Timed, GRPOTrainer):
     """TRL as it is."""
 
 
-class OurTrainer(Timed, HGPOTrainer):
-    """HGPOTrainer with its own code timed apart from what it inherits."""
-
-    def _generate_and_score_completions(self, inputs: Any) -> Any:
-        inherited = 0.0
-        original = GRPOTrainer._generate_and_score_completions
-
-        def timed(trainer: Any, batch: Any) -> Any:
-            nonlocal inherited
-            start = time.perf_counter()
-            output = original(trainer, batch)
-            inherited = time.perf_counter() - start
-            return output
-
-        GRPOTrainer._generate_and_score_completions = timed
-        try:
-            output = super()._generate_and_score_completions(inputs)
-        finally:
-            GRPOTrainer._generate_and_score_completions = original
-        self.seconds["own"].append(self.seconds["scoring"][-1] - inherited)
-        return output
+class Ours(Timed, HGPOTrainer):
+    """HGPOTrainer as it is."""
 
 
-def length_free_reward(completions: list, **kwargs: Any) -> list[float]:
-    return [float(row % 3 == 0) for row in range(len(completions))]
+KINDS: dict[str, Any] = {"stock": (Stock, GRPOConfig), "ours": (Ours, HGPOConfig)}
 
 
-def build(kind: str, rows: int, longest: int, directory: str, hidden_size: int, layers: int) -> Any:
-    """A trainer on a small Qwen2 whose optimizer step covers `rows` rows in micro-batches of MICRO_BATCH."""
-    tokenizer = build_tokenizer(load_task("hgpo_trl.tasks.chain_sum"))
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=4 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=longest + 64,
-        )
-    )
-    settings = {
-        "output_dir": directory,
-        "per_device_train_batch_size": MICRO_BATCH,
-        "gradient_accumulation_steps": rows // MICRO_BATCH,
-        "num_generations": GROUP,
-        "max_completion_length": max(2, longest),
-        "loss_type": "dr_grpo",
-        "beta": 0.0,
-        "max_steps": 10_000,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    prompt = " ".join(["a", "=", "1"] * 2)
-    data = Dataset.from_dict({"prompt": [prompt] * max(rows, 8)})
-    if kind == "stock":
-        return StockTrainer(model, length_free_reward, GRPOConfig(**settings), data, processing_class=tokenizer)
-    return OurTrainer(model, length_free_reward, HGPOConfig(**settings), data, processing_class=tokenizer)
-
-
-def step(trainer: Any, rows: int) -> dict[str, float]:
-    """One optimizer step's worth of micro-batches; seconds of the training phase, of scoring and of our own code."""
-    trainer.seconds.clear()
+def ready(kind: str, case: Case, directory: str) -> Any:
+    """A trainer with its optimizer, before its first step."""
+    trainer = build(*KINDS[kind], case, directory, logging_strategy="no")
+    trainer.create_optimizer()
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = rows // MICRO_BATCH
-    batch = [{"prompt": trainer.train_dataset[0]["prompt"]} for _ in range(rows)]
-    for _ in range(rows // MICRO_BATCH):
+    trainer.current_gradient_accumulation_steps = case.rows // case.micro_batch
+    return trainer
+
+
+def step(trainer: Any, case: Case, micro_batches: int | None = None) -> dict[str, float]:
+    """One optimizer step; seconds of the training phase and of the whole."""
+    trainer.seconds.clear()
+    trainer._step, trainer._buffered_inputs = 0, None  # the next micro-batch begins with a rollout
+    batch = [{"prompt": trainer.train_dataset[0]["prompt"]} for _ in range(case.rows)]
+    start = time.process_time()
+    for _ in range(micro_batches or case.rows // case.micro_batch):
         trainer.training_step(trainer.model, batch, None)
+    training = time.process_time() - start - trainer.seconds["scoring"]
+    trainer.optimizer.step()
     trainer.model.zero_grad()
-    return {name: sum(values) for name, values in trainer.seconds.items()}
+    return {"training": training, "whole": time.process_time() - start}
 
 
-def compare(name: str, lengths: Lengths, rows: int, repeats: int, hidden_size: int, layers: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    drawn = [lengths(rng, think=i % GROUP < GROUP // 2) for i in range(rows)]
+def _kib(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split(f"{field}:")[1].split()[0])
+
+
+def _rise(kind: str, case: Case, queue: Any) -> None:
     with TemporaryDirectory() as directory:
-        trainers = {kind: build(kind, rows, max(drawn), directory, hidden_size, layers) for kind in ("stock", "ours")}
-        times: dict[str, list[dict[str, float]]] = {kind: [] for kind in trainers}
+        trainer = ready(kind, case, directory)
+        resting = _kib("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        step(trainer, case)
+        queue.put(_kib("VmHWM") - resting)
+
+
+def peak_memory(kind: str, case: Case) -> float:
+    """MiB, measured in a fork; only a process that has not run a backward pass yet can be forked."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_rise, args=(kind, case, queue))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{kind} trainer, {case}: the process that measured its memory ended with an error.")
+    return queue.get() / 1024
+
+
+def compare(case: Case, repeats: int) -> dict[str, Any]:
+    """Seconds and tokens of both trainers, and their ratios turn by turn."""
+    with TemporaryDirectory() as directory:
+        trainers = {kind: ready(kind, case, directory) for kind in KINDS}
         for trainer in trainers.values():
-            words = len(trainer.processing_class) - 5
-            trainer.completions = [[7 + (i + j) % (words - 7) for j in range(n)] for i, n in enumerate(drawn)]
-            step(trainer, rows)  # warm-up
+            step(trainer, case, micro_batches=2)  # warm-up
             trainer.processed = trainer.real = 0
-        for _ in range(repeats):
-            for kind, trainer in trainers.items():
-                times[kind].append(step(trainer, rows))
-    median = {
-        kind: {key: statistics.median(entry[key] for entry in entries) for key in entries[0]}
-        for kind, entries in times.items()
-    }
-    ours, stock = median["ours"], median["stock"]
+        turns = []
+        for turn in range(repeats):
+            order = list(trainers)[:: -1 if turn % 2 else 1]
+            turns.append({kind: step(trainers[kind], case) for kind in order})
+    longest = trainers["ours"].completions
     return {
-        "distribution": name,
-        "rows": rows,
-        "tokens_stock": trainers["stock"].processed / trainers["stock"].real,
-        "tokens_ours": trainers["ours"].processed / trainers["ours"].real,
-        "training_stock_s": stock["training"],
-        "training_ours_s": ours["training"],
-        "speedup_training": stock["training"] / ours["training"],
-        "speedup_training_and_scoring": (stock["training"] + stock["scoring"]) / (ours["training"] + ours["scoring"]),
-        "own_share": ours["own"] / (ours["training"] + ours["scoring"]),
+        **asdict(case),
+        "mean_length": sum(map(len, longest)) / len(longest),
+        "parameters": trainers["ours"].model.num_parameters(),
+        **{f"tokens_{kind}": trainer.processed / trainer.real for kind, trainer in trainers.items()},
+        **{
+            f"{part}_{kind}_s": statistics.median(turn[kind][part] for turn in turns)
+            for part in ("training", "whole")
+            for kind in KINDS
+        },
+        **{
+            f"speedup_{part}": statistics.median(turn["stock"][part] / turn["ours"][part] for turn in turns)
+            for part in ("training", "whole")
+        },
     }
+
+
+BASE = Case()
+GROWTH = {  # what varies, on the log-normal lengths; the middle one is BASE
+    "N": [replace(BASE, group=4), BASE, replace(BASE, group=16)],
+    "length": [replace(BASE, scale=80.0), BASE, replace(BASE, scale=20.0)],
+    "model": [replace(BASE, hidden_size=64, layers=2), BASE, replace(BASE, hidden_size=256)],
+}
+COLUMNS = {
+    "lengths": lambda r: r["lengths"],
+    "rows": lambda r: r["rows"],
+    "N": lambda r: r["group"],
+    "tokens per response": lambda r: f"{r['mean_length']:.0f}",
+    "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
+    "processed / real tokens, stock": lambda r: f"{r['tokens_stock']:.2f}",
+    "ours": lambda r: f"{r['tokens_ours']:.2f}",
+    "training phase, stock / ours": lambda r: f"{r['speedup_training']:.2f}",
+    "whole step, stock / ours": lambda r: f"{r['speedup_whole']:.2f}",
+    "peak memory, stock": lambda r: f"{r['memory_stock_mib']:.0f} MiB",
+    "ours / stock": lambda r: f"{r['memory_ours_mib'] / r['memory_stock_mib']:.2f}",
+}
+
+
+def show_ticks(panel: Any, label: str, ticks: list[tuple[float, str]]) -> None:
+    """A logarithmic axis with nothing but the values measured."""
+    panel.axhline(1, color="#999999", linewidth=0.8)
+    panel.set_xscale("log")
+    panel.set_xticks(*zip(*ticks, strict=True))
+    panel.minorticks_off()
+    panel.set_xlabel(label, fontsize=8.5)
+
+
+def draw(found: dict[Case, dict[str, Any]], by_rows: dict[str, list[Case]]) -> Figure:
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True, width_ratios=[1.4, 1, 1, 1])
+    for (name, cases), marker in zip(by_rows.items(), "os^", strict=True):
+        panels[0].plot(
+            [c.rows for c in cases], [found[c]["speedup_training"] for c in cases], marker=marker, label=name
+        )
+    panels[0].legend(frameon=False, fontsize=8)
+    ticks = [(case.rows, str(case.rows)) for case in by_rows["log-normal"]]
+    show_ticks(panels[0], "rows", ticks)
+    shown: dict[str, tuple[str, str, Callable[[float], str]]] = {
+        "N": ("N", "group", str),
+        "length": ("tokens per response", "mean_length", "{:.0f}".format),
+        "model": ("million parameters", "parameters", lambda number: f"{number / 1e6:.2g}"),
+    }
+    for panel, (name, (label, key, written)) in zip(panels[1:], shown.items(), strict=True):
+        rows = [found[case] for case in GROWTH[name] if case in found]
+        panel.plot([row[key] for row in rows], [row["speedup_training"] for row in rows], marker="o")
+        show_ticks(panel, label, [(row[key], written(row[key])) for row in rows])
+    panels[0].set(
+        ylabel="stock / ours, seconds", ylim=(0, 1.08 * max(row["speedup_training"] for row in found.values()))
+    )
+    figure.suptitle(
+        "Training phase: how many times faster than stock TRL (three right: log-normal, 64 rows)",
+        x=0.01,
+        ha="left",
+        fontsize=10.5,
+    )
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 256], help="rows of a generation batch")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each trainer")
-    parser.add_argument("--scale", type=float, default=40.0, help="divide the log-normal lengths by this")
-    parser.add_argument("--hidden_size", type=int, default=128, help="width of the model")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model")
+    parser.add_argument("--quick", action="store_true", help="3 turns, no more than 64 rows, short responses")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each case")
+    parser.add_argument("--update_results", action="store_true", help="write benchmarks/RESULTS.md and its figure")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/micro-batches"))
     args = parser.parse_args()
 
-    distributions = {"log-normal": log_normal(args.scale), "embedded": embedded, "equal": equal}
-    results = []
-    for name, lengths in tqdm(distributions.items(), desc="distributions"):
-        for rows in args.rows:
-            results.append(compare(name, lengths, rows, args.repeats, args.hidden_size, args.layers))
-            tqdm.write(json.dumps(results[-1]))
-
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    header = [
-        "lengths", "rows", "processed / real tokens, stock", "ours", "training phase, stock / ours",
-        "training and scoring, stock / ours", "own code, share of ours",
-    ]  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "| :-- " + "| --: " * (len(header) - 1) + "|"]
-    lines += [
-        f"| {r['distribution']} | {r['rows']} | {r['tokens_stock']:.2f} | {r['tokens_ours']:.2f} | "
-        f"{r['speedup_training']:.2f} | {r['speedup_training_and_scoring']:.2f} | {100 * r['own_share']:.2f} % |"
-        for r in results
-    ]
-    (args.output_dir / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, marker in zip(distributions, "os^", strict=True):
-        mine = [r for r in results if r["distribution"] == name]
-        axes.plot([r["rows"] for r in mine], [r["speedup_training"] for r in mine], marker=marker, label=name)
-    axes.axhline(1, color="#999999", linewidth=0.8)
-    axes.set(xscale="log", xlabel="rows of a generation batch", ylabel="stock / ours, seconds", ylim=(0, None))
-    axes.set_xticks(args.rows, [str(rows) for rows in args.rows])
-    axes.minorticks_off()
-    axes.set_title("Training phase: how many times faster than stock TRL", loc="left", fontsize=10.5)
-    axes.legend(frameon=False)
-    figure.savefig(args.output_dir / "speedup.png", dpi=160)
+    rows = [16, 64] if args.quick else [16, 64, 256]
+    by_rows = {name: [replace(BASE, lengths=name, rows=n) for n in rows] for name in DISTRIBUTIONS}
+    growth = [case for cases in GROWTH.values() for case in cases if not args.quick or case.scale >= BASE.scale]
+    cases = list(dict.fromkeys([case for cases in by_rows.values() for case in cases] + growth))
+    memory = {
+        case: {f"memory_{kind}_mib": peak_memory(kind, case) for kind in KINDS} for case in tqdm(cases, desc="memory")
+    }
+    found = {}
+    for case in tqdm(cases, desc="seconds"):
+        # short steps vary more
+        repeats = min(args.repeats, 3) if args.quick else args.repeats * (1 if case.rows > 64 else 2)
+        found[case] = memory[case] | compare(case, repeats)
+        tqdm.write(json.dumps(found[case]))
+    publish("micro_batches", list(found.values()), markdown_table(COLUMNS, found.values()), draw(found, by_rows), args)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,16 @@ def trim(batch: Batch, multiple: int | None = None) -> Batch:
             completion.
         multiple: keep widths at a multiple of this (`pad_to_multiple_of`), as far as the batch is that wide.
     """
+    longest = torch.stack([batch["prompt_mask"].sum(dim=1).amax(), batch["completion_mask"].sum(dim=1).amax()])
+    prompt, completion = longest.tolist()
+    return _cut(batch, prompt, completion, multiple)
+
+
+def _cut(batch: Batch, longest_prompt: int, longest_completion: int, multiple: int | None) -> Batch:
+    """`trim`, with the longest lengths known."""
     prompt_width, completion_width = batch["prompt_mask"].shape[1], batch["completion_mask"].shape[1]
-    longest = torch.stack([batch["prompt_mask"].sum(dim=1).amax(), batch["completion_mask"].sum(dim=1).amax()]).tolist()
-    prompt, completion = (_round_up(max(1, int(length)), multiple) for length in longest)
-    prompt, completion = min(prompt, prompt_width), min(completion, completion_width)
+    prompt = min(_round_up(max(1, longest_prompt), multiple), prompt_width)
+    completion = min(_round_up(max(1, longest_completion), multiple), completion_width)
 
     def cut(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() != 2:
@@ -52,6 +58,15 @@ def _select(batch: Batch, rows: Tensor) -> Batch:
     return {
         name: value[rows] if isinstance(value, Tensor) and value.dim() > 0 else value for name, value in batch.items()
     }
+
+
+def _divide(batch: Batch, num_parts: int) -> list[Batch]:
+    """Equal numbers of consecutive rows of everything that has rows; the rest in every part."""
+    parts = {
+        name: value.chunk(num_parts) if isinstance(value, Tensor) and value.dim() > 0 else [value] * num_parts
+        for name, value in batch.items()
+    }
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def sort_and_trim(
@@ -80,10 +95,13 @@ def sort_and_trim(
             else value
             for name, value in group[0].items()
         }
-        lengths = merged["prompt_mask"].sum(dim=1) + merged["completion_mask"].sum(dim=1)
-        chunks = lengths.argsort(stable=True).chunk(window)
-        order = torch.randperm(window).tolist()
-        result += [trim(_select(merged, chunks[index]), multiple) for index in order]
+        lengths = torch.stack([merged["prompt_mask"].sum(dim=1), merged["completion_mask"].sum(dim=1)])
+        order = lengths.sum(dim=0).argsort(stable=True)
+        longest = lengths[:, order].view(2, window, -1).amax(dim=2).T.tolist()  # at once: each transfer waits for a GPU
+        chunks = _divide(_select(merged, order), window)
+        for index in torch.randperm(window).tolist():
+            prompt, completion = longest[index]
+            result.append(_cut(chunks[index], prompt, completion, multiple))
     return result
 
 

@@ -40,6 +40,7 @@ class Mode(StrEnum):
 MODES = (Mode.THINK, Mode.NO_THINK)  # this order is the mode axis of every tensor
 TAGS = tuple(tag for mode in MODES for tag in (mode.open_tag, mode.close_tag))
 
+_OPENED = {mode.open_tag: mode for mode in MODES}
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 _THINK_TAGS = (Mode.THINK.open_tag, Mode.THINK.close_tag)
 # How models mark a reasoning trace that are not ours to begin with. `List<Thought>` in code is none of them.
@@ -96,27 +97,28 @@ def split_response(text: str) -> Response:
     `<think>`; without any mark, prose that reasons is not told from prose that explains.
     """
     tags = list(_TAG.finditer(text))
-    mode = next((mode for mode in MODES if tags and tags[0].group() == mode.open_tag), None)
+    names = [tag.group() for tag in tags]
+    mode = _OPENED.get(names[0]) if names else None
     if mode is None or text[: tags[0].start()].strip():
         return Response(None, "", text.strip(), (Fault.NO_MODE,))
 
     start = tags[0].end()
-    close = next((i for i, tag in enumerate(tags) if tag.group() == mode.close_tag), len(tags))
-    closed = close < len(tags)
+    closed = mode.close_tag in names
+    close = names.index(mode.close_tag) if closed else len(names)
     end, rest = tags[close].span() if closed else (len(text), len(text))
     inside, after = text[start:end].strip(), text[rest:].strip()
-    tags_inside, tags_after = {tag.group() for tag in tags[1:close]}, tags[close + 1 :]
+    tags_inside, tags_after = set(names[1:close]), names[close + 1 :]
 
     reasoning, answer = (inside, after) if mode is Mode.THINK else ("", inside)
     misplaced = tags_inside.intersection(_THINK_TAGS) if mode is Mode.NO_THINK else set()
-    found = {
-        Fault.UNCLOSED: not closed,
-        Fault.NESTED: bool(tags_inside - misplaced or tags_after),
-        Fault.THINK_IN_NO_THINK: mode is Mode.NO_THINK and bool(misplaced or trace_mark(inside)),
-        Fault.TRAILING_TEXT: mode is Mode.NO_THINK and bool(after),
-        Fault.EMPTY_ANSWER: closed and not answer,
-    }
-    return Response(mode, reasoning, answer, tuple(fault for fault, present in found.items() if present))
+    found = (
+        (Fault.UNCLOSED, not closed),
+        (Fault.NESTED, tags_inside - misplaced or tags_after),
+        (Fault.THINK_IN_NO_THINK, mode is Mode.NO_THINK and (misplaced or trace_mark(inside))),
+        (Fault.TRAILING_TEXT, mode is Mode.NO_THINK and after),
+        (Fault.EMPTY_ANSWER, closed and not answer),
+    )
+    return Response(mode, reasoning, answer, tuple(fault for fault, present in found if present))
 
 
 def trace_mark(text: str) -> str | None:

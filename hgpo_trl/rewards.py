@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 def split_completions(completions: list) -> list[Response]:
     """The parts of every completion, each a text or a conversation of one assistant message."""
-    return [split_response(completion_text(completion)) for completion in completions]
+    texts = [completion_text(completion) for completion in completions]
+    parts = {text: split_response(text) for text in dict.fromkeys(texts)}  # many short answers are the same
+    return [parts[text] for text in texts]
 
 
 def answer_parts(completions: list, responses: list[Response]) -> list:

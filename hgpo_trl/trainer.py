@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from itertools import compress
 from pathlib import Path
 from typing import Any, cast
@@ -290,14 +291,14 @@ class HGPOTrainer(GRPOTrainer):
 
     def _think_rows(self, num_rows: int) -> Tensor:
         """`[B]` over all processes, of which `num_rows` is B."""
-        return ~torch.tensor(self._row_modes(num_rows, first=0), device=self.accelerator.device).bool()
+        group = self._group_size()
+        return torch.arange(num_rows, device=self.accelerator.device) % group < group // 2
 
     def _unsampled(self, num_rows: int) -> Tensor:
         """`[B]` over all processes: the think rows of decided queries, which are the decision token alone."""
-        think = self._think_rows(num_rows)
         if self._decided is None:
-            return torch.zeros_like(think)
-        return think & self._decided.repeat_interleave(self._group_size())
+            return torch.zeros(num_rows, dtype=torch.bool, device=self.accelerator.device)
+        return self._think_rows(num_rows) & self._decided.repeat_interleave(self._group_size())
 
     @contextmanager
     def _naming_a_server_that_fails(self) -> Iterator[None]:
@@ -325,14 +326,11 @@ class HGPOTrainer(GRPOTrainer):
         first, last = (len(inputs) * (self.accelerator.process_index + i) for i in range(2))
         unsampled = self._unsampled(len(inputs) * self.accelerator.num_processes)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        facts = torch.tensor(
-            [
-                (len(ids), ids[-1] not in ends, *(fault in response.faults for fault in Fault))
-                for response, ids in zip(responses, completion_ids_list, strict=True)
-            ],
-            device=self.accelerator.device,
-        )
-        facts = self.accelerator.gather(facts)
+        local = [
+            (len(ids), ids[-1] not in ends, *_which_faults(response.faults))
+            for response, ids in zip(responses, completion_ids_list, strict=True)
+        ]
+        facts = self.accelerator.gather(torch.as_tensor(np.array(local), device=self.accelerator.device))
         facts[unsampled, 1:] = 0
         self._lengths, self._truncated, self._faults = facts[:, 0], facts[:, 1], facts[:, 2:]
         responses = self._cap_no_think(responses)
@@ -397,7 +395,11 @@ class HGPOTrainer(GRPOTrainer):
         """
         num_rows, group = len(prompt_ids), self._group_size()
         stride = math.gcd(num_rows, group)
-        chunk = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        # As many prompts at a time as have no more tokens than a micro-batch of the longest responses. All processes
+        # take the widest one's number, because ZeRO-3 and FSDP need the same number of passes of each.
+        width = int(self.accelerator.gather(torch.tensor([prompt_ids.shape[1]], device=prompt_ids.device)).amax())
+        rows = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        chunk = rows * (width + self.max_completion_length) // width
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
             disable_gradient_checkpointing(self.model, checkpointing),
@@ -586,34 +588,36 @@ class HGPOTrainer(GRPOTrainer):
             x[:rows].float().masked_fill(unsampled, torch.nan).view(shape)
             for x in (self._lengths, self._faults.any(dim=1), self._truncated)
         )
-        for kind, found in zip(Fault, self._faults[:rows].float().unbind(dim=1), strict=True):
-            of_query = found.masked_fill(unsampled, torch.nan).view(len(rewards), -1)
-            metrics[f"hgpo/faults/{kind}"] += of_query.nanmean(dim=1).tolist()
-        metrics["hgpo/rollout_tokens"] += (self._lengths[:rows] - 1).view(len(rewards), -1).sum(dim=1).tolist()
+        found = self._faults[:rows].float().masked_fill(unsampled[:, None], torch.nan).view(len(rewards), -1, len(Fault))
+        shares = found.nanmean(dim=1).unbind(dim=1)
+        per_query = {f"hgpo/faults/{kind}": share for kind, share in zip(Fault, shares, strict=True)}
+        per_query["hgpo/rollout_tokens"] = (self._lengths[:rows] - 1).view(len(rewards), -1).sum(dim=1)
         if self._decided is not None:
-            metrics["hgpo/lazy_decided"] += self._decided.float().tolist()
+            per_query["hgpo/lazy_decided"] = self._decided
             for name, real in (
                 ("mean_length", lengths.nanmean()),
                 ("min_length", lengths[~lengths.isnan()].amin()),
                 ("clipped_ratio", truncated.nanmean()),
             ):
                 metrics[f"completions/{name}"][-1] = real.item()  # TRL has counted the decision tokens alone
-        for index, mode in enumerate(MODES):
-            metrics[f"hgpo/reward/{mode}"] += rewards[:, index].nanmean(dim=1).tolist()
-            metrics[f"hgpo/length/{mode}"] += lengths[:, index].nanmean(dim=1).tolist()
-            metrics[f"hgpo/truncated/{mode}"] += truncated[:, index].nanmean(dim=1).tolist()
-            metrics[f"hgpo/format_faults/{mode}"] += faulty[:, index].nanmean(dim=1).tolist()
-            metrics[f"hgpo/prob/{mode}"] += decision.mode_probs[:, index].tolist()
-        metrics["hgpo/off_mode_mass"] += decision.neither.tolist()
-        metrics["hgpo/decision_entropy"] += decision.entropy.tolist()
+        means = torch.stack([rewards, lengths, truncated, faulty]).nanmean(dim=3)
+        by_mode = torch.cat([means, decision.mode_probs[None]])
+        for mode, values in zip(MODES, by_mode.unbind(dim=2), strict=True):
+            for name, value in zip(("reward", "length", "truncated", "format_faults", "prob"), values, strict=True):
+                per_query[f"hgpo/{name}/{mode}"] = value
+        per_query["hgpo/off_mode_mass"] = decision.neither
+        per_query["hgpo/decision_entropy"] = decision.entropy
 
         r_inter, r_intra = assign_rewards(rewards, self.args.margin, self.args.ties, self._decided)
         valid = ~rewards.isnan()
         compared = r_inter.any(dim=2).any(dim=1)
-        metrics["hgpo/think_win_rate"] += r_inter[compared, 0].amax(dim=1).tolist()
+        per_query["hgpo/think_win_rate"] = r_inter[:, 0].amax(dim=1).masked_fill(~compared, torch.nan)
         flat = ((r_intra == 1) | ~valid).all(dim=2).all(dim=1)  # nothing to choose within either mode
-        metrics["hgpo/no_intra_signal"] += flat.float().tolist()
-        metrics["hgpo/no_signal"] += (flat & ~compared).float().tolist()
+        per_query["hgpo/no_intra_signal"] = flat
+        per_query["hgpo/no_signal"] = flat & ~compared
+        transferred = torch.stack([column.float() for column in per_query.values()]).tolist()
+        for name, column in zip(per_query, transferred, strict=True):
+            metrics[name] += column
 
         if not training:
             columns = (rewards, lengths, decision.think, decision.no_think)
@@ -637,9 +641,16 @@ class HGPOTrainer(GRPOTrainer):
         last = last.masked_fill(self._unsampled(num_rows), 0.0)
         for _ in range(min(num_rows, len(self._logs["advantages"]))):  # TRL has just appended its own
             self._logs["advantages"].pop()
-        self._logs["advantages"].extend(last.tolist())
-        self._logs["extra"]["decision_advantage"].extend(advantages[:, 0].tolist())
+        of_responses, of_decisions = torch.stack([last, advantages[:, 0]]).tolist()
+        self._logs["advantages"].extend(of_responses)
+        self._logs["extra"]["decision_advantage"].extend(of_decisions)
         self._logs["extra"]["mode"].extend(MODES[mode].value for mode in self._row_modes(num_rows, first=0))
+
+
+@cache
+def _which_faults(faults: tuple[Fault, ...]) -> tuple[bool, ...]:
+    """Of every kind of fault, whether it is there."""
+    return tuple(fault in faults for fault in Fault)
 
 
 def _server_url(args: HGPOConfig) -> str:

@@ -137,6 +137,30 @@ def test_two_processes_take_the_steps_of_one(
     }
 
 
+NORMALISERS = ("dr_grpo", "grpo", "bnpo", "dapo", "luspo")  # the others divide as one of these does
+
+
+@pytest.mark.parametrize("config", ["cpu_ddp", "zero3"])
+def test_gradient_of_trimmed_micro_batches(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
+    """As in tests/test_micro_batches.py for one process: the gradient is that of TRL's padded micro-batches."""
+    words = ["cpu"] if config == "cpu_ddp" else []
+    launch(config, "tests/gradient_worker.py", model_dir, data, tmp_path / "out.pt", *words, *NORMALISERS)
+    before = load_file(Path(model_dir) / "model.safetensors")
+    result = torch.load(tmp_path / "out.pt")
+    assert result.keys() == set(NORMALISERS)
+    for loss_type, steps in result.items():
+        padded, trimmed = steps["padded"], steps["trimmed"]
+        assert padded["engine"] == ENGINES[config][0]
+        assert trimmed["tokens"] < padded["tokens"]
+        moved = 0.0
+        for name, weight in before.items():
+            gradient, expected = weight - trimmed["weights"][name], weight - padded["weights"][name]
+            tolerance = 1e-7 + 1e-5 * expected.abs().max().item()
+            assert torch.allclose(gradient, expected, rtol=1e-4, atol=tolerance), (loss_type, name)
+            moved = max(moved, expected.abs().max().item())
+        assert moved > 1e-3, loss_type
+
+
 @pytest.mark.parametrize("config", ["cpu_ddp", "zero3", "fsdp2"])
 def test_lazy_thinking_decides_groups_that_straddle(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
     """The decision is of the whole group's no-think responses; a process without undecided queries takes part."""

@@ -1,0 +1,85 @@
+"""One optimizer step per loss type on padded and on trimmed micro-batches, for tests/test_distributed.py.
+
+    accelerate launch ... tests/gradient_worker.py MODEL PROMPTS OUTPUT.pt [cpu] LOSS_TYPE ...
+
+Plain gradient descent with a learning rate of 1, so that the weights move by the gradient. Both steps of a loss type
+are taken on the same rollout.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from parity_worker import GROUP, FixedRollouts, reward
+from transformers import PreTrainedTokenizerFast
+
+from hgpo_trl import HGPOConfig
+
+
+class Counted(FixedRollouts):
+    processed: int
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.processed += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def step(model: str, prompts: str, output: str, loss_type: str, *, trim: bool, use_cpu: bool) -> dict[str, Any]:
+    """The weights before and after (on the main process), and how many tokens all processes computed."""
+    args = HGPOConfig(
+        output_dir=str(Path(output).with_suffix("")),
+        loss_type=loss_type,
+        trim_micro_batches=trim,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        num_generations=GROUP,
+        max_completion_length=8,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+        beta=0.04,
+        ddp_backend="gloo",
+        use_cpu=use_cpu,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    trainer = Counted(model, reward, args, Dataset.from_parquet(prompts), processing_class=tokenizer)
+    trainer.seen, trainer.processed = [], 0
+    trainer.train()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {
+        "engine": str(trainer.accelerator.distributed_type),
+        "tokens": sum(gather_object([trainer.processed])),
+        "weights": {name: value.clone() for name, value in (weights or {}).items()},
+    }
+
+
+def main() -> None:
+    model, prompts, output, *words = sys.argv[1:]
+    result = {
+        loss_type: {
+            name: step(model, prompts, output, loss_type, trim=name == "trimmed", use_cpu="cpu" in words)
+            for name in ("padded", "trimmed")
+        }
+        for loss_type in words
+        if loss_type != "cpu"
+    }
+    if torch.distributed.get_rank() == 0:
+        torch.save(result, output)
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
