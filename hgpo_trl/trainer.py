@@ -588,7 +588,9 @@ class HGPOTrainer(GRPOTrainer):
             x[:rows].float().masked_fill(unsampled, torch.nan).view(shape)
             for x in (self._lengths, self._faults.any(dim=1), self._truncated)
         )
-        found = self._faults[:rows].float().masked_fill(unsampled[:, None], torch.nan).view(len(rewards), -1, len(Fault))
+        found = (
+            self._faults[:rows].float().masked_fill(unsampled[:, None], torch.nan).view(len(rewards), -1, len(Fault))
+        )
         shares = found.nanmean(dim=1).unbind(dim=1)
         per_query = {f"hgpo/faults/{kind}": share for kind, share in zip(Fault, shares, strict=True)}
         per_query["hgpo/rollout_tokens"] = (self._lengths[:rows] - 1).view(len(rewards), -1).sum(dim=1)
