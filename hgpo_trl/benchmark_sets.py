@@ -143,7 +143,7 @@ def as_prompts(name: str, rows: Dataset) -> Dataset:
     """A benchmark's own rows, in their order, in the form that `load_benchmark` describes.
 
     Raises:
-        ValueError: a column is missing, or a row lacks question or answer.
+        ValueError: a column is missing, or a row lacks question, answer or a choice.
     """
     benchmark = BENCHMARKS[name]
     columns = {field: _column(name, rows, field) for field in ("prompt", "answer")}
@@ -157,16 +157,23 @@ def as_prompts(name: str, rows: Dataset) -> Dataset:
         answer = _answer(row[columns["answer"]])
         instruction = INSTRUCTION
         if benchmark.wrong:
+            for column in (*columns.values(), *benchmark.wrong):
+                if not str(row[column] or "").strip():
+                    raise _cannot_be_asked(name, number, f"its {column!r} is empty")
             choices, answer = _choices(question, row[columns["answer"]], [row[column] for column in benchmark.wrong])
             question, instruction = f"{question}\n\n{choices}", CHOICE_INSTRUCTION
         example = adapt(reader, {"prompt": question, "answer": answer}, name)
         if isinstance(example, Drop) or example.reference is None:
             reason = f"{example.reason} {example.detail}" if isinstance(example, Drop) else "it has no answer"
-            raise ValueError(f"data={name!r}: row {number} cannot be asked: {reason}. Fix or remove it in your copy.")
+            raise _cannot_be_asked(name, number, reason)
         prompts.append([{"role": "user", "content": f"{example.prompt[0]['content'].strip()}\n\n{instruction}"}])
         answers.append(example.reference.strip())
     labels = {field: list(rows[column]) for field, column in groups.items() if column is not None}
     return Dataset.from_dict({"prompt": prompts, "answer": answers, **labels})
+
+
+def _cannot_be_asked(name: str, number: int, reason: str) -> ValueError:
+    return ValueError(f"data={name!r}: row {number} cannot be asked: {reason}. Fix or remove it in your copy.")
 
 
 def _first(rows: Dataset, names: tuple[str, ...]) -> str | None:

@@ -22,7 +22,7 @@ from hgpo_trl.evaluation import PROMPT_ID, prompt_table
 from hgpo_trl.figures import NEITHER, STYLE, WIDTH, to_png
 from hgpo_trl.files import nan_to_null, write_atomically, write_json
 from hgpo_trl.hybrid_accuracy import Array, Table, summarize
-from hgpo_trl.report import METRICS, MODEL_COLORS, MODEL_MARKERS
+from hgpo_trl.report import METRICS, MODEL_COLORS, MODEL_MARKERS, setting_notes
 
 COMPARED = (
     "hybrid_accuracy",
@@ -43,6 +43,7 @@ class Evaluation(NamedTuple):
 
     report: Mapping[str, Any]  # report.json
     samples: pd.DataFrame  # samples.parquet
+    prompts: str | None = None  # hash of the prompts, from samples.json; None: not known
 
 
 class Difference(NamedTuple):
@@ -114,14 +115,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def check_same_prompts(evaluations: Mapping[str, Evaluation]) -> None:
     """ValueError, with what differs, unless all were evaluated on the same prompts and by the same rule.
 
-    The prompts themselves are not in an evaluation; data set, their number, that of each level and the margin are.
+    The prompts themselves are not in an evaluation; data set, their number, that of each level, their hash where both
+    have it, and the margin are.
     """
     (first, reference), *others = evaluations.items()
     for name, evaluation in others:
+        hashes = (reference.prompts, evaluation.prompts)
         for key, one, other in (
             *((key, reference.report[key], evaluation.report[key]) for key in ("dataset", "num_prompts", "margin")),
             ("prompts per level", _levels(reference.report), _levels(evaluation.report)),
             ("prompt ids", _prompt_ids(reference.samples), _prompt_ids(evaluation.samples)),
+            *([] if None in hashes else [("hash of the prompts", *hashes)]),
         ):
             if one != other:
                 raise ValueError(
@@ -198,7 +202,7 @@ def _column(path: str) -> str:
 
 def _figures(report: Mapping[str, Any], table: Table) -> dict[str, Any]:
     """A model's own figures, as in its report.json, and what says which model it is."""
-    settings = {key: report[key] for key in ("model", "samples_per_mode", "decision_bias") if key in report}
+    settings = {key: report[key] for key in ("model", "samples_per_mode", "decision_bias", "settings") if key in report}
     return {**settings, **summarize({_column(path): table[_column(path)] for path in COMPARED})}
 
 
@@ -308,6 +312,7 @@ def _blocks(comparison: Mapping[str, Any], picture: bytes) -> list[Block]:
             "there is no valid number."
         ),
         Bullets(measured),
+        *(Paragraph(note) for note in setting_notes(models)),
         Heading("Side by side"),
         _models_table(comparison),
         Heading(f"Differences from {reference}"),

@@ -212,10 +212,22 @@ class _Arrays(NamedTuple):
 
 
 def _by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, _Arrays]:
-    """The samples in order, and as arrays."""
+    """The samples in order, and as arrays.
+
+    Raises:
+        ValueError: there are none, or not as many of every prompt in each mode.
+    """
     samples = samples.assign(mode=pd.Categorical(samples["mode"], [mode.value for mode in MODES], ordered=True))
     samples = samples.sort_values([PROMPT_ID, "mode", "sample"])
     prompts = samples.drop_duplicates(PROMPT_ID)
+    counts = samples.groupby([PROMPT_ID, "mode"], observed=False).size()
+    if counts.nunique() != 1:
+        places: list[Any] = [counts.idxmin(), counts.idxmax()] if len(counts) else []
+        found = ", ".join(f"prompt {prompt} has {counts[prompt, mode]} in mode {mode}" for prompt, mode in places)
+        raise ValueError(
+            f"samples: every prompt needs as many samples as the others in each mode; {found or 'there are none'}. "
+            "Keep all rows of samples.parquet: a sample without a score has the reward NaN."
+        )
     shape = (len(prompts), len(MODES), -1)
     scores, lengths = (samples[name].to_numpy(dtype=np.float64).reshape(shape) for name in ("reward", "num_tokens"))
     own = (prompts[name].to_numpy() for name in ("prob_think", "prob_no_think", "picked"))
@@ -265,7 +277,7 @@ def report_on(
         What `report.json` holds: see docs/evaluation.md.
 
     Raises:
-        ValueError: a level, subject or domain is neither a number nor text.
+        ValueError: a level, subject or domain is neither a number nor text, or samples are missing.
     """
     samples, arrays = _by_prompt(samples)
     curve = {}

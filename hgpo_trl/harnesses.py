@@ -10,7 +10,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from hgpo_trl.files import write_atomically
 from hgpo_trl.generate import AUTO, Generation, HybridModel
 from hgpo_trl.modes import MODES, Mode
+from hgpo_trl.samples import derived_seed
 
 Row = Mapping[str, Any]  # a prompt of a tool's file
 
@@ -266,9 +267,13 @@ def served_answers(
 ) -> Iterator[Answer]:
     """By a server that `hgpo-trl serve` has started, `batch_size` requests at a time, in the order in which they end.
 
+    Where a request fails, those that are under way are still waited for and given before the error is raised.
+
     Args:
         client: `openai.OpenAI`.
         model: its name on the server.
+        seed: each prompt has its own, which follows from this one and the prompt's name. With one for all, their first
+            tokens, and so the modes, would be drawn with the same random numbers.
     """
 
     def ask(key: str) -> Answer:
@@ -278,7 +283,7 @@ def served_answers(
             max_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            seed=seed,
+            seed=derived_seed(seed, key),
             extra_body={"chat_template_kwargs": {"thinking_mode": mode}},
         )
         (choice,) = response.choices
@@ -296,10 +301,25 @@ def served_answers(
     with ThreadPoolExecutor(batch_size, thread_name_prefix="hgpo_trl.ask") as pool:
         futures = [pool.submit(ask, key) for key in prompts]
         try:
-            yield from (future.result() for future in as_completed(futures))
+            failed: BaseException | None = None
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                if (error := future.exception()) is None:
+                    yield future.result()
+                elif failed is None:
+                    failed = error
+                    _cancel(futures)
+            if failed is not None:
+                raise failed
         finally:
-            for future in futures:
-                future.cancel()  # what has not begun need not, after an error
+            _cancel(futures)
+
+
+def _cancel(futures: Iterable[Future]) -> None:
+    """What has not begun."""
+    for future in futures:
+        future.cancel()
 
 
 def check_server(client: Any, base_url: str, model: str) -> None:

@@ -109,6 +109,12 @@ FAULTS = (
     ("Truncated, not thinking", "truncated.no_think", _percent),
 )
 SETTINGS = {"dataset": "data set", "num_prompts": "number of prompts", "margin": "margin of hybrid accuracy"}
+DRAWN = {  # how the samples were; not in reports of earlier versions
+    "settings.split": "split",
+    "settings.temperature": "temperature",
+    "settings.top_p": "top-p",
+    "settings.max_new_tokens": "most tokens of a response",
+}
 
 
 def _check(name: str, evaluation: Evaluation) -> None:
@@ -488,12 +494,16 @@ def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return [item for item in items if item]
 
 
-def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """A warning for each setting in which the evaluations differ."""
+def setting_notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """A warning for each setting that all evaluations have and in which they differ."""
     notes = []
-    for key, label in SETTINGS.items():
-        if len({evaluation[key] for evaluation in evaluations.values()}) > 1:
-            values = ", ".join(f"`{name}` {evaluation[key]}" for name, evaluation in evaluations.items())
+    for path, label in (SETTINGS | DRAWN).items():
+        try:
+            found = {name: _get(evaluation, path) for name, evaluation in evaluations.items()}
+        except KeyError:
+            continue
+        if len(set(found.values())) > 1:
+            values = ", ".join(f"`{name}` {value}" for name, value in found.items())
             notes.append(f"Note: the evaluations differ in the {label} ({values}). Compare their numbers with care.")
     return notes
 
@@ -626,7 +636,7 @@ def _blocks(
         Heading(title, level=1),
         Lead(_headline(name, last)),
         *(Bullets(items) for items in [_comparisons(evaluations)] if items),
-        *(Paragraph(note) for note in _notes(everything)),
+        *(Paragraph(note) for note in setting_notes(everything)),
         Heading("What was measured"),
         Paragraph(
             "With its first token, each model chooses for each prompt whether it thinks (`<think>`) or "

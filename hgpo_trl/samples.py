@@ -76,9 +76,9 @@ def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def chunk_seed(seed: int, number: int) -> int:
-    """A chunk's seed, of 32 bits; no two chunks, and no two runs, share one but by chance."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=4).digest())
+def derived_seed(seed: int, part: int | str) -> int:
+    """The seed of a run's part, of 32 bits; no two parts, and no two runs, share one but by chance."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {part}".encode(), digest_size=4).digest())
 
 
 def part_paths(folder: Path, chunks: Sequence[Any]) -> list[Path]:
@@ -115,7 +115,7 @@ def draw_missing(
             samples = sample(
                 [prompts[row] for row in rows],
                 samples_per_mode=samples_per_mode,
-                seed=chunk_seed(seed, number),
+                seed=derived_seed(seed, number),
                 progress=bar,
                 **settings,
             )

@@ -156,6 +156,13 @@ def test_rows_that_cannot_be_asked_are_refused(rows: list[dict], message: str) -
         as_prompts("math500", Dataset.from_list(rows))
 
 
+@pytest.mark.parametrize("column", ["Question", "Correct Answer", "Incorrect Answer 3"])
+@pytest.mark.parametrize("value", [None, " \n"])
+def test_a_choice_that_is_missing_is_refused(column: str, value: str | None) -> None:
+    with pytest.raises(ValueError, match=rf"data='gpqa_diamond': row 0 cannot be asked: its '{column}' is empty\. Fix"):
+        as_prompts("gpqa_diamond", gpqa(**{column: value}))
+
+
 def test_choices_need_their_columns() -> None:
     with pytest.raises(ValueError, match=r"data='gpqa_diamond' has no column 'Incorrect Answer 2'"):
         as_prompts("gpqa_diamond", gpqa().remove_columns("Incorrect Answer 2"))

@@ -220,6 +220,11 @@ def test_other_prompt_ids_and_unscored_samples_are_refused() -> None:
         compare({"a": one, "b": moved})
     with pytest.raises(ValueError, match="'b' have no column 'reward'"):
         compare({"a": one, "b": other._replace(samples=other.samples.drop(columns="reward"))})
+    hashed = one._replace(prompts="ab")
+    with pytest.raises(ValueError, match="hash of the prompts is 'ab' and 'cd'"):
+        compare({"a": hashed, "b": other._replace(prompts="cd")})
+    for same in (other._replace(prompts="ab"), other):  # or not known
+        assert compare({"a": hashed, "b": same}, resamples=100)["num_prompts"] == 40
     with pytest.raises(ValueError, match="name at least two"):
         compare({"a": one})
 
@@ -278,6 +283,17 @@ def test_a_figure_without_valid_numbers_is_a_dash(tmp_path: Path) -> None:
     )
 
 
+def test_samples_that_were_drawn_otherwise_are_noted(tmp_path: Path) -> None:
+    one, other = (
+        one._replace(report={**one.report, "settings": {"temperature": temperature, "top_p": 0.95, "seed": seed}})
+        for seed, (one, temperature) in enumerate([(evaluation(0), 0.6), (evaluation(1), 1.0)])
+    )
+    text = write_comparison(compare({"a": one, "b": other}, resamples=100), tmp_path).read_text()
+    assert "Note: the evaluations differ in the temperature (`a` 0.6, `b` 1.0)." in text
+    assert text.count("differ in the") == 1
+    assert "differ in the" not in write_comparison(compare({"a": one, "b": one}, resamples=100), tmp_path).read_text()
+
+
 def test_bad_commands(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hft, hgpo = f"hft={folders['hft']}", f"hgpo={folders['hgpo']}"
     out = ("--output_dir", str(tmp_path / "out"))
@@ -296,6 +312,12 @@ def test_bad_commands(folders: dict[str, Path], tmp_path: Path, monkeypatch: pyt
     write_json(other / "report.json", {**copy.deepcopy(report), "margin": 0.3})
     with refused(r"not evaluated alike: margin is 0\.1 and 0\.3"):
         run(monkeypatch, "--compare", hft, f"hgpo={other}", *out)
+    write_json(other / "report.json", report)
+    one = shutil.copytree(folders["hft"], tmp_path / "one")
+    for folder, prompts in ((one, "ab"), (other, "cd")):
+        write_json(folder / "samples.json", {"prompts": prompts})
+    with refused("not evaluated alike: hash of the prompts is 'ab' and 'cd'"):
+        run(monkeypatch, "--compare", f"hft={one}", f"hgpo={other}", *out)
     (other / "samples.parquet").unlink()
     with refused("compare: there is no .*samples.parquet"):
         run(monkeypatch, "--compare", hft, f"hgpo={other}", *out)

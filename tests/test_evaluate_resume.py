@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hgpo_trl import sampling
 from hgpo_trl.generate import batches
-from hgpo_trl.samples import SCHEMA, chunk_seed, chunks_by_length, read_samples, write_samples
+from hgpo_trl.samples import SCHEMA, chunks_by_length, derived_seed, read_samples, write_samples
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
 
@@ -182,8 +182,8 @@ def test_chunks_have_the_batches_of_all(lengths: list[int], size: int, factor: i
     assert found == list(batches(rows, size))
 
 
-def test_chunk_seeds_differ() -> None:
-    seeds = [chunk_seed(seed, number) for seed in range(-3, 20) for number in range(50)]
+def test_seeds_of_parts_differ() -> None:
+    seeds = [derived_seed(seed, number) for seed in range(-3, 20) for number in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**32 for seed in seeds)
 

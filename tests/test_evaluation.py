@@ -489,6 +489,19 @@ def test_cost_of_1000_queries() -> None:
     assert set(report_on(scored_samples(), price_per_million_tokens=0)["cost"].values()) == {0.0}
 
 
+def test_missing_samples_are_refused() -> None:
+    """Also where the number of rows fits: one too few of one prompt, one too many of another."""
+    samples = scored_samples()
+    extra = samples.iloc[[0]].assign(sample=2)
+    for wrong, found in (
+        (pd.concat([samples.drop(index=11), extra]), "prompt 2 has 1 in mode no_think, prompt 0 has 3 in mode think"),
+        (samples[samples["mode"] == "think"], "prompt 0 has 0 in mode no_think, prompt 0 has 2 in mode think"),
+        (samples.iloc[:0], "there are none"),
+    ):
+        with pytest.raises(ValueError, match=f"every prompt needs as many samples .*; {found}. Keep all rows"):
+            report_on(wrong)
+
+
 def test_the_order_of_rows_does_not_matter() -> None:
     samples, levels = scored_samples(), ["hard", "easy", "hard"]
     expected = repr(report_on(samples, levels=levels))
@@ -638,8 +651,6 @@ def test_empty_data_is_refused(evaluate: Callable[..., Path], prompts: Dataset, 
     for name in ("empty.parquet", "empty.jsonl"):
         with pytest.raises(ValueError, match=rf"data=.*{name}' has no rows"):
             evaluate(data=tmp_path / name)
-    with pytest.raises(ValueError, match="data is empty"):
-        evaluate(num_prompts=0)
 
 
 @pytest.mark.parametrize(
@@ -655,7 +666,9 @@ def test_empty_data_is_refused(evaluate: Callable[..., Path], prompts: Dataset, 
         ("samples_per_mode", 0, "samples_per_mode must be at least 1; got 0"),
         ("batch_size", 0, "batch_size must be at least 1; got 0"),
         ("max_new_tokens", 1, "max_new_tokens must be at least 2"),
-        ("temperature", -1, "temperature must be at least 0"),
+        ("num_prompts", 0, "num_prompts must be at least 1; got 0"),
+        ("temperature", -1, "temperature must be a finite number of at least 0, which is greedy; got -1.0"),
+        ("temperature", "inf", "temperature must be a finite number of at least 0, which is greedy; got inf"),
         ("top_p", 0, "top_p must lie in"),
         ("backend", "sglang", "backend must be one of transformers, vllm; got 'sglang'"),
         ("tensor_parallel_size", 0, "tensor_parallel_size must be at least 1; got 0"),

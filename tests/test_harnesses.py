@@ -3,7 +3,9 @@
 import gzip
 import http.server
 import json
+import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -251,6 +253,27 @@ def test_an_interrupted_export_goes_on_as_if_it_had_not_been(
     with refused("holds another run's results. Changed: mode: 'auto' -> 'think'"):
         run(monkeypatch, **options, max_new_tokens=16, output_dir=tmp_path / "torn", mode="think")
 
+    run(monkeypatch, **options, max_new_tokens=16, output_dir=tmp_path / "torn", name="other")  # written anew
+    assert asked == SUMS[4:]
+    assert (tmp_path / "torn" / "model_answer" / "other.jsonl").is_file()
+    prompts.write_text(prompts.read_text(encoding="utf-8").replace("a =", "b ="), encoding="utf-8")  # names stay
+    with refused("holds another run's results. Changed: messages: "):
+        run(monkeypatch, **options, max_new_tokens=16, output_dir=tmp_path / "torn")
+
+
+def test_another_model_of_the_same_name_is_noticed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write_prompts("alpaca_eval", tmp_path / "prompts.json")
+    model = shutil.copytree(folder, tmp_path / "tiny")
+    options = {"tool": "alpaca_eval", "prompts": prompts, "model": model, "max_new_tokens": 3}
+    run(monkeypatch, **options, output_dir=tmp_path / "out")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with refused("holds another run's results. Changed: model_files: "):
+        run(monkeypatch, **options, output_dir=tmp_path / "out")
+
 
 def test_answers_are_kept_as_they_come(tmp_path: Path) -> None:
     """What was answered before an error is not asked again."""
@@ -355,23 +378,33 @@ def test_responses_of_a_server(
     assert sent == sorted(HARNESSES[tool].message(row) for row in PROMPTS[tool])
     for request in requests:
         assert request["chat_template_kwargs"] == {"thinking_mode": "think"}
-        assert [request[key] for key in ("model", "temperature", "top_p", "max_tokens", "seed")] == [
-            "tiny",
-            0.6,
-            0.95,
-            50,
-            0,
-        ]
+        sampling = [request[key] for key in ("model", "temperature", "top_p", "max_tokens")]
+        assert sampling == ["tiny", 0.6, 0.95, 50]
+    assert len({request["seed"] for request in requests}) == 8  # with the same random numbers all would pick one mode
 
 
-def test_an_error_of_a_request_is_not_swallowed() -> None:
-    def create(**request: Any) -> None:
-        raise RuntimeError(f"seed {request['seed']}")
+def test_an_error_of_a_request_costs_no_other(tmp_path: Path) -> None:
+    """What is under way when one fails is waited for and kept; what has not begun is not asked."""
+    failed, asked = threading.Event(), []
+
+    def create(messages: list[dict[str, str]], **request: Any) -> Any:
+        (message,) = messages
+        asked.append(message["content"])
+        if message["content"] == "1":
+            failed.set()
+            raise RuntimeError("of request 1")
+        assert failed.wait(10)
+        time.sleep(0.2)
+        choice = SimpleNamespace(message=SimpleNamespace(content="7"), finish_reason="stop")
+        return SimpleNamespace(choices=[choice], usage=SimpleNamespace(completion_tokens=1))
 
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
-    settings = {"mode": "auto", "max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 3, "batch_size": 2}
-    with pytest.raises(RuntimeError, match="seed 3"):
-        list(served_answers(client, "tiny", {"0": "?"}, **settings))
+    settings = {"mode": "auto", "max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 3, "batch_size": 3}
+    path, prompts = tmp_path / "responses.jsonl", {str(number): str(number) for number in range(100)}
+    with pytest.raises(RuntimeError, match="of request 1"):
+        answer_all(prompts, path, lambda pending: served_answers(client, "tiny", pending, **settings))
+    assert {"0", "2"} <= set(load_answers(path)) == set(asked) - {"1"}
+    assert len(asked) < 10
 
 
 def test_servers_that_will_not_do(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,7 +429,7 @@ def test_value_that_hgpo_refuses(text: str, words: str, recipe: Callable, refuse
         ("evaluate", ("--samples_per_mode", "0"), "samples_per_mode must be at least 1; got 0"),
         ("evaluate", ("--max_new_tokens", "1"), "max_new_tokens must be at least 2"),
         ("evaluate", ("--margin", "nan"), "margin must be a finite number of at least 0; got nan"),
-        ("evaluate", ("--temperature", "-1"), "temperature must be at least 0"),
+        ("evaluate", ("--temperature", "-1"), "temperature must be a finite number of at least 0"),
         ("evaluate", ("--top_p", "0"), "top_p must lie in (0, 1]; got 0.0"),
         ("report", ("--evaluations", "runs/eval"), "evaluations: 'runs/eval' is not NAME=FOLDER"),
         ("report", ("--evaluations", "a=b", "a=c"), "evaluations: the name 'a' is given twice"),

@@ -6,6 +6,7 @@ Names are the user's; the first is the one that the others are compared with. Wr
 comparison.html and a picture. Nothing is sampled: the folders' report.json and samples.parquet are read.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from hgpo_trl.comparison import RESAMPLES, Evaluation, compare, write_comparison
+from hgpo_trl.samples import RECORD, SAMPLES
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.report import load_evaluation, named_folders
 
@@ -37,10 +39,12 @@ class CompareArguments:
 
 
 def _load(folder: Path) -> Evaluation:
-    report, samples = load_evaluation("compare", folder), folder / "samples.parquet"
+    report, samples = load_evaluation("compare", folder), folder / SAMPLES
     if not samples.is_file():
         raise ValueError(f"compare: there is no {samples}. Run `hgpo-trl evaluate --output_dir {folder}` again.")
-    return Evaluation(report, pd.read_parquet(samples))
+    record = folder / RECORD
+    prompts = json.loads(record.read_text(encoding="utf-8")).get("prompts") if record.is_file() else None
+    return Evaluation(report, pd.read_parquet(samples), prompts)
 
 
 def main(argv: Sequence[str]) -> None:

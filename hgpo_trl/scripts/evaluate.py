@@ -25,7 +25,7 @@ from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
 from hgpo_trl.data_files import load_data
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
-from hgpo_trl.generate import render
+from hgpo_trl.generate import AUTO, check_settings, render
 from hgpo_trl.hybrid_accuracy import Label, group_labels
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
 from hgpo_trl.rewards import load_reward
@@ -93,17 +93,11 @@ class EvaluateArguments:
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
 
     def __post_init__(self) -> None:
-        for name in ("samples_per_mode", "batch_size", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.max_new_tokens < 2:
-            raise ValueError(
-                f"max_new_tokens must be at least 2, the decision token and one more; got {self.max_new_tokens}."
-            )
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, which is greedy; got {self.temperature}.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1]; got {self.top_p}.")
+        for name in ("num_prompts", "samples_per_mode", "batch_size", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        check_settings(AUTO, 0.0, self.max_new_tokens, self.temperature, self.top_p)
         if not 0.0 <= self.margin < math.inf:
             raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
         price = self.price_per_million_tokens

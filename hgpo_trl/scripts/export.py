@@ -7,6 +7,7 @@ One response per prompt, in the mode that the model picks or in a given one; onl
 Started again, the same command goes on where it was interrupted. docs/harnesses.md says what to do with the file.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from hgpo_trl.generate import AUTO, HybridModel, check_settings
 from hgpo_trl.harnesses import (
@@ -27,8 +30,9 @@ from hgpo_trl.harnesses import (
     served_answers,
     write_for,
 )
+from hgpo_trl.samples import fingerprint
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.run_dir import RESPONSES, claim_results
+from hgpo_trl.scripts.run_dir import RESPONSES, claim_results, describe_run
 from hgpo_trl.scripts.training import check_model_path
 
 
@@ -72,6 +76,16 @@ class ExportArguments:
         return Path(self.model).name if self.name is None else self.name
 
 
+def _run(args: ExportArguments, messages: Mapping[str, str]) -> dict[str, Any]:
+    """What decides the responses: neither where and how many at a time, nor the name that the tool shows."""
+    free = ("base_url", "batch_size", "name", "output_dir")
+    run = {key: value for key, value in describe_run("export", args).items() if key not in free}
+    run["messages"] = xxhash.xxh3_128_hexdigest(json.dumps(messages, sort_keys=True).encode())
+    if args.base_url is None:
+        run["model_files"] = fingerprint(args.model)
+    return run
+
+
 def _respond(args: ExportArguments, total: int, pending: Mapping[str, str]) -> Iterator[Answer]:
     """Load the model, or find it on its server, and answer what is left of `total` prompts."""
     settings: dict[str, Any] = {
@@ -98,8 +112,8 @@ def main(argv: Sequence[str]) -> None:
     if args.base_url is None:
         check_model_path("model", args.model)
     output_dir = Path(args.output_dir)
-    claim_results(output_dir, "export", args)
     messages = {key: HARNESSES[args.tool].message(row) for key, row in prompts.items()}
+    claim_results(output_dir, _run(args, messages))
     answers = answer_all(messages, output_dir / RESPONSES, partial(_respond, args, len(messages)))
     path = write_for(args.tool, prompts, answers, args.model_name, output_dir)
     print(closing_message(args.tool, answers.values(), path, args.mode))

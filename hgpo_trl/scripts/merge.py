@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from hgpo_trl.generate import SAMPLING
 from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, load_merged
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.run_dir import claim_results
+from hgpo_trl.scripts.run_dir import claim_results, describe_run
 from hgpo_trl.scripts.training import check_model_path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     config = PeftConfig.from_pretrained(args.model)
     base = args.base_model or config.base_model_name_or_path
     _check_base(base, config.revision, args.model)
-    claim_results(output_dir, "merge", args)
+    claim_results(output_dir, describe_run("merge", args))
 
     model, tokenizer = load_merged(args.model, base, config.revision)
     model.generation_config.update(**SAMPLING)  # as the stage gives it to a model that it trains whole

@@ -21,7 +21,6 @@ RESPONSES = "responses.jsonl"  # of `hgpo-trl export`
 # What a resumed run may change: where it runs, what it saves, measures and reports, not what it learns from.
 _FREE_PREFIXES = ("ddp_", "eval_", "hub_", "log_", "logging_", "save_", "trackio_", "vllm_server_")
 _FREE = {
-    "base_url", "batch_size",
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "deepspeed", "disable_tqdm", "do_eval", "local_rank", "num_completions_to_print", "num_generations_eval",
     "off_mode_warning", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
@@ -78,13 +77,15 @@ def _check_requested(checkpoint: Path) -> None:
         raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
 
 
-def claim_results(directory: Path, stage: str, *configs: Any) -> None:
+def claim_results(directory: Path, run: dict[str, Any]) -> None:
     """The same for a stage of one process that has no checkpoints.
+
+    Args:
+        run: of `describe_run`, or what of it decides the results.
 
     Raises:
         ValueError: the folder holds another run's results.
     """
-    run = describe_run(stage, *configs)
     _check_results(directory, run)
     write_json(directory / RUN_FILE, run)
 
