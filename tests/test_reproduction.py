@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from hgpo_trl.documents import Paragraph
+from hgpo_trl.documents import Bullets, Paragraph
+from hgpo_trl.hybrid_accuracy import bootstrap_intervals
 from hgpo_trl.samples import write_samples
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -25,7 +27,9 @@ def write(tmp_path: Path) -> Write:
 
     def write(model: str, ratios: Sequence[float]) -> Runs:
         levels = [level for level in range(1, len(ratios) + 1) for _ in range(2)]
-        pd.DataFrame({"level": levels, "domain": "chain_sum"}).to_parquet(tmp_path / "eval.parquet")
+        prompts = [[{"role": "user", "content": f"query {row}"}] for row in range(len(levels))]
+        queries = pd.DataFrame({"prompt": prompts, "level": levels, "domain": "chain_sum"})
+        queries.to_parquet(tmp_path / "eval.parquet")
         rows = [
             {
                 "prompt_id": prompt, "mode": mode, "sample": sample, "completion": "", "num_tokens": 5,
@@ -45,6 +49,27 @@ def write(tmp_path: Path) -> Write:
 
 def paragraph(blocks: Sequence[object]) -> str:
     return " ".join(block.text for block in blocks if isinstance(block, Paragraph))
+
+
+def test_copies_of_a_query_are_no_further_queries() -> None:
+    """Ten copies of each give the interval of one of each."""
+    x = np.random.default_rng(0).random(40)
+    x[3] = np.nan
+    once, level = np.arange(40), np.zeros(40)
+    alone = reproduction._intervals({"x": x}, level, once)["x"]
+    copies = reproduction._intervals({"x": np.tile(x, 10)}, np.tile(level, 10), np.tile(once, 10))["x"]
+    assert copies == pytest.approx(alone)
+    assert alone == pytest.approx(bootstrap_intervals({"x": x})["x"], abs=0.01)
+    apart = reproduction._intervals({"x": np.tile(x, 10)}, np.tile(level, 10), np.arange(400))["x"]
+    assert apart[1] - apart[0] < 0.5 * (alone[1] - alone[0])
+
+
+def test_levels_keep_their_shares() -> None:
+    """What depends on the level alone has no spread."""
+    level = np.repeat([1, 2], [10, 30])
+    found = reproduction._intervals({"x": level.astype(float)}, level, np.arange(40))["x"]
+    assert found == pytest.approx((1.75, 1.75))
+    assert np.isnan(reproduction._intervals({"x": np.full(40, np.nan)}, level, np.arange(40))["x"]).all()
 
 
 def test_prompts_of_all_seeds_are_told_apart(write: Write) -> None:
@@ -75,3 +100,13 @@ def test_thinking_by_margin(write: Write, larger: float, verdict: str) -> None:
     write("margin-0.45", [larger])
     text = paragraph(reproduction._margins(write("grpo", [0.4]), [0.45]))
     assert f"a larger δ gives less thinking. Here this **{verdict}**" in text
+
+
+def test_every_verdict_of_the_table(write: Write) -> None:
+    """No think is better everywhere (as good, as long) and picked, so that all models are alike: nothing is apart."""
+    for model in reproduction.TABLE:
+        runs = write(model, [0.4])
+    text = " ".join(item for block in reproduction._table_1(runs) if isinstance(block, Bullets) for item in block.items)
+    assert text.count("**does not hold**") == len(reproduction.TABLE) - len(reproduction.ESTIMATORS)
+    assert "**holds**" not in text
+    assert "0.0 % of the tokens of always thinking, at 100.0 % accuracy for 100.0 %" in text
