@@ -3,14 +3,16 @@
     python benchmarks/reproduction.py --runs runs/reproduce --seeds 0 1 2 --margins 0.45 0.7 --output_dir runs/reproduce
 
 Reads SEED/eval/MODEL/samples.parquet of every seed, and writes reproduction.md and its pictures. A figure is the mean
-over the prompts of all seeds; its 95 % interval resamples the prompts, so it says how much the prompts matter, and the
-column "seeds" how much everything else does.
+over the prompts of all seeds; its 95 % interval resamples the queries, so it says how much the queries matter, and the
+column "seeds" how much everything else does. Short queries are few, so that the held-out prompts hold some of them many
+times: within each level whole queries of a seed are resampled, with all their copies.
 """
 
 import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from hgpo_trl.documents import Block, Bullets, Heading, Paragraph, Picture, Table, to_markdown
-from hgpo_trl.evaluation import PROMPT_ID, report_on
+from hgpo_trl.evaluation import PROMPT_ID, prompt_table, report_on
 from hgpo_trl.figures import INK, PERCENT_TICKS, STYLE, WIDTH, to_png
 from hgpo_trl.files import write_atomically
+from hgpo_trl.hybrid_accuracy import Table as PromptTable
 from hgpo_trl.report import load_training_log
 
 Evaluation = dict[str, Any]
@@ -40,7 +44,7 @@ TABLE = {
     "dpo-margin": f"HFT-DPO, δ = {MARGIN}",
     **ESTIMATORS,
 }
-# Table 1 of the paper: hybrid accuracy (MATH500) and the mean of the ten benchmarks.
+# Table 1 of the paper: hybrid accuracy (MATH500) and the mean of the nine benchmarks.
 PAPER = {
     "hft": ("41.4 / 34.2", "42.5 / 56.4"),
     "rft": ("48.1 / 49.7", "38.3 / 56.6"),
@@ -56,11 +60,12 @@ class Runs:
         self.folder, self.seeds = folder, seeds
 
     def samples(self, model: str, seed: int) -> pd.DataFrame:
-        """Scored samples with the columns `level` and `domain` of their prompts."""
+        """Scored samples with the columns `query`, `level` and `domain` of their prompts."""
         folder = self.folder / str(seed) / "eval" / model
         samples = pd.read_parquet(folder / "samples.parquet")
         dataset = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"]
-        queries = pd.read_parquet(dataset, columns=["level", "domain"])
+        queries = pd.read_parquet(dataset, columns=["prompt", "level", "domain"])
+        queries["query"] = queries.pop("prompt").map(lambda turns: turns[-1]["content"])
         return samples.join(queries, on=PROMPT_ID)
 
     def of_seed(self, model: str, seed: int, domain: str | None = None) -> Evaluation:
@@ -74,13 +79,51 @@ class Runs:
 
 
 def _evaluate(parts: Sequence[pd.DataFrame], domain: str | None) -> Evaluation:
-    """`report_on` for the prompts of several seeds together, numbered on; of one domain alone if one is named."""
+    """`report_on` for the prompts of several seeds together, numbered on; of one domain alone if one is named.
+
+    The intervals are those of `_intervals`, by the names of `prompt_table`.
+    """
     pooled = pd.concat(parts, keys=range(len(parts)), names=["seed"]).reset_index("seed")
     if domain is not None:
         pooled = pooled[pooled["domain"] == domain]
     pooled[PROMPT_ID] = pooled.groupby(["seed", PROMPT_ID]).ngroup()
-    levels = pooled.drop_duplicates(PROMPT_ID).sort_values(PROMPT_ID)["level"].tolist()
-    return report_on(pooled, MARGIN, levels)
+    prompts = pooled.drop_duplicates(PROMPT_ID).sort_values(PROMPT_ID)
+    levels = prompts["level"].to_numpy()
+    queries = prompts.groupby(["seed", "query"]).ngroup().to_numpy()
+    table = prompt_table(pooled, MARGIN)
+    evaluation = report_on(pooled, MARGIN, levels.tolist())
+    evaluation["intervals"] = _intervals(table, levels, queries)
+    for entry in evaluation["by_level"]:
+        rows = levels == entry["level"]
+        entry["intervals"] = _intervals({n: column[rows] for n, column in table.items()}, levels[rows], queries[rows])
+    return evaluation
+
+
+def _intervals(
+    table: PromptTable, levels: NDArray[Any], queries: NDArray[np.int64], resamples: int = 2000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of every column's mean.
+
+    Args:
+        table: of `prompt_table`, one row per prompt.
+        levels: of each prompt. How many queries a level has is not resampled: the data set has exact shares of levels.
+        queries: number of the query that each prompt is a copy of. A query is drawn with all its copies.
+    """
+    rng = np.random.default_rng(seed)
+    distinct, first, codes = np.unique(queries, return_index=True, return_inverse=True)
+    counts = np.zeros((resamples, len(distinct)))
+    for level in np.unique(levels):
+        members = np.flatnonzero(levels[first] == level)
+        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=resamples)
+    intervals = {}
+    for name, column in table.items():
+        valid = ~np.isnan(column)
+        totals = counts @ np.bincount(codes, np.where(valid, column, 0.0))
+        weights = counts @ np.bincount(codes, valid)
+        means = totals[weights > 0] / weights[weights > 0]
+        low, high = np.quantile(means, [0.025, 0.975]) if len(means) else (np.nan, np.nan)
+        intervals[name] = (float(low), float(high))
+    return intervals
 
 
 def _at(evaluation: Evaluation, *path: str) -> Any:
@@ -95,7 +138,7 @@ def _percent(value: float) -> str:
 
 
 def _with_interval(evaluation: Evaluation, *path: str) -> str:
-    low, high = _at(evaluation, "intervals", *path)
+    low, high = evaluation["intervals"]["/".join(path)]
     return f"{_percent(_at(evaluation, *path))} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
@@ -105,6 +148,11 @@ def _seeds(values: Sequence[float]) -> str:
 
 def _holds(verdict: bool) -> str:
     return "**holds**" if verdict else "**does not hold**"
+
+
+def _rises(values: Sequence[float]) -> bool:
+    """Whether every value is above the one before."""
+    return all(low < high for low, high in pairwise(values))
 
 
 # --- figures --------------------------------------------------------------------------------------------------
@@ -210,7 +258,7 @@ def _table_1(runs: Runs) -> list[Block]:
                 "P(think)",
                 "neither",
                 "paper: hybrid accuracy, 1.5B / 7B",
-                "paper: mean of ten benchmarks",
+                "paper: mean of nine benchmarks",
             ],
             rows,
         ),
@@ -256,9 +304,9 @@ def _margins(runs: Runs, margins: Sequence[float]) -> list[Block]:
     names = {f"δ = {margin:g}": evaluation for margin, evaluation in pooled.items()}
     return [
         Heading("Figure 3(b): the margin δ"),
-        Paragraph(f"The paper: a larger δ gives less thinking. Here this {_holds(ratios == sorted(ratios)[::-1])}."),
+        Paragraph(f"The paper: a larger δ gives less thinking. Here this {_holds(_rises(ratios[::-1]))}."),
         Table(["δ", "P(think)", "seeds", "accuracy, own choice", "tokens, own choice"], rows),
-        _picture("figure_3b", "Probability of thinking by level, for three margins", "All prompts of all seeds.",
+        _picture("figure_3b", "Probability of thinking by level and margin", "All prompts of all seeds.",
                  lambda figure: _panels(figure, {"": names})),
     ]  # fmt: skip
 
@@ -270,9 +318,9 @@ def _difficulty(runs: Runs) -> list[Block]:
     return [
         Heading("Figure 4: thinking by difficulty"),
         Paragraph(
-            "The paper: after HGPO the thinking ratio rises with the difficulty, before it is flat. Here it rises "
+            "The paper: after HGPO the thinking ratio rises with the difficulty, before it is flat. Here it goes "
             f"from {_percent(ratios[0])} to {_percent(ratios[-1])} over the levels; at every step up it rises: "
-            f"{_holds(ratios == sorted(ratios))}; before, it lies between {_percent(min(before))} and "
+            f"{_holds(_rises(ratios))}; before, it lies between {_percent(min(before))} and "
             f"{_percent(max(before))}."
         ),
         _picture("figure_4", "Probability of thinking by level", "All prompts of all seeds.",
@@ -306,7 +354,7 @@ def _domains(runs: Runs) -> list[Block]:
             "thinking ratio "
             f"goes from {_percent(held_out[0])} at the easiest to {_percent(held_out[-1])} at the hardest level: more "
             f"thinking at the hardest {_holds(held_out[-1] > held_out[0])}, a rise at every step "
-            f"{_holds(held_out == sorted(held_out))}."
+            f"{_holds(_rises(held_out))}."
         ),
         Table(
             ["domain", "model", "hybrid accuracy", "accuracy, own choice", "P(think), easiest", "P(think), hardest"],
@@ -367,7 +415,8 @@ def main() -> None:
             f"`make reproduce` on {platform.processor() or platform.machine()}. Seeds "
             f"{', '.join(map(str, args.seeds))} (data, initial weights, sampling); every evaluation samples 16 "
             "responses per mode and prompt at temperature 0.6, top-p 0.95; margin of hybrid accuracy 0.2. In brackets "
-            "95 % intervals over the prompts of all seeds; beside them the single seeds, in per cent."
+            "95 % intervals over the queries of all seeds, the copies of a query taken together; beside them the "
+            "single seeds, in per cent."
         ),
         *_table_1(runs),
         *_margins(runs, args.margins),

@@ -5,6 +5,7 @@ the chunks that are missing, and the result is the same as without the interrupt
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -68,6 +69,11 @@ def fingerprint(model: str) -> str | None:
         with path.open("rb") as file:
             found.update(f"{path.name}\0{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}\0".encode())
     return found.hexdigest()
+
+
+def prompts_hash(prompts: Sequence[Any]) -> str:
+    """What tells prompts, in their order, from others."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(list(prompts), sort_keys=True).encode())
 
 
 def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -550,7 +550,8 @@ class HGPOTrainer(GRPOTrainer):
         margin = self.args.margin if self.args.eval_margin is None else self.args.eval_margin
         budget = self.args.eval_token_budget
         found = figures(scores, lengths, think, no_think, picked, margin, budget)
-        if math.isnan(found.get("accuracy_at_budget", 0.0)) and not self._warned_budget:
+        out_of_reach = math.isnan(found.get("accuracy_at_budget", 0.0)) and not np.isnan(scores).all()
+        if out_of_reach and not self._warned_budget:
             self._warned_budget = True
             logger.warning(
                 f"No decision bias keeps to eval_token_budget={budget}: never thinking takes "

@@ -19,8 +19,11 @@ from trl import DPOTrainer
 
 from hgpo_trl import cli
 from hgpo_trl.baselines import as_dataset, best_responses, preference_pairs
+from hgpo_trl.model_card import STAGES
 from hgpo_trl.modes import format_response
-from hgpo_trl.scripts import baselines
+from hgpo_trl.samples import prompts_hash
+from hgpo_trl.scripts import baselines, evaluate
+from hgpo_trl.scripts.evaluate import EvaluateArguments
 from tests.refusals import refused
 
 ROOT = Path(__file__).parents[1]
@@ -134,10 +137,13 @@ def test_against_a_reference(queries: list[tuple[list[float], list[float]]], mar
         assert query[1 - winner][int(rejected[1])] == min(r for r in query[1 - winner] if not np.isnan(r))
 
 
-def test_the_order_of_the_samples_within_a_table_is_no_part_of_the_data() -> None:
+def test_a_seed_gives_the_same_data_and_the_queries_keep_their_order() -> None:
     samples = pd.concat([table([1.0, 0.0], [0.0, 1.0]).assign(prompt_id=i) for i in range(20)], ignore_index=True)
-    assert best_responses(samples, [True] * 20, seed=1).equals(best_responses(samples.copy(), [True] * 20, seed=1))
-    assert list(best_responses(samples[::-1], [True] * 20)["prompt_id"]) == list(range(20))
+    for choose in (best_responses, preference_pairs):
+        found, again, other = (choose(samples, [True] * 20, seed=seed) for seed in (1, 1, 2))
+        assert found.equals(again)
+        assert not found.equals(other)
+        assert list(choose(samples[::-1], [True] * 20)["prompt_id"]) == list(range(20))
 
 
 def test_a_plain_text_query_stays_plain_text() -> None:
@@ -164,6 +170,8 @@ def sampled(prompts: Dataset, tmp_path: Path) -> dict[str, str]:
             rows.append(row(i, "no_think", sample, float(i % 2 == 0)) | {"completion": short})
     pd.DataFrame(rows).to_parquet(folder / "samples.parquet")
     (folder / "report.json").write_text(json.dumps({"dataset": str(data)}), encoding="utf-8")
+    record = {"num_prompts": len(prompts), "prompts": prompts_hash(prompts["prompt"])}
+    (folder / "samples.json").write_text(json.dumps(record), encoding="utf-8")
     return {"train_data": str(data), "samples": str(folder), "output_dir": str(tmp_path / "run")}
 
 
@@ -183,7 +191,7 @@ def test_the_recipe_trains(kind: str, sampled: dict[str, str], model_dir: str, p
     assert all(not torch.equal(before[name], after[name]) for name in before)
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert (run["stage"], run["margin"]) == (kind, 0.2)
-    assert "fine-tuning" in (out / "README.md").read_text(encoding="utf-8") or kind == "dpo"
+    assert STAGES[kind][0] in (out / "README.md").read_text(encoding="utf-8")
     built = load_dataset("parquet", data_files=str(out / "train.parquet"), split="train")
     assert built["prompt"] == prompts["prompt"]
     column = "completion" if kind == "rft" else "chosen"
@@ -237,12 +245,33 @@ def test_samples_of_which_none_is_fit(sampled: dict[str, str], model_dir: str) -
         baselines.main(argv("dpo", {**SMALL, **sampled, "model_name_or_path": model_dir}))
 
 
-def test_samples_of_more_prompts_than_there_are(sampled: dict[str, str], model_dir: str) -> None:
-    path = Path(sampled["samples"]) / "samples.parquet"
-    samples = pd.read_parquet(path)
-    samples.assign(prompt_id=samples["prompt_id"] + 1).to_parquet(path)
-    with pytest.raises(ValueError, match="are of 33 prompts, but train_data has only 32 rows"):
+def test_samples_of_more_prompts_than_there_are(sampled: dict[str, str], model_dir: str, prompts: Dataset) -> None:
+    prompts.select(range(31)).to_parquet(sampled["train_data"])
+    with pytest.raises(ValueError, match="are of 32 prompts, but train_data has only 31 rows"):
         baselines.main(argv("rft", {**SMALL, **sampled, "model_name_or_path": model_dir}))
+
+
+def test_samples_of_other_prompts_under_the_same_name(
+    sampled: dict[str, str], model_dir: str, prompts: Dataset
+) -> None:
+    """Built anew with another seed: every response would belong to another query."""
+    prompts.select(range(32)[::-1]).to_parquet(sampled["train_data"])
+    with pytest.raises(ValueError, match=r"are not of the prompts that train_data=.* the data has been built anew"):
+        baselines.main(argv("rft", {**SMALL, **sampled, "model_name_or_path": model_dir}))
+
+
+def test_samples_of_the_first_prompts(sampled: dict[str, str], model_dir: str, prompts: Dataset) -> None:
+    """`num_prompts` of the evaluation, as the evaluation itself notes it."""
+    folder = Path(sampled["samples"])
+    samples = pd.read_parquet(folder / "samples.parquet").query("prompt_id < 3")
+    samples.to_parquet(folder / "samples.parquet")
+    claimed = EvaluateArguments(model_dir, sampled["train_data"], output_dir=str(folder.with_name("again")))
+    first = prompts.select(range(3))
+    evaluate._claim(claimed, first, evaluate._settings(claimed, first))
+    (folder / "samples.json").write_bytes((folder.with_name("again") / "samples.json").read_bytes())
+    args = baselines.BaselineArguments(sampled["samples"], sampled["train_data"])
+    found, queries = baselines._load_samples(args)
+    assert (found["prompt_id"].nunique(), len(queries)) == (3, 32)
 
 
 def test_an_unknown_kind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,18 @@ def test_the_figures_by_hand(
 
 
 @pytest.mark.usefixtures("by_hand")
+def test_the_budget_is_not_to_blame_where_nothing_has_a_score(
+    make_trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unscored(completions: list, **kwargs: Any) -> list[None]:
+        return [None] * len(completions)
+
+    log = make_trainer(unscored, Dataset.from_dict({"prompt": ["1"]}), eval_token_budget=100.0).evaluate()
+    assert log["eval_hgpo/accuracy_at_budget"] is None
+    assert not [record for record in caplog.records if "eval_token_budget" in record.message]
+
+
+@pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize(
     ("margins", "expected"),
     [
@@ -352,3 +364,9 @@ def test_evaluations_without_data_end_the_run_before_anything_is_loaded(tmp_path
     with pytest.raises(ValueError, match=r"eval_strategy=steps needs prompts to evaluate on\. Set eval_data"):
         hgpo.main(words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_no_prompts_to_evaluate_on(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"eval_prompts must be at least 1, or null for all of eval_data; got {rows}"):
+        hgpo.HGPOArguments(train_data="d.parquet", eval_data="e.parquet", eval_prompts=rows)

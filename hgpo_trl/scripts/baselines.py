@@ -27,6 +27,7 @@ from hgpo_trl.files import whole_file
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import has_answer
+from hgpo_trl.samples import RECORD, SAMPLES, prompts_hash
 from hgpo_trl.scripts.hft import fine_tune
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
@@ -50,15 +51,15 @@ class BaselineArguments:
             raise ValueError(f"margin must be a finite number; got {self.margin}.")
 
 
-def _load_samples(args: BaselineArguments) -> pd.DataFrame:
-    """The scored samples, of which every prompt is a row of train_data.
+def _load_samples(args: BaselineArguments) -> tuple[pd.DataFrame, Dataset]:
+    """The scored samples, and train_data, whose first rows are their prompts.
 
     Raises:
         ValueError: there are none, they have no scores, or they are of another data set.
     """
     folder = Path(args.samples)
     remedy = f"Run `hgpo-trl evaluate --data {args.train_data} --output_dir {args.samples}` with the HFT model."
-    for name in ("report.json", "samples.parquet"):
+    for name in ("report.json", RECORD, SAMPLES):
         if not (folder / name).is_file():
             raise ValueError(f"samples={args.samples!r}: there is no {name} in it. {remedy}")
     sampled = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"]
@@ -66,23 +67,29 @@ def _load_samples(args: BaselineArguments) -> pd.DataFrame:
         raise ValueError(
             f"samples={args.samples!r} are of {sampled!r}, not of train_data={args.train_data!r}. {remedy}"
         )
-    samples = pd.read_parquet(folder / "samples.parquet")
+    samples = pd.read_parquet(folder / SAMPLES)
     if missing := [name for name in COLUMNS if name not in samples]:
-        raise ValueError(f"samples={args.samples!r}: samples.parquet lacks the column {missing[0]}. {remedy}")
-    return samples
+        raise ValueError(f"samples={args.samples!r}: {SAMPLES} lacks the column {missing[0]}. {remedy}")
+    queries = load_data("train_data", args.train_data, args.train_split)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if record["num_prompts"] > len(queries):
+        raise ValueError(
+            f"samples={args.samples!r} are of {record['num_prompts']} prompts, but train_data has only "
+            f"{len(queries)} rows. Name the data set and the split that were sampled."
+        )
+    if record["prompts"] != prompts_hash(queries["prompt"][: record["num_prompts"]]):
+        raise ValueError(
+            f"samples={args.samples!r} are not of the prompts that train_data={args.train_data!r} has in "
+            f"train_split={args.train_split!r}: another split was sampled, or the data has been built anew. {remedy}"
+        )
+    return samples, queries
 
 
 def _build(
     args: BaselineArguments, training_args: SFTConfig | DPOConfig, choose: Callable[..., pd.DataFrame]
 ) -> Dataset:
     """A baseline's training set, of which the first process keeps a copy in `output_dir`."""
-    samples = _load_samples(args)
-    queries = load_data("train_data", args.train_data, args.train_split)
-    if samples[PROMPT_ID].max() >= len(queries):
-        raise ValueError(
-            f"samples={args.samples!r} are of {samples[PROMPT_ID].max() + 1} prompts, but train_data has only "
-            f"{len(queries)} rows. Name the data set and the split that were sampled."
-        )
+    samples, queries = _load_samples(args)
     answers: Sequence[Any] = queries["answer"] if "answer" in queries.column_names else [None] * len(queries)
     chosen = choose(samples, [has_answer(answer) for answer in answers], args.margin, training_args.seed)
     if not len(chosen):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import xxhash
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -37,6 +36,7 @@ from hgpo_trl.samples import (
     draw_missing,
     fingerprint,
     part_paths,
+    prompts_hash,
     read_parts,
     read_samples,
     write_samples,
@@ -179,11 +179,10 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
     """
     output_dir = Path(args.output_dir)
     record = output_dir / RECORD
-    prompts = list(dataset["prompt"]) if "prompt" in dataset.column_names else []
     run = {
         "model": args.model,
         "data": args.data,
-        "prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts, sort_keys=True).encode()),
+        "prompts": prompts_hash(dataset["prompt"] if "prompt" in dataset.column_names else []),
         "dtype": args.dtype,
         **settings,
     }

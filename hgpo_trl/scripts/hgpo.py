@@ -33,6 +33,10 @@ class HGPOArguments:
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
     eval_prompts: int | None = field(default=None, metadata={"help": "Use only the first so many rows of eval_data."})
 
+    def __post_init__(self) -> None:
+        if self.eval_prompts is not None and self.eval_prompts < 1:
+            raise ValueError(f"eval_prompts must be at least 1, or null for all of eval_data; got {self.eval_prompts}.")
+
 
 def main(argv: Sequence[str]) -> None:
     script_args, training_args, model_args, reward_args = RecipeParser(
