@@ -287,8 +287,8 @@ def _table_1(runs: Runs) -> list[Block]:
     ]
 
 
-def _margins(runs: Runs, margins: Sequence[float]) -> list[Block]:
-    models = {MARGIN: "grpo", **{margin: f"margin-{margin:g}" for margin in margins}}
+def _margins(runs: Runs, margins: Sequence[str]) -> list[Block]:
+    models = {MARGIN: "grpo", **{float(margin): f"margin-{margin}" for margin in margins}}
     pooled = {margin: runs.pooled(model) for margin, model in sorted(models.items())}
     ratios = [evaluation["thinking_ratio"] for evaluation in pooled.values()]
     rows = [
@@ -405,7 +405,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--margins", type=float, nargs="+", required=True)
+    parser.add_argument("--margins", nargs="+", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
     runs = Runs(args.runs, args.seeds)

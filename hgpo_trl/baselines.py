@@ -61,8 +61,9 @@ def preference_pairs(
     Args:
         samples, has_answer: see `fit_to_imitate`. A query is left out whose winner would not be fit, or one of whose
             modes has no sample with a reward.
-        margin: δ, what no-think is given on top of its mean, as in Eq. 8; 0 is the paper's baseline.
-        seed: of the lot that decides between modes of equal means, and between equals within a mode.
+        margin: δ, what no-think is given on top of its mean, as in Eq. 8, where equality is its, too; 0 is the paper's
+            baseline.
+        seed: of the lot that decides between equals within a mode and, without a margin, between the modes.
 
     Returns:
         `prompt_id`, `chosen`, `rejected`.
@@ -71,7 +72,7 @@ def preference_pairs(
     means = scored.groupby([PROMPT_ID, "mode"])["reward"].mean().unstack("mode")
     means = means.reindex(columns=[Mode.THINK.value, Mode.NO_THINK.value]).dropna()
     gain = (means[Mode.THINK.value] - means[Mode.NO_THINK.value] - margin).round(_DECIMALS)
-    lot = np.random.default_rng(seed).choice([-1.0, 1.0], size=len(gain))
+    lot = np.random.default_rng(seed).choice([-1.0, 1.0], size=len(gain)) if margin == 0 else -1.0
     winner = pd.Series(np.where(gain.where(gain != 0, lot) > 0, Mode.THINK.value, Mode.NO_THINK.value), means.index)
 
     compared = scored[scored[PROMPT_ID].isin(winner.index)]

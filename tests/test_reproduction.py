@@ -98,7 +98,7 @@ def test_thinking_by_difficulty(write: Write, ratios: list[float], verdict: str)
 @pytest.mark.parametrize(("larger", "verdict"), [(0.2, "holds"), (0.4, "does not hold"), (0.6, "does not hold")])
 def test_thinking_by_margin(write: Write, larger: float, verdict: str) -> None:
     write("margin-0.45", [larger])
-    text = paragraph(reproduction._margins(write("grpo", [0.4]), [0.45]))
+    text = paragraph(reproduction._margins(write("grpo", [0.4]), ["0.45"]))
     assert f"a larger δ gives less thinking. Here this **{verdict}**" in text
 
 

@@ -259,7 +259,7 @@ def _model_tokenizer(args: EvaluateArguments, dataset: Dataset) -> PreTrainedTok
 
 
 def main(argv: Sequence[str]) -> None:
-    if "--compare" in argv:
+    if any(word.partition("=")[0] == "--compare" for word in argv):
         from hgpo_trl.scripts import compare
 
         compare.main(argv)
