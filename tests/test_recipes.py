@@ -3,6 +3,8 @@
 import copy
 import importlib
 import json
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,29 @@ def test_recipe_loads_through_its_stage(path: Path, parse: Parse) -> None:
         if isinstance(value, (int, float)) and key in values:
             assert values[key] == value
             assert type(values[key]) in (type(value), float)
+
+
+def test_make_reproduce_runs_what_there_is(parse: Parse) -> None:
+    """Every command of `make reproduce` parses, and reads only what an earlier one writes."""
+    listing = subprocess.run(
+        ["make", "-n", "-f", "benchmarks/reproduce.mk", "BIN=bin", "R=nowhere", "SEEDS=3"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    commands = [line.split() for line in re.findall(r"bin/hgpo-trl (.*?) > ", listing)]
+    assert len(commands) == 32  # data, HFT, samples, baselines, HGPO, evaluations
+    written: list[str] = []
+    for stage, *argv in commands:
+        kind = argv.pop(0) if stage == "baselines" else ""
+        on_cpu = ["--use_cpu", "true"] if stage in ("hft", "hgpo", "baselines") else []
+        config = [str(ROOT / word) if word.startswith("recipes/") else word for word in argv]
+        parsed = parse(stage, *([kind] if kind else []), *config, *on_cpu)
+        for key, value in ((key, value) for part in parsed for key, value in vars(part).items()):
+            if isinstance(value, str) and value.startswith("nowhere/"):
+                if key == "output_dir":
+                    assert value not in written
+                    written.append(value)
+                elif key != "logging_dir":
+                    assert any(value.startswith(folder) for folder in written), f"{stage}: {key}={value}"
 
 
 def test_every_folder_of_recipes_is_tested() -> None:
