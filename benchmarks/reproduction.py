@@ -10,7 +10,6 @@ times: within each level whole queries of a seed are resampled, with all their c
 
 import argparse
 import json
-import platform
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from fixed_rollouts import machine
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -147,7 +147,7 @@ def _seeds(values: Sequence[float]) -> str:
 
 
 def _holds(verdict: bool) -> str:
-    return "**holds**" if verdict else "**does not hold**"
+    return "holds" if verdict else "does not hold"
 
 
 def _rises(values: Sequence[float]) -> bool:
@@ -412,7 +412,7 @@ def main() -> None:
     blocks: list[Block] = [
         Heading("The paper's findings on the embedded tasks", 1),
         Paragraph(
-            f"`make reproduce` on {platform.processor() or platform.machine()}. Seeds "
+            f"`make reproduce` on {machine()} Seeds "
             f"{', '.join(map(str, args.seeds))} (data, initial weights, sampling); every evaluation samples 16 "
             "responses per mode and prompt at temperature 0.6, top-p 0.95; margin of hybrid accuracy 0.2. In brackets "
             "95 % intervals over the queries of all seeds, the copies of a query taken together; beside them the "

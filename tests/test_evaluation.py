@@ -318,7 +318,7 @@ def test_reward_functions_get_what_they_get_in_training(few: Dataset, samples: p
         return [0.0] * len(kwargs["completions"])
 
     score_samples(shuffled, few, [spy])
-    assert set(seen) == {"prompts", "completions", "answer", "level", "response"}
+    assert set(seen) == {"prompts", "completions", "answer", "level", "domain", "response"}
     responses = [split_response(text) for text in shuffled["completion"]]
     assert seen["response"] == responses
     assert seen["prompts"] == [few[row]["prompt"] for row in shuffled["prompt_id"]]
@@ -559,7 +559,7 @@ def test_evaluate_writes_a_report_that_its_samples_reproduce(
     assert set(samples["reward"]) <= {0.0, 1.0}
     assert {"model": model_dir, "margin": 0.2, "num_prompts": 8, "samples_per_mode": 2}.items() <= report.items()
     assert [group["level"] for group in report["by_level"]] == sorted(set(prompts["level"][:8]))
-    recomputed = report_on(samples, margin=0.2, levels=prompts["level"])
+    recomputed = report_on(samples, margin=0.2, levels=prompts["level"], domains=prompts["domain"])
     assert nan_as_none(recomputed) == {key: report[key] for key in report.keys() - {"model", "dataset", "settings"}}
     assert report["settings"] == {
         "split": "train",

@@ -85,9 +85,9 @@ def test_prompts_of_all_seeds_are_told_apart(write: Write) -> None:
 @pytest.mark.parametrize(
     ("ratios", "verdict"),
     [
-        ([0.1, 0.2, 0.9], "goes from 10.0 % to 90.0 % over the levels; at every step up it rises: **holds**"),
-        ([0.9, 0.2, 0.1], "goes from 90.0 % to 10.0 % over the levels; at every step up it rises: **does not hold**"),
-        ([0.5, 0.5, 0.5], "goes from 50.0 % to 50.0 % over the levels; at every step up it rises: **does not hold**"),
+        ([0.1, 0.2, 0.9], "goes from 10.0 % to 90.0 % over the levels; at every step up it rises: holds"),
+        ([0.9, 0.2, 0.1], "goes from 90.0 % to 10.0 % over the levels; at every step up it rises: does not hold"),
+        ([0.5, 0.5, 0.5], "goes from 50.0 % to 50.0 % over the levels; at every step up it rises: does not hold"),
     ],
 )
 def test_thinking_by_difficulty(write: Write, ratios: list[float], verdict: str) -> None:
@@ -99,7 +99,7 @@ def test_thinking_by_difficulty(write: Write, ratios: list[float], verdict: str)
 def test_thinking_by_margin(write: Write, larger: float, verdict: str) -> None:
     write("margin-0.45", [larger])
     text = paragraph(reproduction._margins(write("grpo", [0.4]), ["0.45"]))
-    assert f"a larger δ gives less thinking. Here this **{verdict}**" in text
+    assert f"a larger δ gives less thinking. Here this {verdict}" in text
 
 
 def test_every_verdict_of_the_table(write: Write) -> None:
@@ -107,6 +107,6 @@ def test_every_verdict_of_the_table(write: Write) -> None:
     for model in reproduction.TABLE:
         runs = write(model, [0.4])
     text = " ".join(item for block in reproduction._table_1(runs) if isinstance(block, Bullets) for item in block.items)
-    assert text.count("**does not hold**") == len(reproduction.TABLE) - len(reproduction.ESTIMATORS)
-    assert "**holds**" not in text
+    assert text.count("does not hold") == len(reproduction.TABLE) - len(reproduction.ESTIMATORS)
+    assert "holds" not in text
     assert "0.0 % of the tokens of always thinking, at 100.0 % accuracy for 100.0 %" in text
