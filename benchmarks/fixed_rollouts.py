@@ -124,6 +124,15 @@ def build(
     return built
 
 
+CASE_COLUMNS: dict[str, Callable[[dict], Any]] = {  # of `markdown_table`: what says which case a row is
+    "lengths": lambda r: r["lengths"],
+    "rows": lambda r: r["rows"],
+    "N": lambda r: r["group"],
+    "tokens per response": lambda r: f"{r['mean_length']:.0f}",
+    "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
+}
+
+
 def markdown_table(columns: dict[str, Callable[[dict], Any]], rows: Iterable[dict]) -> str:
     """Columns are `{header: cell of a row}`; the first one is text, the others are numbers."""
     lines = ["| " + " | ".join(columns) + " |", "| :-- " + "| --: " * (len(columns) - 1) + "|"]

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fixed_rollouts import DISTRIBUTIONS, Case, build, markdown_table, publish
+from fixed_rollouts import CASE_COLUMNS, DISTRIBUTIONS, Case, build, markdown_table, publish
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from trl import GRPOConfig, GRPOTrainer
@@ -154,11 +154,7 @@ GROWTH = {  # what varies, on the log-normal lengths; the middle one is BASE
     "model": [replace(BASE, hidden_size=64, layers=2), BASE, replace(BASE, hidden_size=256)],
 }
 COLUMNS = {
-    "lengths": lambda r: r["lengths"],
-    "rows": lambda r: r["rows"],
-    "N": lambda r: r["group"],
-    "tokens per response": lambda r: f"{r['mean_length']:.0f}",
-    "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
+    **CASE_COLUMNS,
     "processed / real tokens, stock": lambda r: f"{r['tokens_stock']:.2f}",
     "ours": lambda r: f"{r['tokens_ours']:.2f}",
     "training phase, stock / ours": lambda r: f"{r['speedup_training']:.2f}",

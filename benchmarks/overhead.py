@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from fixed_rollouts import Case, build, markdown_table, publish
+from fixed_rollouts import CASE_COLUMNS, Case, build, markdown_table, publish
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
@@ -178,11 +178,7 @@ CASES = [
     replace(LOG_NORMAL, rows=64, hidden_size=256),
 ]
 COLUMNS = {
-    "lengths": lambda r: r["lengths"],
-    "rows": lambda r: r["rows"],
-    "N": lambda r: r["group"],
-    "tokens per response": lambda r: f"{r['mean_length']:.0f}",
-    "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
+    **CASE_COLUMNS,
     "step": lambda r: f"{r['step_s']:.2f} s",
     "of that generation": lambda r: f"{100 * r['generation_s'] / r['step_s']:.0f} %",
     "own code": lambda r: f"{1000 * r['own_s']:.1f} ms",
