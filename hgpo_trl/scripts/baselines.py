@@ -22,6 +22,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_quantization_
 
 from hgpo_trl.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import PROMPT_ID
 from hgpo_trl.files import whole_file
 from hgpo_trl.lora import prepare_wrapped
@@ -153,4 +154,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "baselines", sys.argv[1:])

@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hgpo_trl.errors import run_stage
 from hgpo_trl.lora import is_adapter
 from hgpo_trl.model_card import write_model_card
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -51,4 +52,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "card", sys.argv[1:])

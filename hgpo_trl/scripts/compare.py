@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from hgpo_trl.comparison import RESAMPLES, Evaluation, compare, write_comparison
+from hgpo_trl.errors import run_stage
 from hgpo_trl.samples import RECORD, SAMPLES
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.report import load_evaluation, named_folders
@@ -55,4 +56,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "evaluate", sys.argv[1:])

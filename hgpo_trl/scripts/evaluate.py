@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.generate import AUTO, check_settings, render
@@ -313,4 +314,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "evaluate", sys.argv[1:])

@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from hgpo_trl.errors import run_stage
 from hgpo_trl.generate import AUTO, HybridModel, check_settings
 from hgpo_trl.harnesses import (
     HARNESSES,
@@ -120,4 +121,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "export", sys.argv[1:])

@@ -17,6 +17,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.generate import SAMPLING
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import add_mode_tokens, mode_tokens
@@ -88,4 +89,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "hft", sys.argv[1:])

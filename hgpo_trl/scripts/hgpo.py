@@ -14,6 +14,7 @@ from trl import ModelConfig, get_quantization_config
 
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -78,4 +79,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "hgpo", sys.argv[1:])

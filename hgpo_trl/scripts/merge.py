@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig
 
+from hgpo_trl.errors import run_stage
 from hgpo_trl.generate import SAMPLING
 from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, load_merged
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -74,4 +75,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "merge", sys.argv[1:])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hgpo_trl.errors import run_stage
 from hgpo_trl.report import load_training_log, write_report
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -104,4 +105,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "report", sys.argv[1:])
