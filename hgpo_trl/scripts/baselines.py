@@ -25,6 +25,7 @@ from hgpo_trl.data_files import load_data
 from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import PROMPT_ID
 from hgpo_trl.files import whole_file
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import has_answer
@@ -134,6 +135,7 @@ def dpo(argv: Sequence[str]) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=lora_config(training_args, model_args, tokens),
     )
+    set_generation_config(trainer.model, tokenizer)
     if model_args.use_peft:
         prepare_wrapped(trainer.model)
     train_and_save(trainer, checkpoint)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
 from hgpo_trl.data_files import load_data
@@ -46,7 +46,7 @@ from hgpo_trl.sampling import check_backend, default_device, loaded_sampler
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import check_same_run
-from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.scripts.training import tokenizer_of
 from hgpo_trl.trainer import check_dataset
 from hgpo_trl.vllm_support import check_vllm_installed
 
@@ -247,8 +247,7 @@ def _model_tokenizer(args: EvaluateArguments, dataset: Dataset) -> PreTrainedTok
     Raises:
         ValueError: there is no such model, it has no mode tags, or the prompts do not suit it.
     """
-    check_model_path("model", args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = tokenizer_of("model", args.model)
     try:
         mode_tokens(tokenizer)
     except ValueError as error:

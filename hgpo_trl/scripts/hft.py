@@ -18,7 +18,7 @@ from trl.trainer.utils import create_model_from_path
 from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
 from hgpo_trl.data_files import load_data
 from hgpo_trl.errors import run_stage
-from hgpo_trl.generate import SAMPLING
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import add_mode_tokens, mode_tokens
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -63,7 +63,7 @@ def fine_tune(
     add_mode_tokens(tokenizer, model)
     if not has_thinking_modes(tokenizer):
         set_chat_template(tokenizer)
-    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, **SAMPLING)
+    set_generation_config(model, tokenizer)
 
     trainer = SFTTrainer(
         model=model,
