@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
+from hgpo_trl.chat_template import has_thinking_modes, read_template, set_chat_template
 from hgpo_trl.data_files import load_data
 from hgpo_trl.errors import run_stage
 from hgpo_trl.generate import set_generation_config
@@ -55,14 +55,17 @@ def fine_tune(
 ) -> None:
     """Give a model the mode tags and the chat template, if it has none, train it on responses, and save it."""
     tokenizer = load_tokenizer(training_args, model_args)
+    if training_args.chat_template_path is not None:
+        tokenizer.chat_template = read_template(training_args.chat_template_path)
+        training_args.chat_template_path = None  # TRL would put it in the place of the one with the modes
+    if not has_thinking_modes(tokenizer):
+        set_chat_template(tokenizer)
     model = create_model_from_path(
         str(model_args.model_name_or_path),  # there is one: load_tokenizer has looked
         quantization_config=get_quantization_config(model_args),
         **model_init_kwargs(training_args, model_args),
     )
     add_mode_tokens(tokenizer, model)
-    if not has_thinking_modes(tokenizer):
-        set_chat_template(tokenizer)
     set_generation_config(model, tokenizer)
 
     trainer = SFTTrainer(

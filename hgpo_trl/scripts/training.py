@@ -92,14 +92,15 @@ def _unfinished(folder: Path) -> str | None:
         return "there is no config.json in it"
     if not (folder / RUN_FILE).is_file():
         return None
-    weights = sorted(folder.glob("adapter_model*" if config == ADAPTER_CONFIG else "*model*.safetensors"))
+    stem = "adapter_model" if config == ADAPTER_CONFIG else "model"
+    weights = sorted(path for path in folder.glob(f"*{stem}*") if path.suffix in (".safetensors", ".bin"))
     if not weights:
         return "there are no weights in it"
     for index in folder.glob("*.safetensors.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(shards - {path.name for path in weights}):
             return f"{missing[0]} is missing"
-    for path in weights:
+    for path in (path for path in weights if path.suffix == ".safetensors"):
         try:
             with safe_open(path, framework="pt"):
                 pass
