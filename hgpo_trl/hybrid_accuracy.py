@@ -22,7 +22,7 @@ Table = dict[str, Array]
 Label = int | float | str
 
 THINK, NO_THINK = 0, 1  # positions on the mode axis
-TIE_TOLERANCE = 1e-9  # means of the same rewards in another order may differ in the last bits
+TIE_TOLERANCE = 1e-9  # of means, relative where they exceed 1: rounding of the same scores in another order
 
 
 def _mean(x: Array, axis: int | None = None) -> Any:
@@ -45,7 +45,8 @@ def better_mode(mean_scores: Array, mean_lengths: Array, margin: float = 0.0) ->
         `[K]`: 0 = think, 1 = no_think, -1 = undefined, because a mode has no valid sample.
     """
     gain = mean_scores[:, THINK] - mean_scores[:, NO_THINK]
-    close = (np.abs(gain) <= TIE_TOLERANCE) | (np.abs(gain) < margin - TIE_TOLERANCE)
+    tolerance = TIE_TOLERANCE * np.maximum(1.0, np.abs(mean_scores).max(axis=1))
+    close = (np.abs(gain) <= tolerance) | (np.abs(gain) < margin - tolerance)
     shorter = np.where(mean_lengths[:, THINK] < mean_lengths[:, NO_THINK], THINK, NO_THINK)
     better = np.where(close, shorter, np.where(gain > 0, THINK, NO_THINK))
     return np.where(np.isnan(gain), -1, better)

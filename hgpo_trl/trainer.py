@@ -27,14 +27,24 @@ from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler
 
-from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_without_think
+from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_without_think, tied_modes
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
 from hgpo_trl.hybrid_accuracy import figures
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, Fault, Response, check_embeddings, mode_tokens
-from hgpo_trl.rewards import answer_parts, check_bounded, checked, floor_faults, is_model, overlong, split_completions
+from hgpo_trl.rewards import (
+    answer_parts,
+    check_bounded,
+    check_finite,
+    checked,
+    floor_faults,
+    is_model,
+    overlong,
+    split_completions,
+    weighted_sum,
+)
 from hgpo_trl.vllm_support import (
     check_server,
     check_vllm_installed,
@@ -345,6 +355,7 @@ class HGPOTrainer(GRPOTrainer):
             answer_parts(completions, responses),
             completion_ids_list,
         )
+        check_finite(rewards, self.reward_func_names)
         if self._decided is not None:
             known = rewards.new_tensor(torch.nan) if self._no_think_rewards is None else self._no_think_rewards
             rewards = self._no_think_rewards = torch.where(asked[:, None], rewards, known)
@@ -442,8 +453,7 @@ class HGPOTrainer(GRPOTrainer):
 
     def _grouped(self, rewards_per_func: Tensor) -> Tensor:
         """The weighted sums of rewards `[B, F]` by query and mode, `[Q, 2, N/2]`."""
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        rewards[rewards_per_func.isnan().all(dim=1)] = torch.nan  # no function scored it: not a reward of 0
+        rewards = weighted_sum(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         return rewards.view(-1, len(MODES), self._group_size() // len(MODES))
 
     # ------------------------------------------------------------------------------- micro-batches of like length
@@ -612,10 +622,9 @@ class HGPOTrainer(GRPOTrainer):
         per_query["hgpo/decision_entropy"] = decision.entropy
 
         r_inter, r_intra = assign_rewards(rewards, self.args.margin, self.args.ties, self._decided)
-        valid = ~rewards.isnan()
         compared = r_inter.any(dim=2).any(dim=1)
         per_query["hgpo/think_win_rate"] = r_inter[:, 0].amax(dim=1).masked_fill(~compared, torch.nan)
-        flat = ((r_intra == 1) | ~valid).all(dim=2).all(dim=1)  # nothing to choose within either mode
+        flat = tied_modes(rewards, r_intra).all(dim=1)  # nothing to choose within either mode
         per_query["hgpo/no_intra_signal"] = flat
         per_query["hgpo/no_signal"] = flat & ~compared
         transferred = torch.stack([column.float() for column in per_query.values()]).tolist()

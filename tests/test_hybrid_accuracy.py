@@ -159,6 +159,21 @@ def test_better_mode(scores: tuple, lengths: tuple, margin: float, expected: int
     assert better_mode(np.array([scores]), np.array([lengths], dtype=float), margin).tolist() == [expected]
 
 
+@given(
+    scores=st.lists(
+        st.integers(5, 60).map(float) | st.floats(-1e6, 1e6, allow_subnormal=False), min_size=2, max_size=16
+    ),
+    margin=st.sampled_from([0.0, 0.2]),
+    data=st.data(),
+)
+def test_the_same_scores_in_another_order_are_a_tie(scores: list[float], margin: float, data: st.DataObject) -> None:
+    """Whatever the scores' size: the shorter mode is the better one, be it the first or the second."""
+    shuffled, lengths = data.draw(st.permutations(scores)), [4] * len(scores)
+    shorter = [3] * len(scores)
+    tied = [Prompt((scores, shuffled), (lengths, shorter)), Prompt((shuffled, scores), (shorter, lengths))]
+    assert table_of(tied, margin)["hybrid_accuracy"].tolist() == [0.0, 1.0], "all pick to think"
+
+
 def test_a_row_by_hand() -> None:
     prompt = Prompt(([1.0, 1.0, 0.0, NAN], [0.0, 1.0, 0.0, 0.0]), ([8, 10, 12, 10], [2, 2, 3, 1]), 0.5, 0.25, THINK)
     expected = {
