@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -469,8 +469,13 @@ class HGPOTrainer(GRPOTrainer):
             self.args.gradient_accumulation_steps,
             sort=self._rows_may_meet_any_others(),
             multiple=self.pad_to_multiple_of,
+            permutation=self._common_permutation,
         )
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _common_permutation(self, size: int) -> Tensor:
+        """One order for all processes, whose random numbers differ: the first one's."""
+        return broadcast(torch.randperm(size).to(self.accelerator.device))
 
     def _rows_may_meet_any_others(self) -> bool:
         """Whether the sum over an optimizer step is the same however its rows are grouped into micro-batches."""
