@@ -588,6 +588,10 @@ class HGPOTrainer(GRPOTrainer):
         """Trainer's; a figure without a value is never the best."""
         return super()._determine_best_metric({k: math.nan if v is None else v for k, v in metrics.items()}, trial)
 
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Trainer's; a figure without a value is shown as null, as `save_metrics` writes it."""
+        super().log_metrics(split, {k: "null" if v is None else v for k, v in metrics.items()})
+
     # ---------------------------------------------------------------------------------------------------- metrics
 
     def _log_group_metrics(self, rewards: Tensor, decision: Decision) -> None:

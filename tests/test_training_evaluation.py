@@ -1,6 +1,7 @@
 """Evaluation inside training: its figures by hand, what it leaves out, and the best checkpoint that it chooses."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ def make_trainer(model_dir: str, tokenizer: PreTrainedTokenizerFast, prompts: Da
         args = HGPOConfig(
             output_dir=str(tmp_path), per_device_train_batch_size=8, per_device_eval_batch_size=8, num_generations=4,
             max_completion_length=8, max_steps=2, learning_rate=1e-2, bf16=False, use_cpu=True,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
-            **({"beta": 0.0, "eval_strategy": "steps", "eval_steps": 1} | config),
+            gradient_checkpointing=False, save_strategy="no", logging_steps=1,
+            **(
+                {"beta": 0.0, "eval_strategy": "steps", "eval_steps": 1, "report_to": "none", "disable_tqdm": True}
+                | config
+            ),
         )  # fmt: skip
         eval_dataset = prompts.select(range(5)) if eval_dataset is None else eval_dataset
         return HGPOTrainer(model_dir, reward, args, prompts, eval_dataset, processing_class=tokenizer)
@@ -174,6 +178,38 @@ def test_a_figure_without_a_value_is_never_the_best(make_trainer: Make) -> None:
     assert trainer._determine_best_metric({"eval_hgpo/accuracy_at_budget": 0.0}, None)
     assert not trainer._determine_best_metric(trainer.evaluate(), None)
     assert trainer.state.best_metric == 0.0
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_figures_without_a_value_can_be_shown_saved_and_reported(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    disable_tqdm: bool,
+) -> None:  # fmt: skip
+    """By Trainer's own functions, its printing of progress, and W&B."""
+    import wandb
+
+    def unscored(completions: list, **kwargs: Any) -> list[None]:
+        return [None] * len(completions)
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = make_trainer(unscored, disable_tqdm=disable_tqdm, report_to="wandb", eval_token_budget=9.0)
+    try:
+        trainer.train()
+        metrics = trainer.evaluate()
+    finally:
+        wandb.finish()
+    missing = [name for name, value in metrics.items() if value is None]
+    assert {"eval_hgpo/hybrid_accuracy", "eval_hgpo/accuracy/think", "eval_hgpo/accuracy_at_budget"} <= {*missing}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    shown = capsys.readouterr().out
+    assert re.search(r"^ *eval_hgpo/hybrid_accuracy += +null$", shown, re.MULTILINE)
+    assert re.search(r"^ *eval_hgpo/mean_tokens/think += +[0-9.]+$", shown, re.MULTILINE)
+    for name in ("eval_results.json", "all_results.json"):
+        assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == metrics
+    assert "NaN" not in (tmp_path / "trainer_state.json").read_text(encoding="utf-8")
 
 
 # --- what an evaluation leaves out ----------------------------------------------------------------------------------
