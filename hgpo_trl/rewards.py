@@ -60,7 +60,7 @@ def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
         )
 
 
-def floor_faults(rewards: Tensor, faulty: Tensor, query: Tensor) -> Tensor:
+def floor_faults(rewards: Tensor, faulty: Tensor, query: Tensor, weights: Tensor | None = None) -> Tensor:
     """Give every faulty response the lowest reward of its query, whatever the reward functions made of its answer part.
 
     That is 0, or the lowest reward of the query's well-formed responses in the same column where that is below 0: with
@@ -74,10 +74,15 @@ def floor_faults(rewards: Tensor, faulty: Tensor, query: Tensor) -> Tensor:
         rewards: `[B, F]`, one column per reward function, NaN where it gives none.
         faulty: `[B]`, whether the response breaks the format.
         query: `[B]`, the number of the query that a response answers.
+        weights: `[F]`; for a column whose weight is negative the highest reward takes the place of the lowest. None: no
+            such column.
 
     Returns:
         `[B, F]`.
     """
+    if weights is not None and (weights < 0).any():
+        sign = torch.where(weights < 0, -1.0, 1.0).to(rewards)
+        return sign * floor_faults(sign * rewards, faulty, query)
     scored = ~rewards.isnan()
     faulty = faulty.bool()[:, None]
     shape = (int(query.max()) + 1, rewards.shape[1])
@@ -101,12 +106,18 @@ def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
     return (rewards * weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
 
-def check_weights(weights: Sequence[float] | None) -> None:
-    """Raise UserError unless all `reward_weights` are finite and not negative; None is 1 each."""
-    if any(not 0.0 <= weight < math.inf for weight in weights or []):
+def check_weights(weights: Sequence[float] | None, num_functions: int | None = None) -> None:
+    """Raise UserError unless all `reward_weights` are finite; None is 1 each.
+
+    Args:
+        num_functions: how many reward functions there are, where that is known; each needs one weight.
+    """
+    if not all(map(math.isfinite, weights or [])):
+        raise UserError(f"reward_weights must be finite numbers; got {weights}.")
+    if weights is not None and num_functions not in (None, len(weights)):
         raise UserError(
-            f"reward_weights must be finite numbers of at least 0; got {weights}. To punish something, let its reward "
-            "function return negative numbers: a broken format gets the lowest reward of every function."
+            f"reward_weights has {len(weights)} entries for {num_functions} reward functions. Give one for each of "
+            "reward_funcs and, last, one for reward_model where there is one."
         )
 
 

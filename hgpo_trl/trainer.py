@@ -38,6 +38,7 @@ from hgpo_trl.rewards import (
     answer_parts,
     check_bounded,
     check_finite,
+    check_weights,
     checked,
     floor_faults,
     is_model,
@@ -180,6 +181,7 @@ class HGPOTrainer(GRPOTrainer):
 
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            check_weights(args.reward_weights, len(listed))
             models = [func if isinstance(func, str) else type(func).__name__ for func in listed if is_model(func)]
             if args.lazy_thinking and models:
                 raise ValueError(
@@ -356,12 +358,13 @@ class HGPOTrainer(GRPOTrainer):
             completion_ids_list,
         )
         check_finite(rewards, self.reward_func_names)
+        weights = self.reward_weights.to(rewards.device)
         if self._decided is not None:
             known = rewards.new_tensor(torch.nan) if self._no_think_rewards is None else self._no_think_rewards
             rewards = self._no_think_rewards = torch.where(asked[:, None], rewards, known)
-            check_bounded(rewards, self.reward_weights.to(rewards.device), self.reward_func_names)
+            check_bounded(rewards, weights, self.reward_func_names)
         query = torch.arange(len(rewards), device=rewards.device) // self._group_size()
-        self._rewards_per_func = floor_faults(rewards, self._faults.any(dim=1), query)
+        self._rewards_per_func = floor_faults(rewards, self._faults.any(dim=1), query, weights)
         return self._rewards_per_func
 
     def _log_completion_extra(self, column: str, values: list) -> None:

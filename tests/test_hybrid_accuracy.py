@@ -1,6 +1,7 @@
 """`hgpo_trl.hybrid_accuracy` by hand, against a loop-by-loop reference, and its intervals in a simulation."""
 
 import math
+import tracemalloc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hgpo_trl import hybrid_accuracy
 from hgpo_trl.hybrid_accuracy import (
     Table,
     accuracy_at_budget,
@@ -515,6 +517,28 @@ def test_intervals_contain_the_mean() -> None:
 
 def test_interval_of_one_prompt_is_a_point() -> None:
     assert bootstrap_intervals({"x": np.array([0.25])}) == {"x": (0.25, 0.25)}
+
+
+def test_intervals_take_memory_for_the_prompts_alone() -> None:
+    """However many resamples: never the whole table of counts."""
+    prompts, resamples = 20_000, 400
+    columns = {str(name): np.random.default_rng(name).random(prompts) for name in range(3)}
+    tracemalloc.start()
+    bootstrap_intervals(columns, resamples)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * prompts * resamples / 2
+
+
+@pytest.mark.parametrize("block", [1, 70, 1234])
+def test_blocks_are_the_resamples_of_one_draw(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = np.where(np.arange(30) % 7 == 0, np.nan, np.arange(30.0))
+    whole = bootstrap_intervals({"x": column}, resamples=101)
+    counts = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=101)
+    means = [np.average(column[~np.isnan(column)], weights=count[~np.isnan(column)]) for count in counts]
+    assert whole["x"] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    monkeypatch.setattr(hybrid_accuracy, "BLOCK", block)
+    assert bootstrap_intervals({"x": column}, resamples=101)["x"] == pytest.approx(whole["x"], rel=1e-12)
 
 
 def test_columns_are_resampled_together() -> None:

@@ -202,12 +202,31 @@ def test_the_weighted_sum_is_of_what_scores_a_response(
         assert total == pytest.approx(sum(parts) if parts else math.nan, nan_ok=True)
 
 
-@pytest.mark.parametrize("weights", [[-0.1], [1.0, math.nan], [math.inf]])
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.lists(st.tuples(st.booleans(), st.tuples(scores, scores)), min_size=1, max_size=6),
+    weights=st.tuples(*[st.sampled_from([-2.0, -0.5, 0.0, 1.0])] * 2),
+)
+def test_no_weight_makes_a_broken_format_the_better_choice(
+    rows: list[tuple[bool, tuple[float, float]]], weights: tuple[float, float]
+) -> None:
+    faulty, rewards = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+    floored = floor_faults(rewards, faulty, torch.zeros(len(rows), dtype=torch.long), torch.tensor(weights))
+    weighted = floored * torch.tensor(weights)
+    for column in weighted.T:
+        well_formed = column[~faulty & ~column.isnan()]
+        if len(well_formed) and faulty.any():
+            assert column[faulty].max() <= well_formed.min()
+
+
+@pytest.mark.parametrize("weights", [[1.0, math.nan], [math.inf]])
 def test_bad_weights(weights: list[float]) -> None:
-    with pytest.raises(UserError, match=r"reward_weights must be finite numbers of at least 0; got \["):
+    with pytest.raises(UserError, match=r"reward_weights must be finite numbers; got \["):
         check_weights(weights)
-    check_weights(None)
-    check_weights([0.0, 2.0])
+    check_weights(None, 3)
+    check_weights([0.0, -2.0], 2)
+    with pytest.raises(UserError, match=r"reward_weights has 2 entries for 3 reward functions\. Give one for each"):
+        check_weights([0.0, 2.0], 3)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39])
