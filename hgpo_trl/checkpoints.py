@@ -2,11 +2,15 @@
 
 Trainer writes a checkpoint file by file, from every process, and removes older ones before the others have finished. A
 run that is killed meanwhile leaves a folder that looks like a checkpoint. Here each finished checkpoint is sealed: once
-all processes have written theirs, process 0 lists every file with its size. What has no seal, or differs from it, is
-torn, and never the one to resume from.
+all processes have written theirs, the process that saves (with `save_on_each_node` one on every node) lists every file
+with its size. What has no seal, or differs from it, is torn, and never the one to resume from.
+
+Older checkpoints are removed when all seals are there. So, whenever a run is killed, there is one that is whole on
+every node, and `agreed_step` finds it.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import write_json
 
 SEAL = "complete.json"
@@ -38,7 +43,7 @@ class SealCheckpoints(TrainerCallback):
         may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
         if control.should_save or may_be_best:
             control.should_log = True
-            if state.is_world_process_zero:  # a run that resumed from further back writes into the same folder again
+            if args.should_save:  # a run that resumed from further back writes into the same folder again
                 (_folder(args, state) / SEAL).unlink(missing_ok=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -51,8 +56,10 @@ class SealCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
+        if args.should_save:
             seal(_folder(args, state))
+        PartialState().wait_for_everyone()
+        if args.should_save:
             rotate_checkpoints(
                 str(args.output_dir),
                 save_total_limit=self._limit,
@@ -89,21 +96,55 @@ def fault(checkpoint: Path) -> str | None:
     return None if TRAINER_STATE_NAME in sealed else f"{TRAINER_STATE_NAME} is missing"
 
 
+def checkpoint_faults(directory: Path) -> dict[int, str | None]:
+    """The checkpoints in a run's folder, newest first: {step: what makes it useless, None for a whole one}."""
+    folders = {
+        int(step): path
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (step := path.name.rpartition("-")[2]).isdecimal()
+    }
+    return {step: fault(path) for step, path in sorted(folders.items(), reverse=True)}
+
+
 def last_checkpoint(directory: Path) -> tuple[str | None, dict[str, str]]:
     """The newest whole checkpoint of a run, and the torn ones after it.
 
     Returns:
         Path of the checkpoint, or None if there is none; {path: fault} of newer checkpoints that have to be skipped.
     """
-    folders = {
-        int(step): path
-        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (step := path.name.rpartition("-")[2]).isdecimal()
-    }
     torn: dict[str, str] = {}
-    for _, path in sorted(folders.items(), reverse=True):
-        what = fault(path)
+    for step, what in checkpoint_faults(directory).items():
+        path = str(directory / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if what is None:
-            return str(path), torn
-        torn[str(path)] = what
+            return path, torn
+        torn[path] = what
     return None, torn
+
+
+def agreed_step(found: Sequence[Mapping[int, str | None]]) -> int | None:
+    """The step of the newest checkpoint that is whole for all processes, each of which may have a folder of its own.
+
+    Args:
+        found: of every process, `checkpoint_faults` of its folder.
+
+    Returns:
+        None where no process has a whole checkpoint.
+
+    Raises:
+        UserError: some process has a whole checkpoint, but none is whole for all.
+    """
+    whole = [{step for step, what in of.items() if what is None} for of in found]
+    common = set.intersection(*whole)
+    if common:
+        return max(common)
+    if not any(whole):
+        return None
+    newest = max(set.union(*whole))
+    without = [process for process, steps in enumerate(whole) if newest not in steps]
+    what = found[without[0]].get(newest) or "it is not there"
+    raise UserError(
+        f"output_dir: no checkpoint is whole for all processes. {PREFIX_CHECKPOINT_DIR}-{newest} is not for process "
+        f"{', '.join(map(str, without))} ({what}). All processes need the same files: let output_dir be a folder that "
+        "all nodes share, or train with save_on_each_node=true and copy a whole checkpoint to the nodes that lack it. "
+        "To start afresh, remove the checkpoints on all nodes."
+    )

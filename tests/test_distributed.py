@@ -280,6 +280,25 @@ def test_hft_resumes_within_a_later_epoch(hft_fields: dict[str, Any], tmp_path: 
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_processes_with_folders_of_their_own_resume_from_the_same_checkpoint(
+    hft_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each process stands for a node, and has lost another checkpoint than the other."""
+    fields: dict[str, Any] = hft_fields | {"per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1}
+    fields |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+    fields |= {"learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "ddp_backend": "gloo"}
+    words = [word for key, value in fields.items() for word in (f"--{key}", str(value))]
+    printed = launch("cpu_ddp", "tests/node_local_worker.py", tmp_path, *words)
+    for process in range(2):
+        found = json.loads((tmp_path / f"{process}.json").read_text(encoding="utf-8"))
+        assert found["sealed"] == [f"checkpoint-{step}" for step in (1, 2, 3)], "on every node"
+        assert found["resumed"]
+        assert found["same"]
+        assert "no checkpoint is whole for all processes. checkpoint-3 is not for process 0 (it is" in found["refused"]
+        assert "save_on_each_node=true" in found["refused"]
+    assert "Resuming from cut/checkpoint-2" in printed
+
+
 def test_groups_straddle_two_processes(model_dir: str, data: Path, tmp_path: Path) -> None:
     """N = 4 and 6 rows per process and micro-batch: every other group begins on one process and ends on the next."""
     fields = {"model_name_or_path": model_dir, "train_data": data, "max_completion_length": 8, "save_strategy": "no"}

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from hgpo_trl import sampling
 from hgpo_trl.generate import batches
-from hgpo_trl.samples import SCHEMA, chunks_by_length, derived_seed, read_samples, write_samples
+from hgpo_trl.samples import SCHEMA, chunks_by_length, read_samples, write_samples
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
+from hgpo_trl.seeds import derived_seed
 
 NUM_PROMPTS, PER_PART = 11, 2
 PARTS = 6

@@ -22,7 +22,7 @@ from refusals import refused
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl.cli import main
-from hgpo_trl.generate import HybridModel
+from hgpo_trl.generate import Generation, HybridModel
 from hgpo_trl.harnesses import (
     HARNESSES,
     Answer,
@@ -298,6 +298,19 @@ def test_every_batch_has_a_seed_of_its_own(folder: Path) -> None:
     settings = {"temperature": 5.0, "top_p": 1.0, "max_new_tokens": 12, "mode": "no_think", "seed": 0, "batch_size": 1}
     same = {str(i): SUMS[0] for i in range(4)}
     assert len({answer.answer for answer in local_answers(model, same, total=4, **settings)}) > 1
+
+
+def test_no_batch_has_the_seed_of_another_runs_batch() -> None:
+    seen: list[int] = []
+
+    def model(messages: list[str], seed: int, **settings: Any) -> list[Generation]:
+        seen.append(seed)
+        return [Generation(None, "", text, text, 1, 0, 1, True, None) for text in messages]
+
+    prompts = {str(number): "?" for number in range(12)}
+    for seed in range(10):
+        list(local_answers(model, prompts, batch_size=1, seed=seed, total=12))
+    assert len(set(seen)) == len(seen) == 120
 
 
 # --- with a server --------------------------------------------------------------------------------------------
