@@ -2,11 +2,11 @@
 
 Trainer writes a checkpoint file by file, from every process, and removes older ones before the others have finished. A
 run that is killed meanwhile leaves a folder that looks like a checkpoint. Here each finished checkpoint is sealed: once
-all processes have written theirs, the process that saves (with `save_on_each_node` one on every node) lists every file
-with its size. What has no seal, or differs from it, is torn, and never the one to resume from.
+all processes have written theirs, process 0 lists every file with its size. What has no seal, or differs from it, is
+torn, and never the one to resume from.
 
-Older checkpoints are removed when all seals are there. So, whenever a run is killed, there is one that is whole on
-every node, and `agreed_step` finds it.
+Process 0 alone writes the weights, so all processes need the same folder. Where they do not have it, `agreed_step` says
+so, or finds what all of them have.
 """
 
 import json
@@ -43,7 +43,7 @@ class SealCheckpoints(TrainerCallback):
         may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
         if control.should_save or may_be_best:
             control.should_log = True
-            if args.should_save:  # a run that resumed from further back writes into the same folder again
+            if state.is_world_process_zero:  # a run that resumed from further back writes into the same folder again
                 (_folder(args, state) / SEAL).unlink(missing_ok=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -56,10 +56,8 @@ class SealCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
-        if args.should_save:
+        if state.is_world_process_zero:
             seal(_folder(args, state))
-        PartialState().wait_for_everyone()
-        if args.should_save:
             rotate_checkpoints(
                 str(args.output_dir),
                 save_total_limit=self._limit,
@@ -140,11 +138,12 @@ def agreed_step(found: Sequence[Mapping[int, str | None]]) -> int | None:
     if not any(whole):
         return None
     newest = max(set.union(*whole))
-    without = [process for process, steps in enumerate(whole) if newest not in steps]
-    what = found[without[0]].get(newest) or "it is not there"
+    having = next(process for process, steps in enumerate(whole) if newest in steps)
+    lacking = [process for process, steps in enumerate(whole) if newest not in steps]
+    name, what = f"{PREFIX_CHECKPOINT_DIR}-{newest}", found[lacking[0]].get(newest) or "it is not there"
     raise UserError(
-        f"output_dir: no checkpoint is whole for all processes. {PREFIX_CHECKPOINT_DIR}-{newest} is not for process "
-        f"{', '.join(map(str, without))} ({what}). All processes need the same files: let output_dir be a folder that "
-        "all nodes share, or train with save_on_each_node=true and copy a whole checkpoint to the nodes that lack it. "
-        "To start afresh, remove the checkpoints on all nodes."
+        f"output_dir: no checkpoint is whole for all processes. {name} is for process {having}, and is not for process "
+        f"{', '.join(map(str, lacking))} ({what}). Let output_dir be a folder that all nodes share. Where each has its "
+        f"own, copy {name} of process {having} into the others' output_dir, over the {name} that may be there. To "
+        "start afresh, remove the checkpoints on all nodes."
     )

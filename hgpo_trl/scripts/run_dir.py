@@ -47,7 +47,7 @@ def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
 def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -> str | None:
     """Take `output_dir` for this run, before anything is loaded, and note there what is run (`run.json`).
 
-    All processes look into their folders, which on several nodes need not be the same one, and agree.
+    Every process looks into its folder, which on several nodes need not be the same one, and all agree.
 
     Returns:
         The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the newest of `output_dir` that is
@@ -68,7 +68,7 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
     try:
         if requested is not None:
             _check_requested(Path(requested))
-        if training_args.should_save:  # what the others find is this process's, or lacks the run's files
+        if training_args.process_index == 0:  # which writes the record and the results
             _check_results(directory, run)
     except ValueError as error:
         problem = str(error)
@@ -79,7 +79,7 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
             where = "" if len(everyone) == 1 or problem == of_process else f"On process {process}: "
             raise UserError(where + of_process)
     step = None if requested else agreed_step([of_process for _, of_process in everyone])
-    if training_args.should_save:
+    if training_args.process_index == 0:
         write_json(directory / RUN_FILE, run)
         for skipped in [] if requested else [other for other in found if step is None or other > step]:
             what = found[skipped] or "it is not whole for all processes"
