@@ -40,6 +40,7 @@ from hgpo_trl.vllm_support import (
     check_vllm_installed,
     keep_cpu_weights_replaceable,
     sync_merged_weights,
+    sync_packed_weights,
 )
 
 logger = get_logger(__name__)
@@ -185,6 +186,8 @@ class HGPOTrainer(GRPOTrainer):
             prepare_wrapped(self.model)
             if self.use_vllm:
                 sync_merged_weights(self.vllm_generation)
+        if self.use_vllm:
+            sync_packed_weights(self.vllm_generation)
         self._budget_for_the_forced_token()
         self._warned_off_mode = False
         self._rewards_per_func: Tensor  # [B, F] over all processes, kept between two overrides
