@@ -174,7 +174,9 @@ def sync_packed_weights(generation: Any) -> None:
         return
     model = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
     if not hasattr(model, "replacing_weights"):
-        raise RuntimeError(f"vLLM {_installed_version()} loaded the model in a way that lets no weight change. {_REMEDY}")
+        raise RuntimeError(
+            f"vLLM {_installed_version()} loaded the model in a way that lets no weight change. {_REMEDY}"
+        )
     sync = generation.sync_weights
 
     def sync_weights() -> None:

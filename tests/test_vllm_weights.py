@@ -109,7 +109,9 @@ def forced(kernel: str) -> Iterator[StandIns]:
         if kernel == "sgl-kernel stand-in":
             replace(torch.ops._C, "convert_weight_packed", stand_ins.prepack)
             replace(ops, "weight_packed_linear_cpu", lambda x, packed, n, bias: stand_ins.linear(x, packed, bias))
-            replace(torch.ops._C, "weight_packed_linear", lambda x, packed, bias, vnni: stand_ins.linear(x, packed, bias))
+            replace(
+                torch.ops._C, "weight_packed_linear", lambda x, packed, bias, vnni: stand_ins.linear(x, packed, bias)
+            )
         if kernel == "zentorch stand-in":
             replace(type(current_platform), "is_zen_cpu", lambda self: True)
             replace(torch.ops.zentorch, "zentorch_weight_prepack_for_linear", stand_ins.prepack)
@@ -227,7 +229,9 @@ def replace_in_engine(folder: Path) -> None:
                 (output,) = result.outputs
                 tokens = list(output.token_ids)
                 logps = [entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)]
-                seen.append({"ids": prompt + tokens, "logps": logps, "policy": "before" if policy is before else "after"})
+                seen.append(
+                    {"ids": prompt + tokens, "logps": logps, "policy": "before" if policy is before else "after"}
+                )
     (folder / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
     sys.stdout.flush()
     os._exit(0)
