@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from hgpo_trl.verification import values
 from hgpo_trl.verification.spelling import marks, normalise, split, tight
-from hgpo_trl.verification.statements import DOLLAR, MAX_STATEMENT, boxed, broken_off, stated, stripped
+from hgpo_trl.verification.statements import DOLLAR, MAX_STATEMENT, boxed, broken_off, in_words, is_expression, stated, stripped
 
 _MAX_DIGITS = 1_000  # of a fraction's parts; Python refuses to make an integer of more than 4,300
 _ROUNDED = 6  # digits from which a decimal is taken for a rounded value
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
 _UNIT = (
-    r"(?:\\text\{[^{}\d]*\}(?:\^\{?\d\}?)?(?:/\\text\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
-    r"|(?!or\b|and\b|not\b)(?:cm|mm|km|kg|ft|[a-z]{4,}(?: [a-z]{2,}){0,2}|day|USD|feet|mph)(?:\^\{?[23]\}?)?)?"
+    r"(?:\\text\{(?![^{}]*\b(?:or|and|not|more|less|than|if|at)\b)[^{}\d]*\}(?:\^\{?\d\}?)?(?:/\\text\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
+    r"|[kmc]?m/(?:h|hr|s|min)|(?!or\b|and\b|not\b)(?:cm|mm|km|kg|ft|[a-z]{4,}(?: [a-z]{2,}){0,2}|day|USD|feet|mph)(?:\^\{?[23]\}?)?)?"
 )
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)(?P<value>{_DECIMAL})(?P<percent>%?){_UNIT}")
 _INTEGER = rf"-?\d{{1,{_MAX_DIGITS}}}"
@@ -36,7 +36,7 @@ _NAMES = re.compile(r"\\text\{[^{}\d]+\}|[A-Za-z]{3,}[A-Za-z ]*")
 _SET = re.compile(  # or a matrix, or an inequality
     r"\\(?:cup|cap|infty|begin|le|ge|ne|emptyset)(?![A-Za-z])|[<>]"
 )
-_DENIAL = re.compile(r"\b(?:not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE)
+_DENIAL = re.compile(r"\b(?:or|not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE)
 _CHOICE = re.compile(r"(?:\\text\{)?\(?(?:\\text\{)?\(?(?:[Oo]ption |[Cc]hoice )?\(?([A-Z])\)?\}?\)?\}?")
 _LABEL = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\.|:)\}?\s*(.+)")
 _BRACKETS = (("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("\\{", "\\}"))
@@ -53,6 +53,7 @@ _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _MATRIX = re.compile(r"\\begin\{([pbv]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _RELATIONS = ("<", ">", "\\le", "\\ge")
+_UNCLEAR = re.compile(r"\\dots(?![A-Za-z])|[#?;\"&]|\\text\{[^{}]*\b(?:and|or|not|more|less|than|if)\b")
 _GSM8K = re.compile(r"^####\s*(\S.*?)\s*\Z", re.MULTILINE)
 
 
@@ -118,8 +119,9 @@ def _compare_words(reference: str, answer: str) -> bool | None:
         return None
     if words == others:
         return True
-    product = re.compile(r"[a-z]{1,2}|[a-z]\d?")
-    return None if product.fullmatch(words) and product.fullmatch(others) else False
+    if "'" in words or "'" in others:
+        return False
+    return None if max(len(words), len(others)) < 3 and is_expression(words) and is_expression(others) else False
 
 
 # --- lists -------------------------------------------------------------------------------------------------------
@@ -455,7 +457,7 @@ def _settle_structure(
     lists = _items(reference), _items(answer)
     if lists[0] and lists[1]:
         return _compare_lists(lists[0], lists[1]), "lists"
-    if marks(reference, "=") or marks(answer, "="):
+    if len(_sides(reference)) > 1 or len(_sides(answer)) > 1:
         if not lists[0] and not lists[1]:
             return _compare_equations(reference, answer), "equations"
         for listed, sides in ((lists[0], _sides(answer)), (lists[1], _sides(reference))):
@@ -524,10 +526,20 @@ def settle(reference: str, answer: str) -> tuple[bool | None, str]:
         number, other = _number(expression(reference)), _number(bare)
         if number and other:
             return _equal_numbers(number, other), "numbers"
+    if in_words(bare, expression(reference)):
+        return True, "text"
     statement = stated(answer)
     if statement == "" or broken_off(answer):
         return False, "text"
     if max(len(statement), len(reference)) > MAX_STATEMENT:
         return None, "symbolic"
-    verdict, rung = _settle(_normalised_reference(reference), normalise(statement))
+    left, right = _normalised_reference(reference), normalise(statement)
+    verdict, rung = _settle(left, right)
+    if verdict is None and not (_is_clear(left) and _is_clear(right)):
+        return False, "text"
     return verdict, rung if verdict is not None else "symbolic"
+
+
+def _is_clear(text: str) -> bool:
+    """Whether it is one expression for math-verify, which takes from a text what it understands and leaves the rest."""
+    return is_expression(text) and text.count("|") % 2 == 0 and split(text) is not None and not _UNCLEAR.search(text)

@@ -17,15 +17,15 @@ _COMMANDS = {
     "gt": ">", "varnothing": "\\emptyset", **dict.fromkeys(("lor", "vee", "land"), ","), "dbinom": "\\binom",
     **dict.fromkeys(("ldots", "cdots", "dotsc"), "\\dots"), "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrace": "\\{", "rbrace": "\\}", "bmod": "\\mod", "ast": "*", "colon": ":", "euro": "", "pounds": "",
-    "infin": "\\infty", "simeq": "\\approx",
+    "infin": "\\infty", "bar": "\\overline", "simeq": "\\approx",
 }  # fmt: skip
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"(?<=\d)(?:\\[,;:! ]|~)\s*(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),
         (r"\\!\s*", ""),
         (r"\{,\}(?=\d{3})", ","),
-        (r"\\[,;: ]", " "),
+        (r"(?<!\\)\\[,;: ]", " "),
         (r"\\frac\s*([\da-z])\s*([\da-z])(?![\da-z])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*([\da-z])\s*\{", r"\\frac{\1}{"),
@@ -38,7 +38,9 @@ _LATEX = [
         (r"\\(?:text|vec)\s*\{([a-z])\}(?=\s*(?:[-+]|$))", r"\1"),
         (r"\\text\{((?:arc)?(?:sin|cos|tan)h?|ln|log|exp)\}", r"\\\1"),
         (r"\\text\{([-+]?[\d.,/]+)\}", r"\1"),
-        (r"\\text\{\s*,?\s*(?:and|or)\s*\}", ", "),
+        (r"\\text\{([-+]?[\d.,/]+) ([a-z][a-z ]*)\}", r"\1\\text{\2}"),
+        (r"\\text\{[\s,(]*(?:either|both)[\s,]*\}", ""),
+        (r"\\text\{[\s,(]*(?:and|or)(?:[\s,]+(?:maybe|perhaps|possibly|also))*[\s,]*\}", ", "),
         (r"\s*\\text\{\s*(?:percent(?:age)?|per cent|\\?%)\s*\}", "%"),
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", ""),
         (r"\s*\(?\\(?:pmod|mod)\s*(?:\{\s*(\w+)\s*\}|(\w+))\)?|\s*\(\\text\{mod\}\s*(\w+)\)", r" \\pmod{\1\2\3}"),
@@ -53,6 +55,8 @@ _PLAIN = [
         (r"~|\s+", " "),
         (r"\$|°", ""),
         (r"(?<=[\d}]) ?\b(?:percent(?:age)?|per cent|pct)\b| (?=%)", lambda match: "%" if match[0].strip() else ""),
+        (r" ?\(?\bmod (\w+)\)?", r" \\pmod{\1}"),
+        (r"\.{3,}", r"\\dots "),
         (r"<=", r"\\le "),
         (r">=", r"\\ge "),
         (rf"(?<![A-Za-z\\{{])(?={FUNCTION_NAMES})({FUNCTION_NAMES})(?=[\s(^_\d\\])", r"\\\1"),
@@ -63,6 +67,7 @@ _PLAIN = [
         (r" (?![\w\\])|(?<![\w,]) |(?<=\d) (?=[A-Za-z\\])", ""),
     )
 ]
+_SINGLE = re.compile(r"(?<=[_^])\{(\w)\}")
 _LOOSE = re.compile(r"(?<!\d) +| +(?!\d)")
 _DEPTH = {**dict.fromkeys(("(", "[", "\\{", "{"), 1), **dict.fromkeys((")", "]", "\\}", "}"), -1)}
 _MARK = re.compile(r"\\[{}]|\\[A-Za-z]+|\\.|[()\[\]{},=<>:]")
@@ -85,8 +90,8 @@ def normalise(text: str) -> str:
 
 
 def tight(text: str) -> str:
-    """Without blanks, but for those between digits."""
-    return _LOOSE.sub("", text)
+    """Without blanks, but for those between digits, and without braces around one character."""
+    return _SINGLE.sub(r"\1", _LOOSE.sub("", text))
 
 
 def _enclosed(text: str) -> bool:

@@ -21,7 +21,7 @@ _TAGGED = re.compile(r"<answer>((?:(?!<answer>).){0,2000}?)</answer>", re.IGNORE
 _SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>\s*(?:user|assistant|system)?\s*$")
 _ANCHOR = re.compile(
     r"\banswer\b(?:[^\n.:=$\\\x01]{0,60}?\s(?:is|are|equals|(?:must|should|would|could|might|may|can|will) be)\b"
-    r"|[\s*]*[:=]|\**(?=\s*\x01|\s*\n))[\s:*]*|####\s*",
+    r"|[\s*]*[:=]|\s+[-–—]\s|\**(?=\s*\x01|\s*\n))[\s:*]*|####\s*",
     re.IGNORECASE,
 )
 _MATHS = re.compile(
@@ -30,13 +30,13 @@ _MATHS = re.compile(
     re.DOTALL,
 )
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(\w)(?![\w.,]))")
-_SENTENCE_END = re.compile(r"(?:[.!?](?:\s+|$)|[。！？]|\n)")
+_SENTENCE_END = re.compile(r"(?:(?<!\\)[.!?](?:\s+(?![^{}\n]{0,60}\})|$)|[。！？]|\n)")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
 _COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
 FUNCTION_NAMES = r"(?:arc)?(?:sin|cos|tan)h?|ln|log|exp|sqrt|mod|pi|max|min|gcd|lcm"
 _WORD = re.compile(  # of prose; "ab" and "ABC" may be products
     rf"(?<![A-Za-z])(?!(?:{FUNCTION_NAMES})(?![A-Za-z]))"
-    r"(?:[A-Za-z][a-z]{2,}|[Aa]n|as|at|be|by|he|if|in|is|it|no|of|on|or|so|to|vs|we)(?![A-Za-z])"
+    r"(?:[A-Za-z][a-z]{2,}|[Aa]n|as|at|be|by|he|if|in|is|it|no|of|on|or|so|to|vs|we)(?![A-Za-z])|[\u3040-\u9fff]"
 )
 _PHRASE = re.compile(r"[^\W\d]+(?:[ '-][^\W\d]+){0,3}")  # an answer in words
 DOLLAR = re.compile(r"(?<!\\)\$")
@@ -45,12 +45,14 @@ ANY_DOLLAR = re.compile(r"\\?\$")
 # Words that decide which candidate of a sentence counts
 _JOINTS = {"or", "and", "maybe", "perhaps", "possibly", "probably", "also", "else", "alternatively", "otherwise", "either",
            "both", "nor", "even", "vs", "versus", "&", "/", "|"}  # fmt: skip
-_DENIALS = {"not", "never", "cannot", "neither", "nor", "except", "without", "wrong", "false", "incorrect", "impossible"}
+_DENIALS = {"not", "no", "never", "cannot", "neither", "nor", "except", "without", "wrong", "false", "incorrect", "impossible"}
 _RANGES = {"than", "least", "most", "between", "from", "above", "below", "exceeds", "exceed", "beyond", "within", "under"}
 _CONCLUDE = {"so", "thus", "hence", "therefore", "then", "is", "are", "was", "were", "be", "equals", "equal", "get",
              "gets", "gives", "give", "makes", "make", "have", "has", "obtain", "obtains", "yields", "leaves", "but",
              "being", "becomes", "remains", "it's", "that's"}  # fmt: skip
-_EXPLAIN = {"because", "since", "that", "which", "who", "as", "for", "after", "given", "where"}
+_EXPLAIN = {"because", "since", "that", "divided"}
+_TAKEN_BACK = {"no,", "wait", "actually", "sorry", "correction", "rather"}
+_REFUTED = {"wrong", "false", "incorrect", "impossible"}
 _NEW_CLAIM = {*_CONCLUDE, *_EXPLAIN, "instead", "rather", "it", "we"} - {"be", "is", "are", "was", "were", "equal", "have"}
 _ALTERNATIVE = re.compile(
     r"\W*(?:(?:and|but)\s+)?(?:or|alternatively|otherwise|else|maybe|perhaps|possibly|also|another|if not|either)\b",
@@ -80,7 +82,7 @@ _BETWEEN_BOXES = re.compile(
     re.IGNORECASE,
 )
 _OR_AFTER = re.compile(
-    r"[\s$*)}]*(?:\\[)\]])?[\s$*]*,?\s*\(?(?:and|or|or maybe|maybe|perhaps|possibly|/|&)(?:\s+(?:maybe|perhaps|possibly|even))?"
+    r"[\s$*)}]*(?:\\[)\]])?[\s$*]*,?\s*\(?(?:or\b[^.\n]{0,40}?|(?:and|maybe|perhaps|possibly|/|&)(?:\s+(?:maybe|perhaps|possibly|even))?)"
     r"\s+\(?(?P<other>\\?\$?-?[\d\\$]\S*)",
     re.IGNORECASE,
 )
@@ -90,6 +92,12 @@ _CHOSEN = re.compile(
 _LABEL = re.compile(r"(?<!\w)\(?[A-J][.):](?=\s)")
 _LABELLED = re.compile(r"\(?[A-J][.):]\s+[^\n]{1,100}")
 _YES_NO = re.compile(r"\W*(yes|no|true|false)\s*[,.;:!]\s+(.*)", re.IGNORECASE | re.DOTALL)
+
+_REFUTED_BEFORE = re.compile(
+    r"(?:\b(?:not|n't) (?:true|correct|right|the case|so)|\bfalse|\bwrong|\bincorrect|\bdoubt\w*|\bunlikely|\bimpossible)"
+    r"(?: that)?(?: \w+){0,2}\s*$",
+    re.IGNORECASE,
+)
 
 _CHARACTERS = str.maketrans(
     {
@@ -103,6 +111,8 @@ _CHARACTERS = str.maketrans(
         **{chr(0xFF01 + i): chr(0x21 + i) for i in range(94)},  # full width
     }
 )  # fmt: skip
+_CHINESE = re.compile("[\u3040-\u9fff]+")
+_CHINESE_WORDS = {"或": " or ", "和": " and ", "不": " not ", "是": " is ", "为": " is "}
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]{1,100})\))")
 _UNIT_POWER = re.compile(r"(?<=\d)\s*(?:[mck]?m|ft|in|yd|mi)[²³]")
 
@@ -112,6 +122,7 @@ def plain(text: str) -> str:
     if text.isascii():
         return text
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2]}}}", _UNIT_POWER.sub("", text))
+    text = _CHINESE.sub(lambda match: f" {''.join(_CHINESE_WORDS.get(c, c) for c in match[0])} ", text)
     return text.translate(_CHARACTERS)
 
 
@@ -236,7 +247,10 @@ def _candidates(sentence: str) -> tuple[list[_Candidate], list[str]]:
         if run:
             text = " ".join(run)
             comma_next = text.endswith((",", ";"))
-            found.append(_Candidate(stripped(text).rstrip("!?"), words, comma))
+            text = stripped(text).rstrip("!?").lstrip(":")
+            if text.count("(") != text.count(")") and text.count("[") == text.count("]"):
+                text = text.strip("()")
+            found.append(_Candidate(text, words, comma))
             words, comma = [], comma_next
         run = []
 
@@ -260,6 +274,8 @@ def _candidates(sentence: str) -> tuple[list[_Candidate], list[str]]:
         depth = 0
         comma = comma or token in (",", ";")
         word = token.strip("*_\"`()[],;:.!?").lower()
+        if word == "no" and token.lower() != "no":
+            word = "no,"  # that takes back what stands before it
         if token[:1] in ",;" or (token[-1:] in ",;" and not found):
             comma = True
         if word:
@@ -272,7 +288,7 @@ def _candidates(sentence: str) -> tuple[list[_Candidate], list[str]]:
 
 def _denied(candidate: _Candidate) -> bool:
     """Whether the words before it say that it is not, or that it only bounds the result."""
-    if any(word in _RANGES for word in candidate.before[-2:]) or candidate.before[-2:] == ["up", "to"]:
+    if any(word in _RANGES for word in candidate.before[-2:]) or candidate.before[-2:] in (["up", "to"], ["anything", "but"], ["all", "but"]):
         return True
     for word in reversed(candidate.before):
         if word in _DENIALS or word.endswith("n't"):
@@ -285,7 +301,7 @@ def _denied(candidate: _Candidate) -> bool:
 def _joined(candidate: _Candidate) -> bool:
     """Whether it continues a list."""
     words = candidate.before
-    return (not words and candidate.comma) or (
+    return words == ["to"] or (not words and candidate.comma) or (
         bool(words) and any(word in _JOINTS for word in words) and all(word in _JOINTS or i < 2 for i, word in enumerate(words))
     )
 
@@ -295,7 +311,7 @@ def _read(sentence: str, *, anchored: bool) -> str | None:
     candidates, tail = _candidates(sentence)
     if not candidates:
         return None
-    if tail[:1] == ["or"] or (tail and (tail[0] in ("cannot",) or tail[0].endswith("n't"))) or (
+    if tail[:1] == ["or"] or _REFUTED.intersection(tail) or (tail and (tail[0] in ("cannot",) or tail[0].endswith("n't"))) or (
         len(tail) > 1 and tail[0] in ("is", "was", "are") and (tail[1] in _DENIALS)
     ):  # fmt: skip
         return ""
@@ -314,14 +330,23 @@ def _read(sentence: str, *, anchored: bool) -> str | None:
     hedged = any(_JOINTS.intersection(candidate.before) for group in kept for candidate in group[1:]) or any(
         _JOINTS.intersection(group[0].before) for group in kept[1:]
     )
+    if any("or" in group[0].before or _TAKEN_BACK.intersection(group[0].before) for group in groups[1:]):
+        return ""
     if len(kept) > 1:
-        explained = all(
-            _EXPLAIN.intersection(group[0].before) or (group[0].before[:1] == ["to"] and len(group[0].before) > 1)
-            for group in kept[1:2]
-        )
-        if hedged or not explained:
+        words = kept[1][0].before
+        explained = _EXPLAIN.intersection(words) or "to" in words[:-1]
+        if hedged or not explained or any(len(group) > 1 for group in kept[1:]):
             return ""
     return ", ".join(candidate.text for candidate in kept[0])
+
+
+def _choice(text: str) -> str | None:
+    """The letter of a choice that is named as such; "" where others are, too."""
+    chosen = {(match[1] or match[2]).upper() for match in _CHOSEN.finditer(text)}
+    if not chosen:
+        return None
+    others = re.search(r"\b(?:or|not|nor|neither)\b|n't\b|[,/&] ?\(?[B-J]\b", text)
+    return chosen.pop() if len(chosen) == 1 and not others else ""
 
 
 def _phrase(sentence: str) -> str:
@@ -349,9 +374,9 @@ def _conclusion(text: str) -> str:
             if found is not None:
                 hedges = number > 0 and _ALTERNATIVE.match(sentences[number])
                 return "" if hedges else prose.filled(found)
-        chosen = {(match[1] or match[2]).upper() for match in _CHOSEN.finditer(prose.text)}
-        if len(chosen) == 1:
-            return chosen.pop()
+        choice = _choice(prose.text)
+        if choice is not None:
+            return choice
         answered = _YES_NO.match(prose.text)
         if answered and not re.search(r"\b(?:yes|no|true|false|or|maybe|perhaps)\b", answered[2], re.IGNORECASE):
             return answered[1]
@@ -359,7 +384,8 @@ def _conclusion(text: str) -> str:
             return ""
         return _phrase(sentences[-1])
     before = _sentences(prose.text[: anchor.start()] + "answer")
-    if before and (_ALTERNATIVE.match(before[-1]) or re.search(r"\bor\b", before[-1])):
+    clause = before[-1][: -len("answer")] if before else ""
+    if _ALTERNATIVE.match(clause) or re.search(r"\bor\b", clause) or _REFUTED_BEFORE.search(clause):
         return ""
     rest = _sentences(prose.text[anchor.end() :])
     if not rest:
@@ -374,11 +400,11 @@ def _conclusion(text: str) -> str:
         stated = sentence
     else:
         found = _read(rest[0], anchored=True)
-        chosen = {(match[1] or match[2]).upper() for match in _CHOSEN.finditer(sentence)}
+        choice = _choice(sentence)
         if found is not None:
             stated = found
-        elif len(chosen) == 1:
-            stated = chosen.pop()
+        elif choice is not None:
+            stated = choice
         else:
             stated = sentence if _PHRASE.fullmatch(sentence) else ""
     for later in rest[1:]:
@@ -392,6 +418,14 @@ def _negated(anchor: str) -> bool:
     return bool(re.search(r"\b(?:not|cannot|never)\b|n['’]t\b", anchor))
 
 
+def in_words(answer: str, reference: str) -> bool:
+    """Whether an answer says that the answer is this reference, which is in words."""
+    if not answer.endswith(reference) or is_expression(reference):
+        return False
+    anchors = [*_ANCHOR.finditer(answer, 0, len(answer) - len(reference))]
+    return bool(anchors) and anchors[-1].end() == len(answer) - len(reference) and not _negated(anchors[-1][0])
+
+
 def stated(answer: str) -> str:
     """The expression or the words that the answer gives as its result; "" where it states none, or more than one."""
     answer = plain(answer[-_MAX_ANSWER:])
@@ -402,8 +436,8 @@ def stated(answer: str) -> str:
     box = boxed(answer)
     if box is not None:
         return stripped(box)
-    bare = stripped(answer)
-    if is_expression(bare):
+    bare = stripped(answer.strip().removeprefix("####"))
+    if is_expression(bare) and not _ANCHOR.match(bare):
         return bare
     whole = _MATHS.fullmatch(answer.strip(" \n*."))
     if whole and "$" not in (inside := next(filter(None, whole.groups()))):

@@ -237,7 +237,7 @@ class _Arithmetic:
             case "+":
                 return self.sum([self(term) for term in tree[1:]])
             case "-":
-                return -self(tree[1])
+                return 0 - self(tree[1])  # not -z, which turns the sign of a zero and with it the branch of a root
             case "*":
                 return self(tree[1]) * self(tree[2])
             case "/":
@@ -405,7 +405,7 @@ class _LongFloats(_Arithmetic):
         return self.context.factorial(value)
 
     def function(self, name: str, value: Any) -> Any:
-        if value and self.context.mag(value) > _MAX_EXPONENT_BITS:
+        if name != "log" and value and self.context.mag(value) > _MAX_EXPONENT_BITS:
             raise _TooLarge
         return getattr(self.context, name)(value)
 
