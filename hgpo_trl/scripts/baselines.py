@@ -21,6 +21,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_quantization_config
 
 from hgpo_trl.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
+from hgpo_trl.checks import check_dataset
 from hgpo_trl.data_files import load_data
 from hgpo_trl.evaluation import PROMPT_ID
 from hgpo_trl.files import whole_file
@@ -32,7 +33,6 @@ from hgpo_trl.scripts.hft import fine_tune
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
 from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
-from hgpo_trl.trainer import check_dataset
 
 
 @dataclass

@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
+from hgpo_trl.checks import check_dataset
 from hgpo_trl.data_files import load_data
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
@@ -46,7 +47,6 @@ from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import check_same_run
 from hgpo_trl.scripts.training import check_model_path
-from hgpo_trl.trainer import check_dataset
 from hgpo_trl.vllm_support import check_vllm_installed
 
 VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each

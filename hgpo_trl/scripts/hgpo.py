@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, get_quantization_config
 
+from hgpo_trl.checks import check_dataset
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data_files import load_data
 from hgpo_trl.modes import mode_tokens
@@ -20,7 +21,7 @@ from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import claim_run_dir
 from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
-from hgpo_trl.trainer import HGPOTrainer, check_dataset, check_evaluation
+from hgpo_trl.trainer import HGPOTrainer, check_evaluation
 
 
 @dataclass
