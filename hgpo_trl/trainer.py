@@ -163,11 +163,10 @@ class HGPOTrainer(GRPOTrainer):
             _prepare_vllm(args, model if isinstance(model, str) else model.config._name_or_path)
         check_evaluation(args, eval_dataset)
         self.mode_tokens = mode_tokens(processing_class)
-        check_dataset("train_dataset", train_dataset, processing_class)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in named.items():
-            if dataset is not None:
-                check_dataset(name, dataset, processing_class)
+        for name, dataset in {"train_dataset": train_dataset, **named}.items():
+            if dataset is not None or name == "train_dataset":
+                check_dataset(name, dataset, processing_class, args, model)
 
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
