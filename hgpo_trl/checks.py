@@ -153,7 +153,7 @@ def check_rows(
         return dataset, lengths
     report = f"{name}: {len(faults):,} of {len(dataset):,} rows are faulty.\n{explain(faults)}"
     if dropped is None or len(faults) == len(dataset):
-        raise UserError(f"{report}\nMend or remove them, or set drop_faulty_rows: true to leave them out.")
+        raise UserError(f"{report}\nMend or remove them; with drop_faulty_rows: true a command leaves them out.")
     if is_main_process:
         with whole_file(dropped) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(fault._asdict(), ensure_ascii=False)}\n" for fault in faults)

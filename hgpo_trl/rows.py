@@ -7,6 +7,7 @@ its shape (roles, kinds of content); a row in which the template finds a text th
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +17,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
 from hgpo_trl.errors import UserError
-from hgpo_trl.modes import MODES, TRACE_FIELDS, Fault, Mode, Response, split_response
+from hgpo_trl.modes import MODES, TRACE_FIELDS, Fault, Mode, Response, add_mode_tokens, split_response
 
 if TYPE_CHECKING:  # workers of the builder do without
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,21 @@ class _Rendering:
 
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 _PROBE = "An answer to look for."
+
+
+def as_trained(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """A copy of a tokenizer as Stage I makes it: with the mode tags, and a chat template that knows the modes.
+
+    Raises:
+        ValueError: see `add_mode_tokens` and `set_chat_template`.
+    """
+    from hgpo_trl.chat_template import has_thinking_modes, set_chat_template  # imports transformers
+
+    trained = deepcopy(tokenizer)
+    add_mode_tokens(trained)
+    if not has_thinking_modes(trained):
+        set_chat_template(trained)
+    return trained
 
 
 class Renderer:
@@ -306,8 +322,20 @@ def _check_messages(messages: Any) -> None:
             kinds = [_kind_of_part(part) for part in content]
             if other := next((kind for kind in kinds if kind != "text"), None):
                 raise FaultyRow("not_text", f"a part of type {other} in the {message['role']}'s message")
-        elif content is not None and not isinstance(content, str):
+        elif isinstance(content, str):
+            if content.startswith("[{") and _are_parts(content):
+                raise FaultyRow("not_text", f"parts that were read as the text {excerpt(content)}")
+        elif content is not None:
             raise FaultyRow("not_text", f"{excerpt(content)} ({type(content).__name__})")
+
+
+def _are_parts(text: str) -> bool:
+    """Whether a text is a list of parts in JSON, which `datasets` makes of them where the first rows hold text."""
+    try:
+        parts = json.loads(text)
+    except ValueError:
+        return False
+    return all(isinstance(part, dict) and "type" in part for part in parts)
 
 
 def _kind_of_part(part: Any) -> str:

@@ -117,7 +117,8 @@ def rft(argv: Sequence[str]) -> None:
     ).parse_recipe(argv)
     checkpoint = claim_run_dir("rft", training_args, args, model_args)
     dataset = _build(args, training_args, best_responses)
-    dataset = check_for_hft("samples", dataset, training_args, model_args, args.drop_faulty_rows)
+    dropped = dropped_rows_file(training_args.output_dir, "samples") if args.drop_faulty_rows else None
+    dataset = check_for_hft(f"samples={args.samples!r}", dataset, training_args, model_args, dropped)
     fine_tune(dataset, None, training_args, model_args, checkpoint)
 
 
@@ -131,7 +132,7 @@ def dpo(argv: Sequence[str]) -> None:
     tokens = mode_tokens(tokenizer)
     dataset = _build(args, training_args, preference_pairs)
     dataset = check_prompts(
-        "samples",
+        f"samples={args.samples!r}",
         dataset,
         Renderer(tokenizer),
         dropped=dropped_rows_file(training_args.output_dir, "samples") if args.drop_faulty_rows else None,

@@ -262,7 +262,7 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
 def _check(args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The prompts without faulty ones; UserError if there are such and they are not to be dropped."""
     return check_prompts(
-        "data",
+        f"data={args.data!r}",
         dataset,
         Renderer(tokenizer),
         positions=model_positions(args.model),

@@ -10,6 +10,7 @@ template that knows the modes, if it has none; TRL's SFTTrainer does the rest.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
@@ -21,7 +22,7 @@ from hgpo_trl.data_files import load_data
 from hgpo_trl.generate import SAMPLING
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import add_mode_tokens, mode_tokens
-from hgpo_trl.rows import Renderer
+from hgpo_trl.rows import Renderer, as_trained
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
 from hgpo_trl.scripts.training import (
@@ -45,20 +46,16 @@ class HFTArguments:
 
 
 def check(
-    field: str, dataset: Dataset, training_args: SFTConfig, model_args: ModelConfig, drop_faulty_rows: bool = False
+    name: str, dataset: Dataset, training_args: SFTConfig, model_args: ModelConfig, dropped: Path | None
 ) -> Dataset:
-    """Check examples for Stage I (`hgpo_trl.checks.check_examples`), with the tokenizer as it will be."""
-    tokenizer = load_tokenizer(training_args, model_args)
-    add_mode_tokens(tokenizer)
-    if not has_thinking_modes(tokenizer):
-        set_chat_template(tokenizer)
+    """Check examples for Stage I, with the tokenizer as it will be; `name` and `dropped` as in `check_examples`."""
     return check_examples(
-        field,
+        name,
         dataset,
-        Renderer(tokenizer),
+        Renderer(as_trained(load_tokenizer(training_args, model_args))),
         max_length=training_args.max_length,
         positions=recipe_positions(training_args, model_args),
-        dropped=dropped_rows_file(training_args.output_dir, field) if drop_faulty_rows else None,
+        dropped=dropped,
         is_main_process=training_args.process_index == 0,
     )
 
@@ -102,7 +99,8 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
 
     def load(field: str, name: str, split: str) -> Dataset:
-        return check(field, load_data(field, name, split), training_args, model_args, data_args.drop_faulty_rows)
+        dropped = dropped_rows_file(training_args.output_dir, field) if data_args.drop_faulty_rows else None
+        return check(f"{field}={name!r}", load_data(field, name, split), training_args, model_args, dropped)
 
     train_dataset = load("train_data", data_args.train_data, data_args.train_split)
     eval_dataset = load("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None

@@ -61,9 +61,9 @@ def main(argv: Sequence[str]) -> None:
     renderer = Renderer(tokenizer, training_args.chat_template_kwargs)
     positions = recipe_positions(training_args, model_args)
 
-    def check(field: str, dataset: Dataset) -> Dataset:
+    def check(field: str, name: str, dataset: Dataset) -> Dataset:
         return check_prompts(
-            field,
+            f"{field}={name!r}",
             dataset,
             renderer,
             positions=rollout_positions(training_args, positions),
@@ -72,14 +72,15 @@ def main(argv: Sequence[str]) -> None:
             is_main_process=training_args.process_index == 0,
         )
 
-    train_dataset = check("train_data", load_data("train_data", script_args.train_data, script_args.train_split))
+    train_dataset = load_data("train_data", script_args.train_data, script_args.train_split)
+    train_dataset = check("train_data", script_args.train_data, train_dataset)
     check_answers_are_there("train_data", train_dataset, rewards, reward_args)
     eval_dataset = None
     if script_args.eval_data:
         eval_dataset = load_data("eval_data", script_args.eval_data, script_args.eval_split)
         if script_args.eval_prompts is not None:
             eval_dataset = eval_dataset.select(range(min(script_args.eval_prompts, len(eval_dataset))))
-        eval_dataset = check("eval_data", eval_dataset)
+        eval_dataset = check("eval_data", script_args.eval_data, eval_dataset)
         check_answers_are_there("eval_data", eval_dataset, rewards, reward_args)
 
     reward_model = reward_args.build_reward_model(training_args.device, train_dataset[0]["prompt"])
