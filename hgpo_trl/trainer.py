@@ -31,6 +31,7 @@ from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_with
 from hgpo_trl.checks import check_dataset
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.hybrid_accuracy import figures
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
@@ -182,6 +183,7 @@ class HGPOTrainer(GRPOTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
         check_embeddings(self.model, self.mode_tokens)
+        set_generation_config(self.model, self._tokenizer)
         if is_peft_model(self.model):
             prepare_wrapped(self.model)
             if self.use_vllm:

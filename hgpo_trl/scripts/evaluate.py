@@ -18,11 +18,12 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
 from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, model_positions, without_dropped
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.generate import AUTO, check_settings, render
@@ -47,7 +48,7 @@ from hgpo_trl.sampling import check_backend, default_device, loaded_sampler
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import check_same_run
-from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.scripts.training import tokenizer_of
 from hgpo_trl.vllm_support import check_vllm_installed
 
 VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
@@ -248,8 +249,7 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is no such model, or it has no mode tags.
     """
-    check_model_path("model", args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = tokenizer_of("model", args.model)
     try:
         mode_tokens(tokenizer)
     except ValueError as error:
@@ -332,4 +332,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "evaluate", sys.argv[1:])
