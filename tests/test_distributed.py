@@ -142,7 +142,10 @@ NORMALISERS = ("dr_grpo", "grpo", "bnpo", "dapo", "luspo")  # the others divide 
 
 @pytest.mark.parametrize("config", ["cpu_ddp", "zero3"])
 def test_gradient_of_trimmed_micro_batches(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
-    """As in tests/test_micro_batches.py for one process: the gradient is that of TRL's padded micro-batches."""
+    """As in tests/test_micro_batches.py for one process: the gradient is that of TRL's padded micro-batches.
+
+    And in every micro-batch the two processes have the one that is as long among their own as the other's.
+    """
     words = ["cpu"] if config == "cpu_ddp" else []
     launch(config, "tests/gradient_worker.py", model_dir, data, tmp_path / "out.pt", *words, *NORMALISERS)
     before = load_file(Path(model_dir) / "model.safetensors")
@@ -151,7 +154,14 @@ def test_gradient_of_trimmed_micro_batches(config: str, model_dir: str, data: Pa
     for loss_type, steps in result.items():
         padded, trimmed = steps["padded"], steps["trimmed"]
         assert padded["engine"] == ENGINES[config][0]
-        assert trimmed["tokens"] < padded["tokens"]
+        tokens = {
+            name: sum(tokens for process in of["computed"] for tokens, _ in process) for name, of in steps.items()
+        }
+        assert tokens["trimmed"] < tokens["padded"]
+        if loss_type != "bnpo":  # rows stay in the micro-batches that TRL has put them in
+            first, second = ([longest for _, longest in process] for process in trimmed["computed"])
+            assert len(set(first)) > 1 < len(set(second))
+            assert sorted(zip(first, second, strict=True)) == [*zip(sorted(first), sorted(second), strict=True)]
         moved = 0.0
         for name, weight in before.items():
             gradient, expected = weight - trimmed["weights"][name], weight - padded["weights"][name]

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from hgpo_trl.advantages import TIE_TOLERANCE
+from hgpo_trl.advantages import assign_rewards, tied_modes
 from hgpo_trl.checks import check_dataset
 from hgpo_trl.data.example import Drop
 from hgpo_trl.evaluation import PROMPT_ID, score_samples
@@ -116,13 +117,14 @@ def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_
         raise ValueError(f"rewards must have the shape [Q, 2, k] with k of at least 1; got {list(rewards.shape)}.")
     if not 0.0 <= margin < math.inf:
         raise ValueError(f"margin must be a finite number of at least 0; got {margin}.")
-    valid = ~np.isnan(rewards)
-    highest = np.where(valid, rewards, -np.inf).max(axis=2)
-    lowest = np.where(valid, rewards, np.inf).min(axis=2)
-    within = (highest > lowest).any(axis=1)  # false where a mode has no valid sample: -inf against inf
-    think, no_think = pass_rates(rewards).T
-    gap = think - no_think  # NaN compares as false
-    return within | (gap - margin > TIE_TOLERANCE) | (gap < -TIE_TOLERANCE)
+    if len(rewards) == 0:
+        return np.zeros(0, dtype=bool)
+    as_tensor = torch.from_numpy(rewards)
+    r_inter, r_intra = assign_rewards(as_tensor, margin)
+    r_inter_swapped, _ = assign_rewards(as_tensor.flip(1), 0.0)
+    within = ~tied_modes(as_tensor, r_intra).all(dim=1)
+    think_wins, no_think_is_higher = (wins[:, 0].any(dim=1) for wins in (r_inter, r_inter_swapped))
+    return (within | think_wins | no_think_is_higher).numpy()
 
 
 def pass_rates(rewards: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.generate import AUTO, check_settings, render
 from hgpo_trl.hybrid_accuracy import Label, group_labels
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
-from hgpo_trl.rewards import load_reward
+from hgpo_trl.rewards import check_weights, load_reward
 from hgpo_trl.rows import Renderer
 from hgpo_trl.samples import (
     PARTS,
@@ -73,6 +73,9 @@ class EvaluateArguments:
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
     drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
     samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One per reward function, reward_model last, as in training; null is 1 each."}
+    )
     margin: float = field(default=0.0, metadata={"help": "Mode means closer than this count as equal (Eq. 13)."})
     decision_bias: float | str = field(
         default=0.0, metadata={"help": "Added to the log-odds of thinking, logit(think) - logit(no_think); or sweep."}
@@ -283,6 +286,7 @@ def main(argv: Sequence[str]) -> None:
     if args.backend == "vllm" and not args.rescore:
         check_vllm_installed("backend=vllm")
     rewards = [_load_function(name) for name in reward_args.reward_funcs]
+    check_weights(args.reward_weights, len(rewards) + (reward_args.reward_model is not None))
     dataset = _load(args)
     if args.rescore:
         tokenizer = None
@@ -308,7 +312,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         assert tokenizer is not None  # rescoring without samples was refused
         samples = _sample(args, tokenizer, list(dataset["prompt"]))
-    samples = score_samples(samples, dataset, rewards)
+    samples = score_samples(samples, dataset, rewards, args.reward_weights)
     write_samples(output_dir / SAMPLES, samples)
     report = report_on(
         samples,
