@@ -53,6 +53,10 @@ _TRACE = re.compile(
 )
 
 
+# Fields of a chat message in which models keep their trace, beside the content.
+TRACE_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
+
+
 # --- text ---------------------------------------------------------------------------------------------------
 
 

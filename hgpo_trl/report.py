@@ -33,6 +33,7 @@ from hgpo_trl.documents import (
     to_html,
     to_markdown,
 )
+from hgpo_trl.errors import UserError
 from hgpo_trl.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 from hgpo_trl.files import nan_to_null, write_atomically
 
@@ -118,14 +119,14 @@ DRAWN = {  # how the samples were; not in reports of earlier versions
 
 
 def _check(name: str, evaluation: Evaluation) -> None:
-    """ValueError that names the evaluation and the first key that it lacks."""
+    """UserError that names the evaluation and the first key that it lacks."""
 
     def require(part: Evaluation, paths: Iterable[str], prefix: str = "") -> None:
         for path in paths:
             try:
                 _get(part, path)
             except KeyError:
-                raise ValueError(
+                raise UserError(
                     f"The evaluation {name!r} lacks {prefix + path!r}. Pass the whole report.json that "
                     "`hgpo-trl evaluate` writes; evaluate the model again if it comes from another version."
                 ) from None
@@ -681,12 +682,12 @@ def write_report(
         Path of report.md. Identical input gives identical bytes in every file.
 
     Raises:
-        ValueError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep".
+        UserError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep".
     """
     if not evaluations:
-        raise ValueError("evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written.")
+        raise UserError("evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written.")
     if "margin_sweep" in evaluations:
-        raise ValueError("evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one.")
+        raise UserError("evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one.")
     sweep = dict(sorted((margin_sweep or {}).items()))
     for name, evaluation in evaluations.items():
         _check(name, evaluation)

@@ -28,8 +28,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler
 
 from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_without_think, tied_modes
+from hgpo_trl.checks import check_dataset
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.hybrid_accuracy import figures
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
@@ -51,6 +53,7 @@ from hgpo_trl.vllm_support import (
     check_vllm_installed,
     keep_cpu_weights_replaceable,
     sync_merged_weights,
+    sync_packed_weights,
 )
 
 logger = get_logger(__name__)
@@ -173,11 +176,10 @@ class HGPOTrainer(GRPOTrainer):
             _prepare_vllm(args, model if isinstance(model, str) else model.config._name_or_path)
         check_evaluation(args, eval_dataset)
         self.mode_tokens = mode_tokens(processing_class)
-        check_dataset("train_dataset", train_dataset, processing_class)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in named.items():
-            if dataset is not None:
-                check_dataset(name, dataset, processing_class)
+        for name, dataset in {"train_dataset": train_dataset, **named}.items():
+            if dataset is not None or name == "train_dataset":
+                check_dataset(name, dataset, processing_class, args, model)
 
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -193,10 +195,13 @@ class HGPOTrainer(GRPOTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
         check_embeddings(self.model, self.mode_tokens)
+        set_generation_config(self.model, self._tokenizer)
         if is_peft_model(self.model):
             prepare_wrapped(self.model)
             if self.use_vllm:
                 sync_merged_weights(self.vllm_generation)
+        if self.use_vllm:
+            sync_packed_weights(self.vllm_generation)
         self._budget_for_the_forced_token()
         self._warned_off_mode = False
         self._rewards_per_func: Tensor  # [B, F] over all processes, kept between two overrides
@@ -726,44 +731,4 @@ def check_evaluation(args: HGPOConfig, eval_dataset: Any) -> None:
         raise ValueError(
             f"metric_for_best_model={args.metric_for_best_model!r} is none of the evaluation's figures{budget}.{hint} "
             f"There are {', '.join(valid)}."
-        )
-
-
-def check_dataset(name: str, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check prompts before any long work.
-
-    Args:
-        name: of the argument, for the messages.
-        dataset: map-style data sets are read through once; of a stream only the columns and the first row.
-        tokenizer: must have a chat template if the prompts are conversations.
-
-    Raises:
-        ValueError: not a data set, no `prompt` column, no rows, an empty prompt, a column `response`, images, or no
-            chat template.
-    """
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise ValueError(f"{name} must be a datasets.Dataset or IterableDataset; got {type(dataset).__name__}.")
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"{name} is empty. Give it at least one row with a `prompt`.")
-    if "prompt" not in first:
-        raise ValueError(
-            f"{name} has no column `prompt`; its columns are {sorted(first)}. Rename the one that holds it."
-        )
-    if "response" in first:
-        raise ValueError(
-            f"{name} has a column `response`, the name under which reward functions get the parts of a response. "
-            "Rename or remove it."
-        )
-    if "image" in first or "images" in first:
-        raise NotImplementedError(f"{name} has images; HGPOTrainer trains text-only models. Remove the column.")
-    prompts = dataset["prompt"] if isinstance(dataset, Dataset) else [first["prompt"]]
-    for row, prompt in enumerate(prompts):
-        text = prompt if isinstance(prompt, str) else (prompt[-1].get("content") if prompt else None)
-        if not text or (isinstance(text, str) and not text.strip()):
-            raise ValueError(f"{name} has an empty `prompt` in row {row}. Remove the row.")
-    if is_conversational({"prompt": first["prompt"]}) and tokenizer.chat_template is None:
-        raise ValueError(
-            f"The tokenizer has no chat template, but the prompts of {name} are conversations. Install one with "
-            "hgpo_trl.chat_template.set_chat_template(tokenizer), or give prompts as plain text."
         )

@@ -532,6 +532,7 @@ def test_bad_argument(change: Config, words: str, config: Config, capsys: pytest
 
 
 CONVERSATION = [{"role": "user", "content": "a = 1 sum mod 10 ?"}]
+EMPTY_PROMPT = r": 1 of 2 rows are faulty\.\n  empty_prompt: 1 row.*The first is row 1.*drop_faulty_rows"
 
 
 @pytest.mark.parametrize("field", ["train_data", "eval_data"])
@@ -540,8 +541,14 @@ CONVERSATION = [{"role": "user", "content": "a = 1 sum mod 10 ?"}]
     [
         ({"question": ["a"], "answer": ["1"]}, r"has no column `prompt`; its columns are \['answer', 'question'\]"),
         ({"prompt": [], "answer": []}, r"=.*has no rows\. Give it at least one"),
-        ({"prompt": ["a", " "], "answer": ["1", "2"]}, r"has an empty `prompt` in row 1\. Remove the row"),
-        ({"prompt": [CONVERSATION, []], "answer": ["1", "2"]}, r"has an empty `prompt` in row 1\. Remove the row"),
+        (
+            {"prompt": ["a", " "], "answer": ["1", "2"]},
+            EMPTY_PROMPT,
+        ),
+        (
+            {"prompt": [CONVERSATION, []], "answer": ["1", "2"]},
+            EMPTY_PROMPT,
+        ),
         ({"prompt": [CONVERSATION], "response": ["1"]}, r"has a column `response`.*Rename or remove it"),
         (
             {"prompt": [CONVERSATION] * 3, "answer": ["1", None, " "]},
@@ -555,8 +562,7 @@ CONVERSATION = [{"role": "user", "content": "a = 1 sum mod 10 ?"}]
 def test_bad_data(field: str, rows: dict[str, list], words: str, config: Config, tmp_path: Path) -> None:
     path = tmp_path / "bad.parquet"
     Dataset.from_dict(rows).to_parquet(path)
-    names = f"{field}|eval_dataset"  # the second is the trainer's own name for eval_data
-    with refused(f"^({names}) ?{words}"):
+    with refused(rf"(?s)^{field}\S* ?{words}"):
         run("hgpo", config | {field: str(path)})
 
 

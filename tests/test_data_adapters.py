@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl.data.adapters import ADAPTERS, CONVENTIONS, adapt, generic, split_trace
+from hgpo_trl.data.adapters import ADAPTERS, CONVENTIONS, adapt, generic
 from hgpo_trl.data.example import Drop, Example
 from hgpo_trl.modes import TAGS, Mode, format_response, split_response
 
@@ -313,7 +313,10 @@ PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<")
 def test_a_trace_comes_back_as_it_was_marked(reasoning: str, answer: str, convention: Any) -> None:
     for opened, closed in {(convention.answer_open, convention.answer_close), ("", "")}:
         text = f"\n{convention.open}\n{reasoning}\n{convention.close}\n{opened}\n{answer}\n{closed}"
-        assert split_trace(text) == (reasoning, answer)
+        example = adapt(generic({"prompt": "q", "response": "t"}), {"q": QUESTION, "t": text}, "s")
+        assert isinstance(example, Example)
+        assert (example.reasoning, example.answer) == (reasoning, answer)
+        assert example.mode is (Mode.THINK if reasoning else Mode.NO_THINK)
 
 
 # --- conversations --------------------------------------------------------------------------------------------
@@ -429,7 +432,8 @@ def test_rows_of_another_mode_than_the_only_one() -> None:
         ({"prompt": "q", "messages": "m"}, "must have either prompt or messages"),
         ({"prompt": "q", "response": "t", "answer": "a"}, "give either response, or answer"),
         ({"prompt": "q", "reasoning": "r"}, "reasoning needs answer"),
-        ({"messages": "m", "system": "s"}, "leave system out"),
+        ({"messages": ["m", "n"]}, "messages must be one column"),
+        ({"prompt": []}, "prompt names no column"),
     ],
 )
 def test_fields_that_make_no_adapter(fields: dict[str, str], words: str) -> None:

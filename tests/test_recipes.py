@@ -406,7 +406,8 @@ def test_unknown_key_names_the_nearest(
         ("max_steps: 1.5", "max_steps"),
         ("max_steps: true", "max_steps"),
         ("per_device_train_batch_size: {a: 1}", "per_device_train_batch_size"),
-        ("reward_funcs: hgpo_trl.rewards.accuracy_reward", "reward_funcs"),
+        ("reward_funcs: 5", "reward_funcs"),
+        ("reward_weights: true", "reward_weights"),
         ("reward_weights: [much]", "reward_weights"),
         ("gradient_checkpointing: 2", "gradient_checkpointing"),
         ("estimator: 3", "estimator"),
@@ -420,9 +421,12 @@ def test_value_of_the_wrong_type(text: str, key: str, recipe: Callable, refused:
     assert "has the wrong type: " in error
 
 
-def test_boolean_where_text_belongs_says_how_yaml_reads_it(recipe: Callable, refused: Callable[..., str]) -> None:
-    error = refused("hgpo", "--config", recipe("save_strategy: no\n"))
-    assert "save_strategy=False has the wrong type" in error
+@pytest.mark.parametrize("text", ["save_strategy: true", "run_name: 7", "output_dir: 1_000"])
+def test_number_or_boolean_where_text_belongs_needs_quotes(
+    text: str, recipe: Callable, refused: Callable[..., str]
+) -> None:
+    error = refused("hgpo", "--config", recipe(f"{text}\n"))
+    assert "has the wrong type" in error
     assert "text needs quotes" in error
 
 

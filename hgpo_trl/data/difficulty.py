@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from hgpo_trl.advantages import assign_rewards, tied_modes
+from hgpo_trl.checks import check_dataset
 from hgpo_trl.data.example import Drop
 from hgpo_trl.evaluation import PROMPT_ID, score_samples
 from hgpo_trl.files import nan_to_null, write_atomically
@@ -31,7 +32,6 @@ from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.sampling import Sampler, check_backend, loaded_sampler
 from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.seeds import derived_seed
-from hgpo_trl.trainer import check_dataset
 from hgpo_trl.vllm_support import check_vllm_installed
 
 BLOCK = 512  # prompts whose samples are kept together: what a kill may cost

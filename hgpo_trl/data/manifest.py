@@ -20,6 +20,7 @@ class SourceManifest(TypedDict):
     rows_read: int
     steps: list[StepCount]  # in the order in which they ran
     kept: int
+    not_read: list[str]  # columns, and fields of messages, that look like content and are not read
 
 
 class TokenHistogram(TypedDict):

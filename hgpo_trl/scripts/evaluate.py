@@ -18,16 +18,19 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
+from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, model_positions, without_dropped
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.generate import AUTO, check_settings, render
 from hgpo_trl.hybrid_accuracy import Label, group_labels
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
 from hgpo_trl.rewards import check_weights, load_reward
+from hgpo_trl.rows import Renderer
 from hgpo_trl.samples import (
     PARTS,
     RECORD,
@@ -45,8 +48,7 @@ from hgpo_trl.sampling import check_backend, default_device, loaded_sampler
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import check_same_run
-from hgpo_trl.scripts.training import check_model_path
-from hgpo_trl.trainer import check_dataset
+from hgpo_trl.scripts.training import tokenizer_of
 from hgpo_trl.vllm_support import check_vllm_installed
 
 VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
@@ -69,6 +71,7 @@ class EvaluateArguments:
     )
     split: str = field(default="train", metadata={"help": "Split of data; a benchmark has its own."})
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
+    drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
     samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One per reward function, reward_model last, as in training; null is 1 each."}
@@ -243,22 +246,32 @@ def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts
     return read_parts(folder, chunks)
 
 
-def _model_tokenizer(args: EvaluateArguments, dataset: Dataset) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, checked with the data.
+def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
 
     Raises:
-        ValueError: there is no such model, it has no mode tags, or the prompts do not suit it.
+        ValueError: there is no such model, or it has no mode tags.
     """
-    check_model_path("model", args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = tokenizer_of("model", args.model)
     try:
         mode_tokens(tokenizer)
     except ValueError as error:
         raise ValueError(
             f"model={args.model!r} is no hybrid model: {error} Evaluate one that went through `hgpo-trl hft`."
         ) from None
-    check_dataset("data", dataset, tokenizer)
     return tokenizer
+
+
+def _check(args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The prompts without faulty ones; UserError if there are such and they are not to be dropped."""
+    return check_prompts(
+        f"data={args.data!r}",
+        dataset,
+        Renderer(tokenizer),
+        positions=model_positions(args.model),
+        max_new_tokens=args.max_new_tokens,
+        dropped=dropped_rows_file(args.output_dir, "data") if args.drop_faulty_rows else None,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -275,7 +288,13 @@ def main(argv: Sequence[str]) -> None:
     rewards = [_load_function(name) for name in reward_args.reward_funcs]
     check_weights(args.reward_weights, len(rewards) + (reward_args.reward_model is not None))
     dataset = _load(args)
-    tokenizer = None if args.rescore else _model_tokenizer(args, dataset)
+    if args.rescore:
+        tokenizer = None
+        if args.drop_faulty_rows:
+            dataset = without_dropped(dataset, dropped_rows_file(args.output_dir, "data"))
+    else:
+        tokenizer = _model_tokenizer(args)
+        dataset = _check(args, dataset, tokenizer)
     settings = _settings(args, dataset)
     check_answers_are_there("data", dataset, rewards, reward_args)
     groups: dict[str, list[Label | None]] = {
@@ -317,4 +336,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "evaluate", sys.argv[1:])

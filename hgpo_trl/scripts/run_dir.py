@@ -55,7 +55,7 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
         named in the log.
 
     Raises:
-        ValueError: `output_dir` holds another run's checkpoints or model (the message lists what differs),
+        UserError: `output_dir` holds another run's checkpoints or model (the message lists what differs),
             `resume_from_checkpoint` names no folder or a torn checkpoint, or no checkpoint is whole for all processes.
             It is raised by every process.
     """
@@ -70,7 +70,7 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
             _check_requested(Path(requested))
         if training_args.process_index == 0:  # which writes the record and the results
             _check_results(directory, run)
-    except ValueError as error:
+    except UserError as error:
         problem = str(error)
     found = checkpoint_faults(directory)
     everyone: list[tuple[str | None, dict[int, str | None]]] = gather_object([(problem, found)])
@@ -92,13 +92,13 @@ def _checkpoint(directory: Path, step: int) -> str:
 
 
 def _check_requested(checkpoint: Path) -> None:
-    """ValueError unless a checkpoint that was asked for by name can be resumed from."""
+    """UserError unless a checkpoint that was asked for by name can be resumed from."""
     remedy = "Leave it out to resume from the last complete checkpoint of output_dir, or name another checkpoint-STEP."
     if not checkpoint.is_dir():
-        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r} is not a folder. {remedy}")
+        raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is not a folder. {remedy}")
     foreign = not (checkpoint / SEAL).exists() and (checkpoint / TRAINER_STATE_NAME).is_file()
     if not foreign and (found := fault(checkpoint)):  # one that another tool wrote has a state and no seal
-        raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
+        raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
 
 
 def claim_results(directory: Path, run: dict[str, Any]) -> None:
@@ -108,14 +108,14 @@ def claim_results(directory: Path, run: dict[str, Any]) -> None:
         run: of `describe_run`, or what of it decides the results.
 
     Raises:
-        ValueError: the folder holds another run's results.
+        UserError: the folder holds another run's results.
     """
     _check_results(directory, run)
     write_json(directory / RUN_FILE, run)
 
 
 def _check_results(directory: Path, run: dict[str, Any]) -> None:
-    """ValueError if a folder holds checkpoints, a model or responses, and not this run's."""
+    """UserError if a folder holds checkpoints, a model or responses, and not this run's."""
     results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json", RESPONSES)
     if any(any(directory.glob(pattern)) for pattern in results):
         check_same_run(directory / RUN_FILE, run)
@@ -133,14 +133,14 @@ def check_same_run(record: Path, run: dict[str, Any]) -> None:
         record: file of that folder in which the other run was noted.
 
     Raises:
-        ValueError: there is no such file, or the runs differ; the message lists in what.
+        UserError: there is no such file, or the runs differ; the message lists in what.
     """
     directory = str(record.parent)
     remedy = "Choose another output_dir, remove this one, or use the recipe it was made with to resume it."
     if not record.is_file():
-        raise ValueError(f"output_dir={directory!r} holds results of an unknown run (no {record.name}). {remedy}")
+        raise UserError(f"output_dir={directory!r} holds results of an unknown run (no {record.name}). {remedy}")
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(key for key in before.keys() | run.keys() if not is_free(key) and before.get(key) != run.get(key))
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed)
-        raise ValueError(f"output_dir={directory!r} holds another run's results. Changed: {listing}. {remedy}")
+        raise UserError(f"output_dir={directory!r} holds another run's results. Changed: {listing}. {remedy}")
