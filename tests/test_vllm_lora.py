@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import end
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,3 +119,4 @@ def test_engine_takes_the_merged_weights(tmp_path: Path) -> None:
 
 if __name__ == "__main__":  # the engine may start processes that import this file
     train_and_compare(Path(sys.argv[1]))
+    end()

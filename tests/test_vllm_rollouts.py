@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from workers import end
 
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.tasks.embedded import build_model
@@ -194,3 +195,4 @@ def test_resumed_engine_starts_from_the_resumed_weights(trained: Path, words: li
 
 if __name__ == "__main__":  # the engine may start processes that import this file
     train(Path(sys.argv[1]), *sys.argv[2:])
+    end()

@@ -22,6 +22,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from workers import end
 
 from hgpo_trl import vllm_support
 from hgpo_trl.modes import mode_tokens
@@ -265,3 +266,4 @@ def test_a_server_that_dies_during_the_training(
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), *sys.argv[2:])
+    end()
