@@ -154,6 +154,7 @@ def ask(
             if part.delta.role is not None:  # the first chunk, content "" whatever follows
                 assert (reasoning, content) == (None, "")
                 continue
+            assert reasoning is None or content is None, "a client may look at one field or else the other"
             if reasoning is not None:
                 assert choice.content is None, "no reasoning after content"
                 choice.reasoning = (choice.reasoning or "") + reasoning
