@@ -259,7 +259,7 @@ def test_blocks_are_read_not_sampled_again(
 
 
 KILLED = """
-    import sys, time
+    import signal, sys
     from pathlib import Path
     from datasets import Dataset
     from hgpo_trl.data import difficulty
@@ -270,7 +270,7 @@ KILLED = """
     def write_and_wait(path, *rest):
         write(path, *rest)
         if path.name.endswith("00001.parquet"):
-            time.sleep(300)
+            signal.pause()
 
     difficulty.BLOCK, difficulty._write = 4, write_and_wait
     args = difficulty.DifficultyArguments(

@@ -25,7 +25,7 @@ def split_event(event: bytes) -> list[bytes]:
         delta = choice["delta"]
         if delta.get("reasoning") is not None and delta.get("content") is not None:
             first = {name: delta.pop(name) for name in ("role", "reasoning") if name in delta}
-            reasoning.append({"index": choice["index"], "delta": first, "logprobs": None, "finish_reason": None})
+            reasoning.append(dict.fromkeys(choice) | {"index": choice["index"], "delta": first})  # all else null
     if not reasoning:
         return [event]
     before = {name: value for name, value in chunk.items() if name != "usage"} | {"choices": reasoning}
