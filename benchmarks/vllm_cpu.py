@@ -1,10 +1,10 @@
-"""Rollouts of a vLLM engine on a CPU: the kernel that it packs its weights for, against torch's own linear, side by side.
+"""Rollouts of a vLLM engine on a CPU: the kernels that it packs its weights for, against torch's linear, side by side.
 
     python benchmarks/vllm_cpu.py [--threads 1] [--repeats 3]
 
-The model has the shapes of SmolLM2-135M and random weights in bfloat16; a rollout is 32 responses of 64 tokens to prompts
-of 64. The two engines live in processes of their own and take turns. Prints tokens per second, the median of their
-ratios, and the seconds that it takes to hand over all weights and pack them again.
+The model has the shapes of SmolLM2-135M and random weights in bfloat16; a rollout is 32 responses of 64 tokens to
+prompts of 64. The two engines live in processes of their own and take turns. Prints tokens per second, the median of
+their ratios, and the seconds that it takes to hand over all weights and pack them again.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 KERNELS = ("packed", "torch")
 RESPONSES, PROMPT, RESPONSE = 32, 64, 64
@@ -33,7 +32,10 @@ def serve(kernel: str, folder: str) -> None:
         _custom_ops._supports_onednn = False
         utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
     engine = LLM(
-        folder, max_model_len=PROMPT + RESPONSE, skip_tokenizer_init=True, distributed_executor_backend="external_launcher"
+        folder,
+        max_model_len=PROMPT + RESPONSE,
+        skip_tokenizer_init=True,
+        distributed_executor_backend="external_launcher",  # in this process, as TRL has it
     )
     model = engine.llm_engine.model_executor.driver_worker.model_runner.model
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
@@ -52,7 +54,8 @@ def serve(kernel: str, folder: str) -> None:
 
 
 def measure(process: subprocess.Popen[str]) -> tuple[float, float]:
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.write("go\n")
     process.stdin.flush()
     for line in process.stdout:
