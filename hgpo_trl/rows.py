@@ -153,14 +153,24 @@ class Renderer:
         return self._render([*prompt, *(completion or ())], completion is None, _row_kwargs(row))
 
     def _rendering(self, row: Row, texts: Sequence[str], completion: tuple[Any, ...]) -> _Rendering:
-        """The rendering of a row, or of an earlier one of its shape, if the template looks for none of the texts."""
+        """The rendering of a row, or of an earlier one of its shape, if the template looks for none of the texts.
+
+        Raises:
+            FaultyRow: see `prompt`.
+            UserError: there is no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                "The tokenizer has no chat template, but the prompts are conversations. Install one with "
+                "hgpo_trl.chat_template.set_chat_template(tokenizer), or give prompts as plain text."
+            )
         messages = [*row["prompt"], *row.get("completion", ())]
         found, shape = None, None
         if (
             self._looked_for is not None
             and all(map(_is_plain, messages))
             and not _row_kwargs(row)
-            and not any(mark in text for mark in self._looked_for for text in texts)
+            and not any(map("\0".join(texts).__contains__, self._looked_for))
         ):
             shape = (completion, *map(_shape, messages))
             found = self._known.get(shape)
@@ -202,11 +212,6 @@ class Renderer:
         return self._end_of_turn
 
     def _render(self, messages: Messages, is_prompt: bool, row_kwargs: dict[str, Any]) -> str:
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                "The tokenizer has no chat template, but the prompts are conversations. Install one with "
-                "hgpo_trl.chat_template.set_chat_template(tokenizer), or give prompts as plain text."
-            )
         rendered = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
@@ -271,7 +276,7 @@ class _GenerationBlock(Extension):
 
 def _is_plain(message: Mapping[str, Any]) -> bool:
     """Whether a message has nothing but a role and a content."""
-    return all(value is None or name in ("role", "content") for name, value in message.items())
+    return len(message) == 2 or all(v is None or name in ("role", "content") for name, v in message.items())
 
 
 def _shape(message: Mapping[str, Any]) -> tuple[str, Any]:
@@ -284,6 +289,8 @@ def _shape(message: Mapping[str, Any]) -> tuple[str, Any]:
 
 def _row_kwargs(row: Row) -> dict[str, Any]:
     """What TRL gives to the chat template from a row's own columns."""
+    if "tools" not in row and "chat_template_kwargs" not in row:
+        return {}
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
@@ -378,6 +385,8 @@ def _check_completion(completion: Any) -> None:
 
 def _traces(message: Mapping[str, Any]) -> dict[str, str]:
     """What a message holds in the fields in which models keep their trace."""
+    if len(message) == 2:  # role and content
+        return {}
     return {name: message[name] for name in TRACE_FIELDS if isinstance(message.get(name), str) and message[name]}
 
 
