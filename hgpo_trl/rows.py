@@ -230,7 +230,8 @@ _SEARCHES = frozenset(
 def texts_looked_for(template: str) -> tuple[str, ...] | None:
     """The texts that a chat template looks for in messages, as `</think>`; None if they cannot be told.
 
-    They are what stands left of `in`, and the arguments of methods like `startswith` and `split`.
+    They are what stands left of `in`, what is compared with anything but a role or a part's type, and the arguments of
+    methods like `startswith` and `split`.
     """
     environment = jinja2.Environment(extensions=[loopcontrols, _GenerationBlock])
     try:
@@ -241,27 +242,29 @@ def texts_looked_for(template: str) -> tuple[str, ...] | None:
     for compare in tree.find_all(nodes.Compare):
         left = compare.expr
         for operand in compare.ops:
-            if operand.op in ("in", "notin") and not isinstance(operand.expr, (nodes.List, nodes.Tuple)):
+            right = operand.expr
+            if operand.op in ("in", "notin") and not isinstance(right, (nodes.List, nodes.Tuple)):
                 needles.append(left)
-            left = operand.expr
+            elif operand.op in ("eq", "ne") and not (_is_of_shape(left) or _is_of_shape(right)):
+                needles += [side for side in (left, right) if isinstance(side, nodes.Const)]
+            left = right
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHES:
             needles += call.args[:1]
     for tag in tree.find_all(nodes.Filter):
         if tag.name == "replace":
             needles += tag.args[:1]
-    if any(not isinstance(needle, nodes.Const) and not _is_role(needle) for needle in needles):
+    if any(not isinstance(needle, nodes.Const) and not _is_of_shape(needle) for needle in needles):
         return None
-    return tuple(
-        dict.fromkeys(str(needle.value) for needle in needles if isinstance(needle, nodes.Const) and str(needle.value))
-    )
+    texts = (needle.value for needle in needles if isinstance(needle, nodes.Const))
+    return tuple(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
 
 
-def _is_role(needle: nodes.Expr) -> bool:
-    """Whether a template asks for a message's role, which is part of its shape."""
-    if isinstance(needle, nodes.Getitem):
-        return isinstance(needle.arg, nodes.Const) and needle.arg.value == "role"
-    return isinstance(needle, nodes.Getattr) and needle.attr == "role"
+def _is_of_shape(expression: nodes.Expr) -> bool:
+    """Whether it is a message's role or a part's type, by which shapes differ anyway."""
+    if isinstance(expression, nodes.Getitem):
+        return isinstance(expression.arg, nodes.Const) and expression.arg.value in ("role", "type")
+    return isinstance(expression, nodes.Getattr) and expression.attr in ("role", "type")
 
 
 class _GenerationBlock(Extension):

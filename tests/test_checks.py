@@ -27,7 +27,7 @@ from hgpo_trl.checks import (
 )
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.errors import UserError
-from hgpo_trl.modes import TRACE_FIELDS, add_mode_tokens, format_response
+from hgpo_trl.modes import TAGS, TRACE_FIELDS, add_mode_tokens, format_response
 from hgpo_trl.rows import EXAMPLES, KINDS, PROMPTS, FaultyRow, Renderer, as_trained, open_row, texts_looked_for
 from hgpo_trl.scripts import baselines, evaluate, hft, hgpo
 from hgpo_trl.trainer import HGPOTrainer
@@ -160,6 +160,7 @@ def test_a_template_that_opens_a_mode_itself_and_one_that_is_not_there(tokenizer
         ("message['role'] == 'system'", [{"role": "system", "content": "x"}, *user()], user()),
         ("message.content is not string", user([TEXT_PART]), user()),
         ("messages[0].content.split(' ')[0] == word", user("word x"), user("x")),
+        ("message.content == 'Hi'", user("Hi"), user("Hello")),
     ],
 )
 def test_what_a_template_refuses_is_found_among_rows_of_the_same_shape(
@@ -176,12 +177,7 @@ def test_what_a_template_refuses_is_found_among_rows_of_the_same_shape(
 
 
 def test_texts_that_a_template_looks_for(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert set(texts_looked_for(str(tokenizer.chat_template)) or ()) == {
-        "<think>",
-        "</think>",
-        "<no_think>",
-        "</no_think>",
-    }
+    assert set(TAGS) <= set(texts_looked_for(str(tokenizer.chat_template)) or ())
     assert texts_looked_for("{{ 'a' in m and m.b.split('c') and m.d | replace('e', 'f') and x in ['g'] }}") == (
         "a", "c", "e",
     )  # fmt: skip
