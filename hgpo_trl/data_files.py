@@ -1,10 +1,18 @@
 """Reading data sets by the one name that a recipe gives them."""
 
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetGenerationError
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import looks_like_path
+
+_FIRST_BLOCK = 10 * 2**20  # bytes of JSON lines by which `datasets` decides what a column holds
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
@@ -18,7 +26,8 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
         split: split to take; a single local file has only "train".
 
     Raises:
-        ValueError: the name looks like a path and nothing is there, the file type is unknown, or there are no rows.
+        ValueError: the name looks like a path and nothing is there, the file type is unknown, there are no rows, or
+            rows cannot be read: the message names the first one of JSON lines that differs from those before it.
     """
     path = Path(name)
     if path.is_file() and path.suffix not in _BUILDERS:
@@ -28,6 +37,12 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
             return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
         if path.is_dir():
             return _load_folder(path, split)
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        reason = _first_odd_row(_lines_of(path)) or " ".join(str(error.__cause__ or error).split())[:400]
+        raise UserError(
+            f"{field}={name!r} cannot be read: {reason}. All rows need the same columns, each of one kind throughout; "
+            "mend the file, or build the data with `hgpo-trl data`, which leaves such rows out."
+        ) from error
     except (StopIteration, ValueError) as error:  # datasets' ways of saying that there are no rows
         if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
             raise
@@ -50,3 +65,47 @@ def _load_folder(path: Path, split: str) -> Dataset:
     if not files or Path(files[0]).suffix not in _BUILDERS:
         return load_dataset(str(path), split=split)  # which says what is wrong, or knows the type
     return load_dataset(_BUILDERS[Path(files[0]).suffix], data_files=files, split="train")
+
+
+def _lines_of(path: Path) -> list[Path]:
+    """The files of JSON lines at a path."""
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    return [file for file in files if file.suffix in (".jsonl", ".json")]
+
+
+def _first_odd_row(files: Sequence[Path]) -> str | None:
+    """The first row of JSON lines that is broken, or has a column or a kind of value that the first block has not."""
+    for file in files:
+        kinds: dict[str, tuple[str, int]] = {}
+        position = row = 0
+        with file.open("rb") as lines:
+            for line in lines:
+                try:
+                    found = dict(_kinds(json.loads(line))) if line.strip() else {}
+                except ValueError as error:
+                    return f"row {row} of {file} is not JSON: {error}"
+                for place, kind in found.items() if position >= _FIRST_BLOCK else ():
+                    before, first = kinds.get(place, ("missing", 0))
+                    if before != kind and place.rpartition(".")[0].removesuffix("[]") in ("", *kinds):
+                        return f"`{place}` is {kind} in row {row} of {file}, and {before} in row {first}"
+                kinds |= {place: (kind, row) for place, kind in found.items() if place not in kinds}
+                position += len(line)
+                row += bool(line.strip())
+    return None
+
+
+_NAMES = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def _kinds(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Where a row has values that are not null, as `prompt[].content`, and of what kind they are."""
+    if value is None:
+        return
+    if place:
+        yield place, _NAMES[type(value)]
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _kinds(item, f"{place}.{key}" if place else key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _kinds(item, f"{place}[]")

@@ -99,7 +99,7 @@ def test_unknown_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from hgpo_trl.cli import main; main(); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 # --- data -----------------------------------------------------------------------------------------------------
@@ -365,9 +365,7 @@ exec(snippet.replace('"' + sys.argv[1].split("/")[-1] + '"', repr(sys.argv[1])))
 @pytest.mark.parametrize("stage", ["hft", "hgpo"])
 def test_a_trained_model_needs_none_of_our_code(stage: str, whole_run: Path) -> None:
     """Tags, template, generation config; and the example on its card runs."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US, str(whole_run / stage)], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", WITHOUT_US, str(whole_run / stage)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     facts, _, response = done.stdout.partition("\n")
     prompts, ends, pads, sampling = json.loads(facts)
@@ -476,7 +474,7 @@ def test_accelerate_launch(whole_run: Path, tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(config), encoding="utf-8")
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
     script = ["-m", "hgpo_trl.scripts.hgpo", "--config", str(recipe), "--max_steps", "1"]
-    done = subprocess.run([sys.executable, *launch, *script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *launch, *script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Model saved to {tmp_path / 'hgpo'}" in done.stdout
     assert (tmp_path / "hgpo" / "model.safetensors").is_file()
@@ -532,6 +530,7 @@ def test_bad_argument(change: Config, words: str, config: Config, capsys: pytest
 
 
 CONVERSATION = [{"role": "user", "content": "a = 1 sum mod 10 ?"}]
+EMPTY_PROMPT = r": 1 of 2 rows are faulty\.\n  empty_prompt: 1 row.*The first is row 1.*drop_faulty_rows"
 
 
 @pytest.mark.parametrize("field", ["train_data", "eval_data"])
@@ -540,8 +539,14 @@ CONVERSATION = [{"role": "user", "content": "a = 1 sum mod 10 ?"}]
     [
         ({"question": ["a"], "answer": ["1"]}, r"has no column `prompt`; its columns are \['answer', 'question'\]"),
         ({"prompt": [], "answer": []}, r"=.*has no rows\. Give it at least one"),
-        ({"prompt": ["a", " "], "answer": ["1", "2"]}, r"has an empty `prompt` in row 1\. Remove the row"),
-        ({"prompt": [CONVERSATION, []], "answer": ["1", "2"]}, r"has an empty `prompt` in row 1\. Remove the row"),
+        (
+            {"prompt": ["a", " "], "answer": ["1", "2"]},
+            EMPTY_PROMPT,
+        ),
+        (
+            {"prompt": [CONVERSATION, []], "answer": ["1", "2"]},
+            EMPTY_PROMPT,
+        ),
         ({"prompt": [CONVERSATION], "response": ["1"]}, r"has a column `response`.*Rename or remove it"),
         (
             {"prompt": [CONVERSATION] * 3, "answer": ["1", None, " "]},
@@ -555,8 +560,7 @@ CONVERSATION = [{"role": "user", "content": "a = 1 sum mod 10 ?"}]
 def test_bad_data(field: str, rows: dict[str, list], words: str, config: Config, tmp_path: Path) -> None:
     path = tmp_path / "bad.parquet"
     Dataset.from_dict(rows).to_parquet(path)
-    names = f"{field}|eval_dataset"  # the second is the trainer's own name for eval_data
-    with refused(f"^({names}) ?{words}"):
+    with refused(rf"(?s)^{field}\S* ?{words}"):
         run("hgpo", config | {field: str(path)})
 
 

@@ -565,9 +565,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"question": ["a"]}, "train_dataset has no column `prompt`; its columns are"),
         ({"prompt": []}, "train_dataset is empty"),
-        ({"prompt": ["1 + 1", "  "]}, "empty `prompt` in row 1"),
-        ({"prompt": [[{"role": "user", "content": "1 + 1"}], []]}, "empty `prompt` in row 1"),
-        ({"prompt": [[{"role": "user", "content": ""}]]}, "empty `prompt` in row 0"),
+        ({"prompt": ["1 + 1", "  "]}, "empty_prompt: 1 row, .* The first is row 1"),
+        ({"prompt": [[{"role": "user", "content": "1 + 1"}], []]}, "empty_prompt: 1 row, .* The first is row 1"),
+        ({"prompt": [[{"role": "user", "content": ""}]]}, "empty_prompt: 1 row, .* The first is row 0"),
         ({"prompt": ["1 + 1"], "response": ["2"]}, "train_dataset has a column `response`"),
     ],
 )

@@ -6,7 +6,7 @@ files. What is wrong with a row is a `Drop` that says so, never an exception.
 
 import ast
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
@@ -14,7 +14,8 @@ from typing import Any, TypedDict
 import xxhash
 
 from hgpo_trl.data.example import Drop, Example
-from hgpo_trl.modes import TAGS, Mode, trace_mark
+from hgpo_trl.errors import UserError
+from hgpo_trl.modes import TAGS, TRACE_FIELDS, Mode, trace_mark
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, str]]
@@ -66,10 +67,11 @@ def adapt(adapter: Adapter, row: Row, source: str) -> Example | Drop:
     """One row as an example, or why it is none.
 
     Reasons: "missing_field" (absent or null), "empty_field", "not_text", "null_messages", "unknown_role",
-    "roles_out_of_order", "no_prompt", "no_answer", "unknown_format" (a response without the marks of a trace),
-    "unbalanced_tags", "tag_in_text" (one of the four mode tags inside a part), "trace_in_no_think" (a trace in other
-    marks), "invalid_unicode", "wrong_mode" and what a source says against its own row: "toxic", "redacted",
-    "not_verified", "truncated".
+    "roles_out_of_order", "two_systems" (a system message and a system column that differ), "two_traces" (one in the
+    content, another in a field), "no_prompt", "no_answer", "unknown_format" (a response without the marks of a trace),
+    "unbalanced_tags", "unopened_trace" (a trace that ends and never begins), "tag_in_text" (one of the four mode tags
+    inside a part), "trace_in_no_think" (a trace in other marks), "invalid_unicode", "wrong_mode" and what a source says
+    against its own row: "toxic", "redacted", "not_verified", "truncated".
 
     Args:
         adapter: how to read it.
@@ -80,6 +82,8 @@ def adapt(adapter: Adapter, row: Row, source: str) -> Example | Drop:
         parts = adapter.read(row)
         fields: dict[str, Any] = {"source": source, "domain": adapter.domain, "mode": adapter.mode, "id": "", **parts}
         example = Example(**fields)
+        if adapter.mode is not None and example.mode is not adapter.mode:
+            raise _Fault("wrong_mode", mode=example.mode)
         _check_text(example)
     except _Fault as fault:
         return fault.drop
@@ -111,19 +115,17 @@ def has_trace(text: str) -> bool:
     return any(mark in text for convention in CONVENTIONS for mark in (convention.open, convention.close))
 
 
-def split_trace(text: str) -> tuple[str, str] | Drop:
-    """Reasoning and answer of a response that marks its trace in one of `CONVENTIONS`, stripped.
-
-    The response must begin with the trace, and each mark must occur exactly once and in order. Otherwise a Drop:
-    "unknown_format" where there are no marks, "unbalanced_tags" where they do not match.
-    """
-    try:
-        return _split(text)
-    except _Fault as fault:
-        return fault.drop
+def unopened(text: str) -> Convention | None:
+    """The convention of a response that ends its trace and never begins it: the mark stood in the prompt."""
+    ended = (convention for convention in CONVENTIONS if convention.close in text)
+    return next((convention for convention in ended if convention.open not in text), None)
 
 
 def _split(text: str) -> tuple[str, str]:
+    """Reasoning and answer of a response that marks its trace in one of `CONVENTIONS`, stripped.
+
+    The response must begin with the trace, and each mark must occur exactly once and in order.
+    """
     for convention in CONVENTIONS:
         marks = {mark: text.count(mark) for mark in (convention.open, convention.close)}
         if not any(marks.values()):
@@ -223,7 +225,10 @@ _ROLES["system"] = "system"
 
 
 def _messages(row: Row, name: str) -> Messages:
-    """A conversation of {role, content} or {from, value} messages with the roles system, user and assistant."""
+    """A conversation of {role, content} or {from, value} messages with the roles system, user and assistant.
+
+    Content in parts of text is joined. A trace in a field of its own goes before the content, in marks.
+    """
     if name not in row:
         raise _Fault("missing_field", field=name)
     value = row[name]
@@ -236,10 +241,44 @@ def _messages(row: Row, name: str) -> Messages:
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in _ROLES:
             raise _Fault("unknown_role", role=_brief(role))
-        if not isinstance(content, str) or not content.strip():
+        text, trace = _content(content), _trace(message) if _ROLES[role] == "assistant" else ""
+        if not text.strip():
             raise _Fault("null_messages", field=name, message=len(messages))
-        messages.append({"role": _ROLES[role], "content": content})
+        if message.get("tool_calls"):
+            raise _Fault("not_text", field="tool_calls")
+        messages.append({"role": _ROLES[role], "content": _with_trace(text, trace)})
     return messages
+
+
+def _content(content: Any) -> str:
+    """A message's text, of which the parts are joined as a chat template joins them."""
+    if not isinstance(content, (list, tuple)):
+        return content if isinstance(content, str) else ""
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise _Fault("not_text", field="content", type=_brief(kind))
+    return "".join(part["text"] for part in content)
+
+
+def _trace(message: Mapping[str, Any]) -> str:
+    """The trace in a field of an assistant's message; empty where there is none."""
+    found = {value.strip() for field in TRACE_FIELDS if isinstance(value := message.get(field), str)} - {""}
+    if len(found) > 1:
+        raise _Fault("two_traces", fields=[field for field in TRACE_FIELDS if message.get(field)])
+    return found.pop() if found else ""
+
+
+def _with_trace(text: str, trace: str) -> str:
+    if not trace:
+        return text
+    if has_trace(text):
+        if _split(text)[0] != trace:
+            raise _Fault("two_traces", begins=trace[:80])
+        return text
+    if text.strip().startswith(Mode.NO_THINK.open_tag):
+        raise _Fault("two_traces", begins=trace[:80])
+    return f"{Mode.THINK.open_tag}\n{trace}\n{Mode.THINK.close_tag}\n\n{text}"
 
 
 def _last_answer(messages: Messages) -> tuple[Messages, str]:
@@ -270,8 +309,9 @@ def _history(messages: Messages) -> Messages:
 
 
 def _thought(text: str) -> Parts:
+    """A response with a trace; one whose trace is empty, as Qwen3 answers at once, is a no-think example."""
     reasoning, answer = _split(text)
-    return {"mode": Mode.THINK, "reasoning": reasoning, "answer": answer}
+    return {"mode": Mode.THINK if reasoning else Mode.NO_THINK, "reasoning": reasoning, "answer": answer}
 
 
 # --- Stage I, no think ----------------------------------------------------------------------------------------
@@ -554,81 +594,134 @@ ADAPTERS: dict[str, Adapter] = {
 # --- a user's own files ---------------------------------------------------------------------------------------
 
 FIELDS = ("prompt", "messages", "system", "reasoning", "answer", "response", "reference", "level", "id", "domain")
+_JOINED = ("prompt", "system", "reasoning", "answer", "response")  # what several columns may hold together
+
+Fields = Mapping[str, str | Sequence[str]]
 
 
-def generic(fields: Mapping[str, str], mode: Mode | str | None = None, domain: str = "general") -> Adapter:
+def columns_of(fields: Fields | None) -> list[str]:
+    """The columns that `fields` read."""
+    return [column for columns in (fields or {}).values() for column in _listed(columns)]
+
+
+def _listed(columns: str | Sequence[str]) -> list[str]:
+    return [columns] if isinstance(columns, str) else list(columns)
+
+
+def generic(
+    fields: Fields, mode: Mode | str | None = None, domain: str = "general", opened_in_prompt: bool = False
+) -> Adapter:
     """An adapter for files of any schema.
 
     A response is given as `reasoning` and `answer` (think), as `answer` alone (no think), as `response` (with the marks
-    of a trace: think, or within <no_think> tags: no think), or as the last message of `messages` (marks as before; an
-    answer without any is no think). Without a response the examples are prompts; so is a conversation that ends with
-    the user, unless `mode` asks for responses: then what follows the last answer is left out.
+    of a trace: think, or within <no_think> tags: no think), or as the last message of `messages` (marks as before, or a
+    trace in a field of the message; an answer without any is no think). An empty trace is no think. Without a response
+    the examples are prompts; so is a conversation that ends with the user, unless `mode` asks for responses: then what
+    follows the last answer is left out.
 
     Args:
         fields: our names to the file's columns: `prompt` or `messages`; `reasoning` and `answer`, or `response`;
-            `reference`, `level`, `id` (else a hash of the content), `domain`, `system`.
+            `reference`, `level`, `id` (else a hash of the content), `domain`, `system`. Several columns of a text are
+            joined by a blank line, those that are empty left out: {"prompt": ["instruction", "input"]}.
         mode: the only mode of the file's responses, if they have but one: others are dropped as "wrong_mode".
         domain: of rows that do not say.
+        opened_in_prompt: the prompt opened the trace, so responses only end it. So it is with `mode` think.
 
     Raises:
-        ValueError: a name is unknown, two exclude each other, one needs another, none gives the prompt, or they cannot
-            give the mode.
+        ValueError: a name is unknown, two exclude each other, one needs another, none gives the prompt, one cannot have
+            several columns, or they cannot give the mode.
     """
     if unknown := [name for name in fields if name not in FIELDS]:
-        raise ValueError(f"fields: unknown name {unknown[0]!r}; the names are {', '.join(FIELDS)}.")
+        raise UserError(f"fields: unknown name {unknown[0]!r}; the names are {', '.join(FIELDS)}.")
+    if several := [name for name, columns in fields.items() if not isinstance(columns, str) and name not in _JOINED]:
+        raise UserError(f"fields: {several[0]} must be one column; got {fields[several[0]]!r}.")
+    if empty := [name for name, columns in fields.items() if not columns]:
+        raise UserError(f"fields: {empty[0]} names no column; name one, or leave it out.")
     if ("prompt" in fields) == ("messages" in fields):
-        raise ValueError(f"fields={dict(fields)!r} must have either prompt or messages.")
+        raise UserError(f"fields={dict(fields)!r} must have either prompt or messages.")
     if "response" in fields and ("answer" in fields or "reasoning" in fields):
-        raise ValueError(f"fields={dict(fields)!r}: give either response, or answer and perhaps reasoning.")
+        raise UserError(f"fields={dict(fields)!r}: give either response, or answer and perhaps reasoning.")
     if "reasoning" in fields and "answer" not in fields:
-        raise ValueError(f"fields={dict(fields)!r}: reasoning needs answer.")
-    if "messages" in fields and "system" in fields:
-        raise ValueError(f"fields={dict(fields)!r}: messages hold their own system message; leave system out.")
+        raise UserError(f"fields={dict(fields)!r}: reasoning needs answer.")
     wanted = None if mode is None else _wanted(fields, mode)
-    return Adapter("generic", "not stated", "hft", domain, wanted, partial(_generic, dict(fields), wanted))
+    opened = opened_in_prompt or wanted is Mode.THINK
+    read = partial(_generic, {name: _listed(columns) for name, columns in fields.items()}, wanted, opened)
+    return Adapter("generic", "not stated", "hft", domain, wanted, read)
 
 
-def _wanted(fields: Mapping[str, str], mode: Mode | str) -> Mode:
+def _wanted(fields: Fields, mode: Mode | str) -> Mode:
     """A source's only mode, which its fields can give."""
     if mode not in list(Mode):
-        raise ValueError(f"mode must be {' or '.join(Mode)}, or left out; got {mode!r}.")
+        raise UserError(f"mode must be {' or '.join(Mode)}, or left out; got {mode!r}.")
     wanted, needed = Mode(mode), "answer and reasoning" if mode == Mode.THINK else "answer without reasoning"
     separate = wanted is (Mode.THINK if "reasoning" in fields else Mode.NO_THINK) and "answer" in fields
     if not (separate or "response" in fields or "messages" in fields):
-        raise ValueError(f"fields={dict(fields)!r}: mode {wanted} needs {needed}, or response, or messages.")
+        raise UserError(f"fields={dict(fields)!r}: mode {wanted} needs {needed}, or response, or messages.")
     return wanted
 
 
-def _generic(fields: dict[str, str], wanted: Mode | None, row: Row) -> Parts:
+def _generic(fields: dict[str, list[str]], wanted: Mode | None, opened: bool, row: Row) -> Parts:
     response: str | None = None
+    system = _joined(row, fields["system"]) if "system" in fields else None
     if "messages" in fields:
-        messages = _messages(row, fields["messages"])
+        messages = _with_system(_messages(row, fields["messages"][0]), system)
+        messages = [message | {"content": _opened(message, opened)} for message in messages]
         if wanted is None and messages[-1]["role"] == "user":
             prompt = _history(messages)
         else:
             prompt, response = _last_answer(messages)
     else:
-        prompt = _user(_text(row, fields["prompt"]))
-        if "system" in fields and (system := _optional(row, fields["system"])):
-            prompt = [{"role": "system", "content": system}, *prompt]
+        prompt = _with_system(_user(_required(row, fields["prompt"])), system)
     parts: Parts = {"mode": None}
     if "reasoning" in fields:
-        texts = [_text(row, fields[name]).strip() for name in ("reasoning", "answer")]
+        texts = [_required(row, fields[name]).strip() for name in ("reasoning", "answer")]
         parts = {"mode": Mode.THINK, "reasoning": texts[0], "answer": texts[1]}
     elif "answer" in fields:
-        parts = {"mode": Mode.NO_THINK, "answer": _text(row, fields["answer"]).strip()}
+        parts = {"mode": Mode.NO_THINK, "answer": _required(row, fields["answer"]).strip()}
     elif "response" in fields:
-        parts = _tagged(_text(row, fields["response"]))
+        text = _required(row, fields["response"])
+        parts = _tagged(_opened({"role": "assistant", "content": text}, opened))
     elif response is not None:
         tagged = has_trace(response) or any(tag in response for tag in TAGS)
         parts = _tagged(response) if tagged else {"mode": Mode.NO_THINK, "answer": response.strip()}
-    if wanted is not None and parts["mode"] != wanted:
-        raise _Fault("wrong_mode", mode=parts["mode"])
     for name in ("reference", "level", "domain", "id"):
-        if name in fields and (value := _optional(row, fields[name])) is not None:
+        if name in fields and (value := _optional(row, fields[name][0])) is not None:
             parts[name] = value
     parts["prompt"] = prompt
     return parts
+
+
+def _joined(row: Row, columns: Sequence[str]) -> str | None:
+    """The text of several columns, without the empty ones; None where all are."""
+    return "\n\n".join(text for column in columns if (text := _optional(row, column)) is not None) or None
+
+
+def _required(row: Row, columns: Sequence[str]) -> str:
+    """The same where there must be one."""
+    text = _joined(row, columns)
+    return _text(row, *columns) if text is None else text  # which says what is missing
+
+
+def _with_system(messages: Messages, system: str | None) -> Messages:
+    """A conversation with the text of a system column at its beginning."""
+    if system is None:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"].strip() != system.strip():
+        raise _Fault("two_systems", begins=system[:80])
+    return messages
+
+
+def _opened(message: dict[str, str], opened: bool) -> str:
+    """An assistant's text; a trace that it only ends is begun, if `opened` says that the prompt did."""
+    text = message["content"]
+    if message["role"] != "assistant" or (convention := unopened(text)) is None:
+        return text
+    if not opened:
+        hint = "set mode: think for this source, if its prompts open the trace"
+        raise _Fault("unopened_trace", mark=convention.close, begins=text[:80], hint=hint)
+    return f"{convention.open}{text}"
 
 
 def _tagged(response: str) -> Parts:
@@ -639,3 +732,28 @@ def _tagged(response: str) -> Parts:
     if not text.endswith(closed):
         raise _Fault("unbalanced_tags", counts={mark: text.count(mark) for mark in (opened, closed)})
     return {"mode": Mode.NO_THINK, "answer": text[len(opened) : -len(closed)].strip()}
+
+
+def unread(fields: Fields, rows: Sequence[Row]) -> list[str]:
+    """Columns of these rows, and fields of their messages, that look like content and are not read.
+
+    Content is text of several words, or a list or an object that is not empty.
+    """
+    known, messages = set(columns_of(fields)), _listed(fields.get("messages", ()))
+    found: dict[str, None] = {}
+    for row in rows:
+        found |= dict.fromkeys(name for name, value in row.items() if name not in known and _is_content(value))
+        for column in messages:
+            for message in (m for m in _items(row.get(column)) if isinstance(m, Mapping)):
+                others = (name for name in message if name not in _MESSAGE_FIELDS and _is_content(message[name]))
+                found |= dict.fromkeys(f"{column}[].{name}" for name in others)
+    return list(found)
+
+
+_MESSAGE_FIELDS = ("role", "content", "from", "value", *TRACE_FIELDS)
+
+
+def _is_content(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value.split()) > 2
+    return isinstance(value, (list, tuple, Mapping)) and len(value) > 0

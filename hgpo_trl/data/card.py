@@ -245,6 +245,13 @@ def _licence_note(manifest: Manifest) -> Paragraph:
     return Paragraph(warning)
 
 
+def _not_read(sources: Mapping[str, SourceManifest]) -> list[Block]:
+    """What the sources hold beside what was read."""
+    unread = {name: source.get("not_read") or [] for name, source in sources.items()}
+    lines = [f"{name}: {', '.join(f'`{column}`' for column in columns)}" for name, columns in unread.items() if columns]
+    return [Paragraph("Columns that look like content and were not read:"), Bullets(lines)] if lines else []
+
+
 def _blocks(manifest: Manifest, pictures: list[Picture], output_dir: Path) -> list[Block]:
     stage, sources, rows = manifest["stage"], manifest["sources"], manifest["rows"]
     read = sum(source["rows_read"] for source in sources.values())
@@ -265,6 +272,7 @@ def _blocks(manifest: Manifest, pictures: list[Picture], output_dir: Path) -> li
         Paragraph(f"To train on it: `train_data: {output_dir.name}` in a recipe of `hgpo-trl {stage}`."),
         Heading("Sources"),
         _source_table(manifest),
+        *_not_read(sources),
         pictures[0],
         Heading("What was removed"),
         _removal_table(sources),

@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from hgpo_trl.data.example import Drop, Example, Step
-from hgpo_trl.modes import Mode
+from hgpo_trl.modes import Mode, format_response
+from hgpo_trl.rows import FaultyRow, Renderer, as_trained, open_row
 from hgpo_trl.verification import check_answers
 
 if TYPE_CHECKING:
@@ -227,6 +228,36 @@ def _contents(example: Example) -> Iterator[str]:
         yield example.answer
     elif example.mode is Mode.NO_THINK:
         yield f"{example.mode.open_tag}\n{example.answer}\n{example.mode.close_tag}"
+
+
+# --- as the stage opens it -----------------------------------------------------------------------------------
+
+
+def opened(tokenizer: "PreTrainedTokenizerBase") -> Step:
+    """Drops examples that the stage could not open: the chat template refuses them, or rewrites their response.
+
+    The reasons are those of `hgpo_trl.rows.KINDS`.
+
+    Args:
+        tokenizer: of the model to be trained; it is given tags and template as Stage I does.
+    """
+    return partial(_opened, Renderer(as_trained(tokenizer)))
+
+
+def _opened(renderer: Renderer, examples: Sequence[Example]) -> list[Drop | None]:
+    return [_refusal(renderer, example) for example in examples]
+
+
+def _refusal(renderer: Renderer, example: Example) -> Drop | None:
+    row: dict[str, Any] = {"prompt": example.prompt}
+    if example.mode is not None:
+        content = format_response(example.mode, example.answer, example.reasoning)
+        row["completion"] = [{"role": "assistant", "content": content}]
+    try:
+        open_row(row, renderer)
+    except FaultyRow as fault:
+        return Drop(fault.kind, {"detail": fault.detail})
+    return None
 
 
 # --- correctness ----------------------------------------------------------------------------------------------

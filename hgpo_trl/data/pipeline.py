@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -95,6 +95,7 @@ class Build:
         rows_per_shard: of the files written; a shard is sorted in memory.
         max_row_bytes: longer rows are dropped unread.
         seed: decides which rows a cap keeps, and the order.
+        not_read: source -> columns that look like content and are not read, for the manifest.
     """
 
     stage: str
@@ -106,6 +107,7 @@ class Build:
     rows_per_shard: int = 10_000
     max_row_bytes: int = 4 * 2**20
     seed: int = 0
+    not_read: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 # --- a unit, in a worker --------------------------------------------------------------------------------------
@@ -597,6 +599,7 @@ def _source_manifests(
             "rows_read": sum(chunk["read"] for chunk in done),
             "steps": [{"name": name, "dropped": dict(sorted(dropped[name].items()))} for name in ran],
             "kept": int((fate.kept & of_source).sum()),
+            "not_read": list(build.not_read.get(source.label, ())),
         }
     return manifests
 

@@ -48,7 +48,7 @@ class Source:
         licence: for the card; default: the adapter's.
         mode: "think" or "no_think"; generic adapter only, to refuse the other.
         domain: as "maths"; generic adapter only, the others know it.
-        fields: generic adapter only: our name -> column.
+        fields: generic adapter only: our name -> column, or columns whose texts are joined.
         rows: at most so many, drawn at random from what is left after all filters, or domain -> so many of it; a domain
             that is not named is left out. None: all.
     """
@@ -62,7 +62,7 @@ class Source:
     licence: str | None = None
     mode: str | None = None
     domain: str | None = None
-    fields: dict[str, str] | None = None
+    fields: dict[str, str | list[str]] | None = None
     rows: NonNegativeInt | dict[str, NonNegativeInt] | None = None
 
     @property

@@ -21,6 +21,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_quantization_config
 
 from hgpo_trl.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
+from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, without_dropped
 from hgpo_trl.data_files import load_data
 from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import PROMPT_ID
@@ -29,12 +30,13 @@ from hgpo_trl.generate import set_generation_config
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import has_answer
+from hgpo_trl.rows import Renderer
 from hgpo_trl.samples import RECORD, SAMPLES, prompts_hash
+from hgpo_trl.scripts.hft import check as check_for_hft
 from hgpo_trl.scripts.hft import fine_tune
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
 from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
-from hgpo_trl.trainer import check_dataset
 
 
 @dataclass
@@ -47,6 +49,8 @@ class BaselineArguments:
     margin: float = field(
         default=0.0, metadata={"help": "δ: what no-think is given, as in Eq. 8; the paper's baselines: 0."}
     )
+
+    drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.margin):
@@ -73,6 +77,7 @@ def _load_samples(args: BaselineArguments) -> tuple[pd.DataFrame, Dataset]:
     if missing := [name for name in COLUMNS if name not in samples]:
         raise ValueError(f"samples={args.samples!r}: {SAMPLES} lacks the column {missing[0]}. {remedy}")
     queries = load_data("train_data", args.train_data, args.train_split)
+    queries = without_dropped(queries, dropped_rows_file(folder, "data"))
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if record["num_prompts"] > len(queries):
         raise ValueError(
@@ -113,7 +118,10 @@ def rft(argv: Sequence[str]) -> None:
         (BaselineArguments, SFTConfig, ModelConfig), prog="hgpo-trl baselines rft"
     ).parse_recipe(argv)
     checkpoint = claim_run_dir("rft", training_args, args, model_args)
-    fine_tune(_build(args, training_args, best_responses), None, training_args, model_args, checkpoint)
+    dataset = _build(args, training_args, best_responses)
+    dropped = dropped_rows_file(training_args.output_dir, "samples") if args.drop_faulty_rows else None
+    dataset = check_for_hft(f"samples={args.samples!r}", dataset, training_args, model_args, dropped)
+    fine_tune(dataset, None, training_args, model_args, checkpoint)
 
 
 def dpo(argv: Sequence[str]) -> None:
@@ -125,7 +133,13 @@ def dpo(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(training_args, model_args)
     tokens = mode_tokens(tokenizer)
     dataset = _build(args, training_args, preference_pairs)
-    check_dataset("train_data", dataset, tokenizer)
+    dataset = check_prompts(
+        f"samples={args.samples!r}",
+        dataset,
+        Renderer(tokenizer),
+        dropped=dropped_rows_file(training_args.output_dir, "samples") if args.drop_faulty_rows else None,
+        is_main_process=training_args.process_index == 0,
+    )
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,

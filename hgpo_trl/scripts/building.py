@@ -12,10 +12,10 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hgpo_trl.cores import available_cores
-from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, generic
+from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, columns_of, generic, unread
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
-from hgpo_trl.data.filters import language, quality, token_limit
+from hgpo_trl.data.filters import language, opened, quality, token_limit
 from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
@@ -24,6 +24,8 @@ from hgpo_trl.files import looks_like_path
 
 DEDUPLICATIONS = ("near", "exact", "none")
 _SAMPLE_ROWS = 20  # of each source, looked at before any long work
+_HABIT_ROWS = 1_000  # of a source of any schema, by which its habits are told
+_HABIT = 0.9  # share of them that makes a habit
 _FREE = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")  # what another run may change
 
 
@@ -197,7 +199,7 @@ def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_b
     missing = [v for v in verdicts if isinstance(v, Drop) and v.reason == "missing_field"]
     wanted = str(missing[0].detail.get("field")) if len(missing) == len(verdicts) else None
     if wanted is None:
-        unseen = dict.fromkeys((source.fields or {}).values())  # references that nobody finds would not be missed
+        unseen = dict.fromkeys(columns_of(source.fields))  # references that nobody finds would not be missed
         for _, row in read_unit(unit, max_row_bytes) if unseen else ():
             unseen = {column: None for column in unseen if isinstance(row, Drop) or column not in row}
             if not unseen:
@@ -212,6 +214,34 @@ def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_b
         f"{where} ({source.path}): none of the first rows has {wanted!r}{hint} The columns are {columns}. "
         "Set `fields` to the columns that there are."
     )
+
+
+def settle(
+    sources: list[tuple[Source, Adapter]], units: list[Unit], max_row_bytes: int
+) -> tuple[list[tuple[Source, Adapter]], dict[str, list[str]]]:
+    """Read the habits of sources of any schema from their first rows.
+
+    Returns:
+        The sources, with an adapter that begins the traces where nearly all responses only end one; and of each source
+        what it does not read and looks like content.
+    """
+    settled: list[tuple[Source, Adapter]] = []
+    not_read: dict[str, list[str]] = {}
+    for index, (source, adapter) in enumerate(sources):
+        if source.fields is not None:
+            first = next(unit for unit in units if unit.source == index)
+            sample = (row for _, row in islice(read_unit(first, max_row_bytes), _HABIT_ROWS))
+            rows = [row for row in sample if isinstance(row, dict)]
+            if found := unread(source.fields, rows):
+                not_read[source.label] = found
+            verdicts = [adapt(adapter, row, source.label) for row in rows]
+            unopened = sum(isinstance(v, Drop) and v.reason == "unopened_trace" for v in verdicts)
+            if rows and unopened >= _HABIT * len(rows):
+                opened = generic(source.fields, source.mode, adapter.domain, opened_in_prompt=True)
+                adapter = replace(opened, licence=adapter.licence)
+                print(f"  {source.label}: responses end a trace that their prompts have begun; they are think examples")
+        settled.append((source, adapter))
+    return settled, not_read
 
 
 def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
@@ -259,7 +289,10 @@ def common_steps(args: BuilderArguments) -> list[tuple[str, Step]]:
         steps.append(("quality", quality()))
     if args.languages:
         steps.append(("language", language(args.languages)))
-    steps.append(("length", token_limit(_tokenizer(args.tokenizer), args.max_tokens)))
+    tokenizer = _tokenizer(args.tokenizer)
+    steps.append(("length", token_limit(tokenizer, args.max_tokens)))
+    if tokenizer is not None:
+        steps.append(("rendering", opened(tokenizer)))
     if (step := decontaminator(args)) is not None:
         steps.append((DECONTAMINATION, step))
     return steps
@@ -280,6 +313,7 @@ def run(
     if unknown := [label for label in args.source_shares or () if label not in labels]:
         raise ValueError(f"source_shares names {unknown[0]!r}; the sources are {', '.join(labels)}.")
     units = plan(sources, args.max_row_bytes)
+    sources, not_read = settle(sources, units, args.max_row_bytes)
     recipe = {key: value for key, value in asdict(args).items() if key not in _FREE}
     output_dir = Path(args.output_dir)
     manifest = claim(output_dir, recipe, units)
@@ -297,6 +331,7 @@ def run(
             rows_per_shard=args.rows_per_shard,
             max_row_bytes=args.max_row_bytes,
             seed=args.seed,
+            not_read=not_read,
         )
         manifest = build_dataset(build, units, output_dir, recipe, args.num_processes, finish)
     else:
@@ -313,6 +348,8 @@ def run(
 def _summarise(output_dir: Path, manifest: Manifest) -> None:
     for name, source in manifest["sources"].items():
         print(f"  {name}: {source['kept']:,} of {source['rows_read']:,} rows")
+        if not_read := source.get("not_read"):
+            print(f"    not read, though it looks like content: {', '.join(not_read)}")
         for step in source["steps"]:
             if step["dropped"]:
                 print(f"    {step['name']}: " + ", ".join(f"{n:,} {reason}" for reason, n in step["dropped"].items()))

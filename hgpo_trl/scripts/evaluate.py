@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
+from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, model_positions, without_dropped
 from hgpo_trl.data_files import load_data
 from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
@@ -28,7 +29,8 @@ from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.generate import AUTO, check_settings, render
 from hgpo_trl.hybrid_accuracy import Label, group_labels
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
-from hgpo_trl.rewards import load_reward
+from hgpo_trl.rewards import check_weights, load_reward
+from hgpo_trl.rows import Renderer
 from hgpo_trl.samples import (
     PARTS,
     RECORD,
@@ -47,7 +49,6 @@ from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import check_same_run
 from hgpo_trl.scripts.training import tokenizer_of
-from hgpo_trl.trainer import check_dataset
 from hgpo_trl.vllm_support import check_vllm_installed
 
 VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
@@ -70,7 +71,11 @@ class EvaluateArguments:
     )
     split: str = field(default="train", metadata={"help": "Split of data; a benchmark has its own."})
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
+    drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
     samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One per reward function, reward_model last, as in training; null is 1 each."}
+    )
     margin: float = field(default=0.0, metadata={"help": "Mode means closer than this count as equal (Eq. 13)."})
     decision_bias: float | str = field(
         default=0.0, metadata={"help": "Added to the log-odds of thinking, logit(think) - logit(no_think); or sweep."}
@@ -241,11 +246,11 @@ def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts
     return read_parts(folder, chunks)
 
 
-def _model_tokenizer(args: EvaluateArguments, dataset: Dataset) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, checked with the data.
+def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
 
     Raises:
-        ValueError: there is no such model, it has no mode tags, or the prompts do not suit it.
+        ValueError: there is no such model, or it has no mode tags.
     """
     tokenizer = tokenizer_of("model", args.model)
     try:
@@ -254,8 +259,19 @@ def _model_tokenizer(args: EvaluateArguments, dataset: Dataset) -> PreTrainedTok
         raise ValueError(
             f"model={args.model!r} is no hybrid model: {error} Evaluate one that went through `hgpo-trl hft`."
         ) from None
-    check_dataset("data", dataset, tokenizer)
     return tokenizer
+
+
+def _check(args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The prompts without faulty ones; UserError if there are such and they are not to be dropped."""
+    return check_prompts(
+        f"data={args.data!r}",
+        dataset,
+        Renderer(tokenizer),
+        positions=model_positions(args.model),
+        max_new_tokens=args.max_new_tokens,
+        dropped=dropped_rows_file(args.output_dir, "data") if args.drop_faulty_rows else None,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -270,8 +286,15 @@ def main(argv: Sequence[str]) -> None:
     if args.backend == "vllm" and not args.rescore:
         check_vllm_installed("backend=vllm")
     rewards = [_load_function(name) for name in reward_args.reward_funcs]
+    check_weights(args.reward_weights, len(rewards) + (reward_args.reward_model is not None))
     dataset = _load(args)
-    tokenizer = None if args.rescore else _model_tokenizer(args, dataset)
+    if args.rescore:
+        tokenizer = None
+        if args.drop_faulty_rows:
+            dataset = without_dropped(dataset, dropped_rows_file(args.output_dir, "data"))
+    else:
+        tokenizer = _model_tokenizer(args)
+        dataset = _check(args, dataset, tokenizer)
     settings = _settings(args, dataset)
     check_answers_are_there("data", dataset, rewards, reward_args)
     groups: dict[str, list[Label | None]] = {
@@ -289,7 +312,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         assert tokenizer is not None  # rescoring without samples was refused
         samples = _sample(args, tokenizer, list(dataset["prompt"]))
-    samples = score_samples(samples, dataset, rewards)
+    samples = score_samples(samples, dataset, rewards, args.reward_weights)
     write_samples(output_dir / SAMPLES, samples)
     report = report_on(
         samples,

@@ -3,27 +3,36 @@
     hgpo-trl hft --config recipes/chain-sum/hft.yaml
     accelerate launch --config_file recipes/accelerate/gpu.yaml -m hgpo_trl.scripts.hft --config recipes/x/hft.yaml
 
-The model gets the four mode tags and a chat template that knows the modes, if it has none; TRL's SFTTrainer does the
-rest.
+Every row is checked before the model is loaded (`hgpo_trl.checks`). The model gets the four mode tags and a chat
+template that knows the modes, if it has none; TRL's SFTTrainer does the rest.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from hgpo_trl.chat_template import has_thinking_modes, read_template, set_chat_template
+from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
+from hgpo_trl.checks import DROP_HELP, check_examples, dropped_rows_file
 from hgpo_trl.data_files import load_data
 from hgpo_trl.errors import run_stage
 from hgpo_trl.generate import set_generation_config
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import add_mode_tokens, mode_tokens
+from hgpo_trl.rows import Renderer, as_trained
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
+from hgpo_trl.scripts.training import (
+    load_tokenizer,
+    lora_config,
+    model_init_kwargs,
+    recipe_positions,
+    train_and_save,
+)
 
 
 @dataclass
@@ -34,16 +43,22 @@ class HFTArguments:
     train_split: str = field(default="train", metadata={"help": "Split of train_data."})
     eval_data: str | None = field(default=None, metadata={"help": "The same for the evaluation loss."})
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
+    drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
 
 
-def _load(field: str, name: str, split: str) -> Dataset:
-    dataset = load_data(field, name, split)
-    if missing := {"prompt", "completion"}.difference(dataset.column_names):
-        raise ValueError(
-            f"{field}={name!r} lacks the column {' and '.join(sorted(missing))}; its columns are "
-            f"{dataset.column_names}. Rename or add what is missing: the loss is on the completion only."
-        )
-    return dataset
+def check(
+    name: str, dataset: Dataset, training_args: SFTConfig, model_args: ModelConfig, dropped: Path | None
+) -> Dataset:
+    """Check examples for Stage I, with the tokenizer as it will be; `name` and `dropped` as in `check_examples`."""
+    return check_examples(
+        name,
+        dataset,
+        Renderer(as_trained(load_tokenizer(training_args, model_args))),
+        max_length=training_args.max_length,
+        positions=recipe_positions(training_args, model_args),
+        dropped=dropped,
+        is_main_process=training_args.process_index == 0,
+    )
 
 
 def fine_tune(
@@ -55,9 +70,7 @@ def fine_tune(
 ) -> None:
     """Give a model the mode tags and the chat template, if it has none, train it on responses, and save it."""
     tokenizer = load_tokenizer(training_args, model_args)
-    if training_args.chat_template_path is not None:
-        tokenizer.chat_template = read_template(training_args.chat_template_path)
-        training_args.chat_template_path = None  # TRL would put it in the place of the one with the modes
+    training_args.chat_template_path = None  # TRL would put it in the place of the one with the modes
     if not has_thinking_modes(tokenizer):
         set_chat_template(tokenizer)
     model = create_model_from_path(
@@ -86,8 +99,13 @@ def main(argv: Sequence[str]) -> None:
         (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft"
     ).parse_recipe(argv)
     checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
-    train_dataset = _load("train_data", data_args.train_data, data_args.train_split)
-    eval_dataset = _load("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
+
+    def load(field: str, name: str, split: str) -> Dataset:
+        dropped = dropped_rows_file(training_args.output_dir, field) if data_args.drop_faulty_rows else None
+        return check(f"{field}={name!r}", load_data(field, name, split), training_args, model_args, dropped)
+
+    train_dataset = load("train_data", data_args.train_data, data_args.train_split)
+    eval_dataset = load("eval_data", data_args.eval_data, data_args.eval_split) if data_args.eval_data else None
     fine_tune(train_dataset, eval_dataset, training_args, model_args, checkpoint)
 
 

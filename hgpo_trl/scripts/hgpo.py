@@ -10,18 +10,27 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from datasets import Dataset
 from trl import ModelConfig, get_quantization_config
 
+from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, rollout_positions
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data_files import load_data
 from hgpo_trl.errors import run_stage
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
+from hgpo_trl.rows import Renderer
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
-from hgpo_trl.trainer import HGPOTrainer, check_dataset, check_evaluation
+from hgpo_trl.scripts.training import (
+    load_tokenizer,
+    lora_config,
+    model_init_kwargs,
+    recipe_positions,
+    train_and_save,
+)
+from hgpo_trl.trainer import HGPOTrainer, check_evaluation
 
 
 @dataclass
@@ -33,6 +42,7 @@ class HGPOArguments:
     eval_data: str | None = field(default=None, metadata={"help": "The same for evaluation inside training."})
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
     eval_prompts: int | None = field(default=None, metadata={"help": "Use only the first so many rows of eval_data."})
+    drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
 
     def __post_init__(self) -> None:
         if self.eval_prompts is not None and self.eval_prompts < 1:
@@ -49,15 +59,29 @@ def main(argv: Sequence[str]) -> None:
 
     tokenizer = load_tokenizer(training_args, model_args, truncation_side="left", padding_side="left")
     tokens = mode_tokens(tokenizer)
+    renderer = Renderer(tokenizer, training_args.chat_template_kwargs)
+    positions = recipe_positions(training_args, model_args)
+
+    def check(field: str, name: str, dataset: Dataset) -> Dataset:
+        return check_prompts(
+            f"{field}={name!r}",
+            dataset,
+            renderer,
+            positions=rollout_positions(training_args, positions),
+            max_new_tokens=training_args.max_completion_length,
+            dropped=dropped_rows_file(training_args.output_dir, field) if script_args.drop_faulty_rows else None,
+            is_main_process=training_args.process_index == 0,
+        )
+
     train_dataset = load_data("train_data", script_args.train_data, script_args.train_split)
-    check_dataset("train_data", train_dataset, tokenizer)
+    train_dataset = check("train_data", script_args.train_data, train_dataset)
     check_answers_are_there("train_data", train_dataset, rewards, reward_args)
     eval_dataset = None
     if script_args.eval_data:
         eval_dataset = load_data("eval_data", script_args.eval_data, script_args.eval_split)
         if script_args.eval_prompts is not None:
             eval_dataset = eval_dataset.select(range(min(script_args.eval_prompts, len(eval_dataset))))
-        check_dataset("eval_data", eval_dataset, tokenizer)
+        eval_dataset = check("eval_data", script_args.eval_data, eval_dataset)
         check_answers_are_there("eval_data", eval_dataset, rewards, reward_args)
 
     reward_model = reward_args.build_reward_model(training_args.device, train_dataset[0]["prompt"])

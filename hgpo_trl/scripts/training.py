@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig, get_peft_config
 
+from hgpo_trl.chat_template import read_template
 from hgpo_trl.checkpoints import SealCheckpoints, last_checkpoint
+from hgpo_trl.checks import model_positions
 from hgpo_trl.errors import UserError
 from hgpo_trl.files import looks_like_path
 from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, train_tag_rows
@@ -145,13 +147,26 @@ def lora_config(
 
 
 def load_tokenizer(training_args: TrainingConfig, model_args: ModelConfig, **kwargs: Any) -> Any:
-    """The tokenizer of a recipe's model."""
-    return tokenizer_of(
+    """The tokenizer of a recipe's model, with the chat template that the recipe names, if it does."""
+    tokenizer = tokenizer_of(
         "model_name_or_path",
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
         **kwargs,
+    )
+    if isinstance(training_args, SFTConfig) and training_args.chat_template_path is not None:
+        tokenizer.chat_template = read_template(training_args.chat_template_path)
+    return tokenizer
+
+
+def recipe_positions(training_args: TrainingConfig, model_args: ModelConfig) -> int | None:
+    """Positions of a recipe's model, from its configuration alone; see `hgpo_trl.checks.model_positions`."""
+    return model_positions(
+        str(model_args.model_name_or_path),
+        overrides=cast(dict[str, Any] | None, training_args.model_init_kwargs),
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
     )
 
 
