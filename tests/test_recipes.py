@@ -507,7 +507,9 @@ def test_home_and_variables_in_paths(
     assert values["reward_funcs"] == [f"{tmp_path}/r.py:f"]
     assert values["model_init_kwargs"] == {"cache_dir": f"{tmp_path}/c"}
     assert values["eval_data"] == f"{tmp_path}/e"
-    (args,) = parse("data", "classifier", "--output", "o", "--reasoning", "~/q.jsonl=text", "--other", "$SCRATCH/x=y")
+    (args,) = parse(
+        "data", "classifier", "--output", "o.safetensors", "--reasoning", "~/q.jsonl=text", "--other", "$SCRATCH/x=y"
+    )
     assert (args.reasoning, args.other) == ([f"{tmp_path}/q.jsonl=text"], ["/scratch/x=y"])
     (args,) = parse("report", "--evaluations", "a=~/eval", "--output_dir", "~")
     assert (args.evaluations, args.output_dir) == ([f"a={tmp_path}/eval"], str(tmp_path))
