@@ -277,7 +277,7 @@ def test_no_block_has_the_seed_of_another_runs_block(
 
 
 KILLED = """
-    import sys, time
+    import signal, sys
     from pathlib import Path
     from datasets import Dataset
     from hgpo_trl.data import difficulty
@@ -288,7 +288,7 @@ KILLED = """
     def write_and_wait(path, *rest):
         write(path, *rest)
         if path.name.endswith("00001.parquet"):
-            time.sleep(300)
+            signal.pause()
 
     difficulty.BLOCK, difficulty._write = 4, write_and_wait
     args = difficulty.DifficultyArguments(

@@ -50,7 +50,6 @@ def launch(config: str | None, *words: str | Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
@@ -217,8 +216,7 @@ def stage(config: str | None, name: str, output_dir: Path, **fields: Any) -> Pat
     where = {"use_cpu": True} if config in (None, "cpu_ddp") else {}
     backend = {} if config is None else {"ddp_backend": "gloo"}
     words = [word for key, value in (common | where | backend | fields).items() for word in (f"--{key}", str(value))]
-    script = ["tests/fsdp_without_gpus.py", name] if config == "fsdp2" else ["-m", f"hgpo_trl.scripts.{name}"]
-    launch(config, *script, *words)
+    launch(config, "tests/workers.py", *(["--fsdp"] if config == "fsdp2" else []), name, *words)
     return output_dir
 
 
