@@ -268,7 +268,7 @@ class HGPOTrainer(GRPOTrainer):
         log_probs: list[list[float | None]] = [[None] for _ in decisions]
 
         def sample(rows: list[int], spare: Sequence[int] = ()) -> None:
-            """Sample for these rows; for the spare ones where there are none, because ZeRO-3 and FSDP need all processes."""
+            """Sample for the rows, or for the spare ones where there are none: ZeRO-3 and FSDP need all processes."""
             forced = [[*prompt_ids[i], decisions[i]] for i in rows or spare]
             with self._naming_a_server_that_fails():
                 sampled, sampled_log_probs = generate(forced, None, {}, per_mode, has_tool_images)
