@@ -268,7 +268,7 @@ class HGPOTrainer(GRPOTrainer):
         log_probs: list[list[float | None]] = [[None] for _ in decisions]
 
         def sample(rows: list[int], spare: Sequence[int] = ()) -> None:
-            """Of a process without rows the spare ones: all take part, which ZeRO-3 and FSDP need."""
+            """Sample for the rows, or for the spare ones where there are none: ZeRO-3 and FSDP need all processes."""
             forced = [[*prompt_ids[i], decisions[i]] for i in rows or spare]
             with self._naming_a_server_that_fails():
                 sampled, sampled_log_probs = generate(forced, None, {}, per_mode, has_tool_images)
@@ -555,8 +555,8 @@ class HGPOTrainer(GRPOTrainer):
         """TRL's, with `hgpo_trl.hybrid_accuracy.figures` of the whole data set under `{prefix}_hgpo/`.
 
         Every prompt counts once. Where the last batch does not come out even over the processes, it is filled up with
-        the data set's first prompts; these are left out. Only of a stream the end is not known. A figure without a
-        value is None.
+        the data set's first prompts; these are left out. A stream's length is not known, so there they count. A figure
+        without a value is None.
         """
         self._evaluated = []
         self._to_evaluate = len(cast(Dataset, dataloader.dataset)) if has_length(dataloader.dataset) else math.inf
