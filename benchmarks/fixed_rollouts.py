@@ -47,8 +47,9 @@ class Case:
     micro_batch: int = 4
 
 
-def _log_normal(rng: np.random.Generator, think: bool, scale: float) -> int:
-    mean, sigma, cap = (4000 if think else 400), 0.6, 16_000
+def log_normal(rng: np.random.Generator, think: bool, scale: float = 1.0, cap: int = 16_000) -> int:
+    """Tokens of one response."""
+    mean, sigma = (4000 if think else 400), 0.6
     return round(min(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma), cap) / scale)
 
 
@@ -62,7 +63,7 @@ def _equal(rng: np.random.Generator, think: bool, scale: float) -> int:
 
 
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, bool, float], int]] = {
-    "log-normal": _log_normal,
+    "log-normal": log_normal,
     "embedded": _embedded,
     "equal": _equal,
 }
@@ -157,9 +158,13 @@ def publish(name: str, rows: list[dict], table: str, figure: Figure, args: argpa
     figure.savefig(args.output_dir / f"{name}.png", dpi=160)
     print(text)
     if args.update_results:
-        folder = Path(__file__).parent
-        figure.savefig(folder / "images" / f"{name}.png", dpi=160)
-        results = (folder / "RESULTS.md").read_text(encoding="utf-8")
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        before, rest = results.split(begin)
-        (folder / "RESULTS.md").write_text(f"{before}{begin}{text}{end}{rest.split(end)[1]}", encoding="utf-8")
+        figure.savefig(Path(__file__).parent / "images" / f"{name}.png", dpi=160)
+        update_results(name, text)
+
+
+def update_results(name: str, text: str) -> None:
+    """Replace the part of RESULTS.md that is called so."""
+    path = Path(__file__).with_name("RESULTS.md")
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{begin}{text}{end}{rest.split(end)[1]}", encoding="utf-8")

@@ -18,7 +18,7 @@ INTRA_SCOPES = ("mode", "all")
 DECISION_WEIGHTINGS = ("saturating", "uniform")
 
 STD_EPSILON = 1e-4  # added to every standard deviation, as TRL does
-TIE_TOLERANCE = 1e-6  # means that rounding alone sets apart are equal
+TIE_TOLERANCE = 1e-6  # relative: rewards come in float32, whose rounding must not decide between equal means
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -43,7 +43,8 @@ def assign_rewards(
 
     Args:
         rewards: `[Q, 2, N/2]`, raw rewards r (Eq. 7), NaN where there is none.
-        margin: δ, what the no-think mode is given on top of its mean. Equality goes to no-think, which is cheaper.
+        margin: δ, what the no-think mode is given on top of its mean. Equality goes to no-think, which is cheaper. A
+            difference of less than 1e-6 of the query's largest reward (or of δ) counts as equality.
         ties: "all" gives r_intra = 1 to every sample that reaches its mode's maximum, "first" to the first one only.
         decided: `[Q]`, queries that no-think has won without think samples (`decided_without_think`); None: none.
 
@@ -60,13 +61,14 @@ def assign_rewards(
         raise ValueError(f"rewards must have the shape [Q, 2, N/2] and at least one entry; got {list(rewards.shape)}.")
 
     valid = ~rewards.isnan()
-    mean_think, mean_no_think = rewards.nanmean(dim=2).unbind(dim=1)  # R̄, NaN where a mode has no valid sample
+    mean_think, mean_no_think = rewards.double().nanmean(dim=2).unbind(dim=1)  # R̄, NaN: a mode has no valid sample
     comparable = ~(mean_think.isnan() | mean_no_think.isnan())
     if decided is not None:
         if decided.shape != comparable.shape:
             raise ValueError(f"decided must have the shape {list(comparable.shape)}; got {list(decided.shape)}.")
         comparable |= decided
-    think_wins = mean_think - mean_no_think - margin > TIE_TOLERANCE
+    scale = rewards.nan_to_num(nan=0.0).abs().amax(dim=(1, 2)).double().clamp(min=abs(margin))
+    think_wins = mean_think - mean_no_think - margin > TIE_TOLERANCE * scale
     wins = torch.stack([think_wins, ~think_wins], dim=1) & comparable[:, None]
     r_inter = wins[:, :, None] & valid
 
@@ -75,6 +77,18 @@ def assign_rewards(
     if ties == "first":
         r_intra &= r_intra.cumsum(dim=2) == 1
     return r_inter.to(rewards.dtype), r_intra.to(rewards.dtype)
+
+
+def tied_modes(rewards: Tensor, r_intra: Tensor) -> Tensor:
+    """Modes without anything to choose between: all their valid samples are best, or none is valid.
+
+    Args:
+        rewards, r_intra: `[Q, 2, N/2]`, as `assign_rewards` takes and returns them.
+
+    Returns:
+        `[Q, 2]`, boolean.
+    """
+    return ((r_intra == 1) | rewards.isnan()).all(dim=2)
 
 
 def decided_without_think(no_think: Tensor, margin: float) -> Tensor:
@@ -152,8 +166,8 @@ def compute_advantages(
         completion_lengths: `[Q*N]`, tokens of each response, the decision token included; query-major, think half
             first.
         estimator: "grpo" (standardised), "rloo" (Eq. 23), "reinforce_plus_plus" (Eq. 22 with the reward on the last
-            token, whitened over all response tokens of the batch), or "reinforce_plus_plus_as_printed" (Eq. 22 to the
-            letter).
+            token, whitened over the response tokens of all modes of the batch that are not tied, see `tied_modes`), or
+            "reinforce_plus_plus_as_printed" (Eq. 22 to the letter).
         alpha: α, weight of the inter-group advantage.
         margin: δ of Eq. 8.
         intra_scope: norm(r_intra) over the mode's own N/2 samples ("mode") or over all N ("all").
@@ -202,7 +216,9 @@ def compute_advantages(
     else:
         inter = r_inter
         if estimator == "reinforce_plus_plus":
-            mask = in_response & valid.reshape(-1, 1)
+            # A tied mode's return is 1 for every sample. Whitened with the others it would be praise for nothing.
+            chosen = valid & ~tied_modes(rewards, r_intra)[:, :, None]
+            mask = in_response & chosen.reshape(-1, 1)
             returns = r_intra.reshape(-1, 1) * discount ** to_last.clamp(min=0).to(rewards.dtype) * mask
             advantages = standardize(returns, mask, dim=(0, 1))
         else:

@@ -2,7 +2,9 @@
 
 import importlib
 import sys
-from itertools import takewhile
+
+from hgpo_trl.environment import apply_env
+from hgpo_trl.errors import run_stage
 
 STAGES = {
     "data": "build data sets: an embedded task, or either stage's from any sources",
@@ -32,23 +34,8 @@ def main() -> None:
     if stage not in STAGES:
         print(f"{_USAGE}\n\nhgpo-trl: error: unknown stage {stage!r}", file=sys.stderr)
         sys.exit(2)
-    try:
-        importlib.import_module(f"hgpo_trl.scripts.{stage}").main(rest)  # imports torch only now
-    except ValueError as error:
-        if not _explains_itself(error):
-            raise
-        command = " ".join(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-        print(f"hgpo-trl {command}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _explains_itself(error: ValueError) -> bool:
-    """Whether this library raised it, to say what is wrong with the input. Others need their traceback."""
-    place = error.__traceback__
-    assert place is not None
-    while place.tb_next is not None:
-        place = place.tb_next
-    return type(error) is ValueError and place.tb_frame.f_globals["__name__"].startswith("hgpo_trl.")
+    apply_env(rest)
+    run_stage(importlib.import_module(f"hgpo_trl.scripts.{stage}").main, stage, rest)  # imports torch only now
 
 
 if __name__ == "__main__":

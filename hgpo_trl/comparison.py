@@ -18,6 +18,7 @@ from scipy.stats import bootstrap
 
 from hgpo_trl.documents import NO_BREAK, Block, Bullets, Heading, Paragraph, Picture, to_html, to_markdown
 from hgpo_trl.documents import Table as Grid
+from hgpo_trl.errors import UserError
 from hgpo_trl.evaluation import PROMPT_ID, prompt_table
 from hgpo_trl.figures import NEITHER, STYLE, WIDTH, to_png
 from hgpo_trl.files import nan_to_null, write_atomically, write_json
@@ -113,7 +114,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def check_same_prompts(evaluations: Mapping[str, Evaluation]) -> None:
-    """ValueError, with what differs, unless all were evaluated on the same prompts and by the same rule.
+    """UserError, with what differs, unless all were evaluated on the same prompts and by the same rule.
 
     The prompts themselves are not in an evaluation; data set, their number, that of each level, their hash where both
     have it, and the margin are.
@@ -128,7 +129,7 @@ def check_same_prompts(evaluations: Mapping[str, Evaluation]) -> None:
             *([] if None in hashes else [("hash of the prompts", *hashes)]),
         ):
             if one != other:
-                raise ValueError(
+                raise UserError(
                     f"compare: {first!r} and {name!r} were not evaluated alike: {key} is {one!r} and {other!r}. Paired "
                     "differences need the same prompts and margin; run `hgpo-trl evaluate` for both with the same "
                     "data, split, num_prompts and margin."
@@ -155,13 +156,13 @@ def compare(evaluations: Mapping[str, Evaluation], resamples: int = RESAMPLES, s
         What `comparison.json` holds: see docs/evaluation.md.
 
     Raises:
-        ValueError: fewer than two evaluations, they do not fit together, or samples are not scored.
+        UserError: fewer than two evaluations, they do not fit together, or samples are not scored.
     """
     if len(evaluations) < 2:
-        raise ValueError(f"compare: {len(evaluations)} evaluation is given; name at least two, as NAME=FOLDER.")
+        raise UserError(f"compare: {len(evaluations)} evaluation is given; name at least two, as NAME=FOLDER.")
     for name, evaluation in evaluations.items():
         if "reward" not in evaluation.samples:
-            raise ValueError(
+            raise UserError(
                 f"compare: the samples of {name!r} have no column 'reward', they were not scored to the end. "
                 "Run that `hgpo-trl evaluate` again."
             )

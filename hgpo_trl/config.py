@@ -14,6 +14,9 @@ from hgpo_trl.advantages import (
     check_choice,
     check_coefficients,
 )
+from hgpo_trl.errors import UserError
+from hgpo_trl.hybrid_accuracy import GREATER_IS_BETTER
+from hgpo_trl.rewards import check_weights
 
 BEST_METRIC = "eval_hgpo/hybrid_accuracy"  # by which the best checkpoint is chosen, unless another one is named
 
@@ -53,6 +56,8 @@ class HGPOConfig(GRPOConfig):
         eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
             (`hybrid_accuracy.accuracy_at_budget`). None: not computed.
         metric_for_best_model: a figure of the evaluation. Default, where a best checkpoint is asked for: BEST_METRIC.
+        greater_is_better: follows from the figure (`hybrid_accuracy.GREATER_IS_BETTER`): tokens and off-mode mass are
+            better when lower. Only for `thinking_ratio` it must be given.
 
     Raises:
         ValueError: at construction, naming the field, its value and the remedy.
@@ -163,6 +168,9 @@ class HGPOConfig(GRPOConfig):
                     "eval_strategy is no. Set eval_strategy and eval_data, or do without the best checkpoint."
                 )
             self.metric_for_best_model = self.metric_for_best_model or BEST_METRIC
+        if self.metric_for_best_model is not None:
+            self.greater_is_better = _direction(self.metric_for_best_model, self.greater_is_better)
+        check_weights(self.reward_weights)
         if self.scale_rewards not in ("group", True):
             raise ValueError(
                 f"scale_rewards={self.scale_rewards!r} has no effect under HGPO, whose `estimator` normalises. Leave "
@@ -223,6 +231,29 @@ class HGPOConfig(GRPOConfig):
             f"{self.steps_per_generation} = {self.generation_batch_size} rows must be divisible by num_generations. "
             "Change one of them (gradient_accumulation_steps sets steps_per_generation), or the number of processes."
         )
+
+
+def _direction(metric: str, given: bool | None) -> bool | None:
+    """`greater_is_better` of a `metric_for_best_model`; what was given where it is no figure of an evaluation.
+
+    Raises:
+        UserError: it is given and contrary to the figure, or not given for one that has no better end.
+    """
+    figure = metric.rpartition("hgpo/")[2].partition("/")[0]
+    if "hgpo/" not in metric or figure not in GREATER_IS_BETTER:
+        return given
+    right = GREATER_IS_BETTER[figure]
+    if right is None and given is None:
+        raise UserError(
+            f"metric_for_best_model={metric!r} has no better end by itself. Set greater_is_better to true or false, or "
+            f"choose by {BEST_METRIC}."
+        )
+    if None not in (right, given) and right != given:
+        raise UserError(
+            f"greater_is_better={given} would keep the worst checkpoint: metric_for_best_model={metric!r} is better "
+            f"when {'higher' if right else 'lower'}. Leave greater_is_better out."
+        )
+    return given if right is None else right
 
 
 def _check_group_size(name: str, value: int | None, minimum: int) -> None:

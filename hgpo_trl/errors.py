@@ -1,4 +1,16 @@
-"""The exception that tells a user what to change."""
+"""Errors that tell a user what to change, and how a command ends on one: the same way however it was started.
+
+hgpo-trl hft ...                                    hgpo-trl hft: error: train_data='x': there is no such ...
+python -m hgpo_trl.scripts.hft ...                  the same
+accelerate launch -m hgpo_trl.scripts.hft ...       the same, from the first of the processes that meets it
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -7,3 +19,53 @@ class UserError(ValueError):
     The message names the field, the value and the remedy. The commands print it without a traceback and exit with
     status 2; any other exception is a fault of the program and keeps its traceback.
     """
+
+
+class MissingPackageError(UserError, ImportError):
+    """A setting needs a package that is not installed, or another version of it."""
+
+
+class ServerError(UserError, ConnectionError):
+    """A server that a setting names does not answer."""
+
+
+class UnsupportedError(UserError, NotImplementedError):
+    """A setting or a data set asks for a thing that this library does not do."""
+
+
+def run_stage(main: Callable[[Sequence[str]], None], stage: str, argv: Sequence[str]) -> None:
+    """Run a stage's `main` in this process; a `UserError` ends the process with its message and status 2.
+
+    Args:
+        stage: the stage's name on the command line, without its kind (`data`, not `data hft`, where argv has it).
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        kind = takewhile(lambda word: not word.startswith("-"), argv)
+        refuse(" ".join(["hgpo-trl", stage, *kind]), str(error))
+
+
+def refuse(command: str, message: str) -> NoReturn:
+    """Print `command: error: message` and exit with status 2. Of the processes of one launch, only the first prints."""
+    if _is_first():
+        print(f"{command}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _is_first() -> bool:
+    """Whether no other process that the launcher has started on this machine has asked before.
+
+    An error may meet any of them, and some of them only. torchrun, which `accelerate launch` is for several processes,
+    gives each a file in a folder of its own: .../attempt_0/RANK/error.json. Without it every process counts as first.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return True
+    try:
+        (Path(error_file).parents[1] / "refused").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the folder cannot be written to: better said twice than never
+        return True
+    return True

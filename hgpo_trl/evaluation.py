@@ -30,7 +30,15 @@ from hgpo_trl.hybrid_accuracy import (
     sweep_biases,
 )
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
-from hgpo_trl.rewards import answer_parts, checked, floor_faults, split_completions
+from hgpo_trl.rewards import (
+    answer_parts,
+    check_finite,
+    check_weights,
+    checked,
+    floor_faults,
+    split_completions,
+    weighted_sum,
+)
 
 PROMPT_ID = "prompt_id"
 
@@ -167,17 +175,25 @@ def prompts_at_a_time(batch_size: int, samples_per_mode: int) -> int:
 # --- scores and figures ---------------------------------------------------------------------------------------
 
 
-def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequence[Callable]) -> pd.DataFrame:
-    """Add the column `reward` to the samples: the sum of the reward functions, NaN where none gives a score.
+def score_samples(
+    samples: pd.DataFrame,
+    dataset: Dataset,
+    reward_funcs: Sequence[Callable],
+    reward_weights: Sequence[float] | None = None,
+) -> pd.DataFrame:
+    """Add the column `reward` to the samples: the weighted sum of the reward functions, NaN where none gives a score.
 
     Args:
         samples: of `sample_both_modes`.
         dataset: the rows that the prompts came from; their columns go to the reward functions as in training, with the
             response's parts as one more, `response`, and its answer part as the completion.
+        reward_weights: one per reward function, as in training; None is 1 each.
 
     Raises:
-        ValueError: a reward function returns something else than one number or None per sample.
+        ValueError: a reward function returns something else than one finite number or None per sample, or the weights
+            do not fit (`check_weights`).
     """
+    check_weights(reward_weights, len(reward_funcs))
     rows = samples[PROMPT_ID].tolist()
     columns = {name: list(dataset[name]) for name in dataset.column_names}  # a Column is decoded at every look
     columns = {name: [column[row] for row in rows] for name, column in columns.items()}
@@ -187,14 +203,17 @@ def score_samples(samples: pd.DataFrame, dataset: Dataset, reward_funcs: Sequenc
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     responses = split_completions(completions)
     answers = answer_parts(completions, responses)
+    functions = [checked(reward_func) for reward_func in reward_funcs]
     rewards = []
-    for reward_func in reward_funcs:
-        scores = checked(reward_func)(prompts=prompts, completions=answers, response=responses, **columns)
+    for function in functions:
+        scores = function(prompts=prompts, completions=answers, response=responses, **columns)
         rewards.append(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
+    by_function = torch.tensor(rewards, dtype=torch.float64).T
+    check_finite(by_function, [function.__name__ for function in functions])
     faulty = torch.tensor([not response.well_formed for response in responses])
-    totals = floor_faults(torch.tensor(rewards, dtype=torch.float64).T, faulty, torch.tensor(rows))
-    unscored = totals.isnan().all(dim=1)
-    return samples.assign(reward=totals.nansum(dim=1).where(~unscored, torch.nan).numpy())
+    weights = torch.tensor(reward_weights or [1.0] * len(reward_funcs), dtype=torch.float64)
+    floored = floor_faults(by_function, faulty, torch.tensor(rows), weights)
+    return samples.assign(reward=weighted_sum(floored, weights).numpy())
 
 
 GROUPS = ("level", "subject", "domain")  # columns of a data set by which figures are given, too

@@ -14,10 +14,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -33,6 +35,7 @@ from transformers import (
 )
 
 from hgpo_trl.chat_template import has_thinking_modes
+from hgpo_trl.errors import UserError
 from hgpo_trl.modes import MODES, Mode, ModeTokens, check_embeddings, mode_tokens, split_response
 
 AUTO = "auto"  # the mode in which the model picks
@@ -41,8 +44,8 @@ CHOICES = (AUTO, *(mode.value for mode in MODES))
 Conversation = Sequence[Mapping[str, Any]]
 
 # How the paper samples; for a model's generation config, because responses that think fall into loops under greedy
-# decoding, which is what Transformers does without one.
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+# decoding, which is what Transformers does without one. Its default for top_k is 50, not all.
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
 
 
 # --- tokens in, tokens out ------------------------------------------------------------------------------------
@@ -81,11 +84,36 @@ def sampling_config(
         temperature=temperature if temperature > 0 else 1.0,
         top_p=top_p if temperature > 0 else 1.0,
         top_k=0 if temperature > 0 else None,
-        repetition_penalty=1.0,  # what is left unset here comes from the model's own generation config
+        repetition_penalty=1.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends,
     )
+
+
+def set_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model, PEFT's or not, a generation config of its token ids and the paper's sampling, and of nothing else.
+
+    What a base model brings (top_k, repetition_penalty, suppress_tokens, ...) would otherwise be saved with what is
+    trained from it, and shape its rollouts: Transformers takes from there what a trainer leaves unset.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id),
+        pad_token_id=tokenizer.pad_token_id,
+        **SAMPLING,
+    )
+
+
+@contextmanager
+def own_settings_ignored(model: Any) -> Iterator[None]:
+    """Within, `model.generate` takes nothing from the model's own generation config, only what it is given."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def batches(ids: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
@@ -111,7 +139,7 @@ def complete(
     """Continue rows of token ids, in batches of like length: (row number, the tokens that follow, padding included)."""
     for batch in batches(rows, batch_size):
         inputs = padded(model, tokenizer, [rows[row] for row in batch])
-        with torch.inference_mode():
+        with torch.inference_mode(), own_settings_ignored(model):
             sequences = model.generate(**inputs, generation_config=config)
         yield from zip(batch, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
         progress.update(len(batch))
@@ -158,7 +186,7 @@ def _decide(
     for batch in batches(ids, batch_size):
         inputs = padded(model, tokenizer, [ids[row] for row in batch])
         length = inputs["input_ids"].shape[1]
-        with torch.inference_mode():
+        with torch.inference_mode(), own_settings_ignored(model):
             output = model.generate(
                 **inputs,
                 generation_config=config,
@@ -218,11 +246,11 @@ def _as_generation(
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
-    """The tags' ids; ValueError, with a remedy, if model or tokenizer lacks a tag or the template knows no modes."""
+    """The tags' ids; UserError, with a remedy, if model or tokenizer lacks a tag or the template knows no modes."""
     tokens = mode_tokens(tokenizer)
     check_embeddings(model, tokens)
     if not has_thinking_modes(tokenizer):
-        raise ValueError(
+        raise UserError(
             "The tokenizer's chat template takes no thinking_mode, or there is none: a hybrid model has been through "
             "`hgpo-trl hft`, which installs one (hgpo_trl.chat_template.set_chat_template(tokenizer))."
         )
@@ -230,20 +258,20 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
 
 
 def check_settings(mode: str, decision_bias: float, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """ValueError that names the first setting that `generate` cannot use."""
+    """UserError that names the first setting that `generate` cannot use."""
     if mode not in CHOICES:
-        raise ValueError(f"mode must be one of {', '.join(CHOICES)}; got {mode!r}.")
+        raise UserError(f"mode must be one of {', '.join(CHOICES)}; got {mode!r}.")
     if not math.isfinite(decision_bias):
-        raise ValueError(f"decision_bias must be a finite number; got {decision_bias}. Force a mode with mode instead.")
+        raise UserError(f"decision_bias must be a finite number; got {decision_bias}. Force a mode with mode instead.")
     if max_new_tokens < 2:
-        raise ValueError(f"max_new_tokens must be at least 2, the decision token and one more; got {max_new_tokens}.")
+        raise UserError(f"max_new_tokens must be at least 2, the decision token and one more; got {max_new_tokens}.")
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, which is greedy; got {temperature}.")
+        raise UserError(f"temperature must be a finite number of at least 0, which is greedy; got {temperature}.")
     if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must lie in (0, 1]; got {top_p}.")
+        raise UserError(f"top_p must lie in (0, 1]; got {top_p}.")
 
 
-class TooLongError(ValueError):
+class TooLongError(UserError):
     """A conversation leaves the model no positions for a response."""
 
 
@@ -294,8 +322,8 @@ def generate(
         Responses in the order of the conversations.
 
     Raises:
-        ValueError: model, tokenizer or a setting does not fit.
-        TooLongError: a conversation, or the longest one, is too long for the model. (A ValueError, too.)
+        UserError: model, tokenizer or a setting does not fit.
+        TooLongError: a conversation, or the longest one, is too long for the model. (A UserError, too.)
     """
     check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
     tokens = check_model(model, tokenizer)
@@ -368,7 +396,7 @@ def stream(
 
     def run() -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), own_settings_ignored(model):
                 model.generate(
                     **padded(model, tokenizer, [prompt]),
                     generation_config=config,
@@ -404,7 +432,7 @@ class HybridModel:
         """Load a model by path or hub id, by default onto the accelerator if there is one.
 
         Raises:
-            ValueError: it is no hybrid model; the message says what it lacks.
+            UserError: it is no hybrid model; the message says what it lacks.
         """
         tokenizer = AutoTokenizer.from_pretrained(name)
         mode_tokens(tokenizer)  # before the weights are loaded

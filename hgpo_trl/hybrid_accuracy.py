@@ -21,8 +21,9 @@ Array = NDArray[np.float64]
 Table = dict[str, Array]
 Label = int | float | str
 
+BLOCK = 1_000_000  # entries of a block of resamples: 8 MB, and as much again for each copy that numpy makes
 THINK, NO_THINK = 0, 1  # positions on the mode axis
-TIE_TOLERANCE = 1e-9  # means of the same rewards in another order may differ in the last bits
+TIE_TOLERANCE = 1e-9  # of means, relative where they exceed 1: rounding of the same scores in another order
 
 
 def _mean(x: Array, axis: int | None = None) -> Any:
@@ -45,7 +46,8 @@ def better_mode(mean_scores: Array, mean_lengths: Array, margin: float = 0.0) ->
         `[K]`: 0 = think, 1 = no_think, -1 = undefined, because a mode has no valid sample.
     """
     gain = mean_scores[:, THINK] - mean_scores[:, NO_THINK]
-    close = (np.abs(gain) <= TIE_TOLERANCE) | (np.abs(gain) < margin - TIE_TOLERANCE)
+    tolerance = TIE_TOLERANCE * np.maximum(1.0, np.abs(mean_scores).max(axis=1))
+    close = (np.abs(gain) <= tolerance) | (np.abs(gain) < margin - tolerance)
     shorter = np.where(mean_lengths[:, THINK] < mean_lengths[:, NO_THINK], THINK, NO_THINK)
     better = np.where(close, shorter, np.where(gain > 0, THINK, NO_THINK))
     return np.where(np.isnan(gain), -1, better)
@@ -249,20 +251,39 @@ def figures(
     return found
 
 
+GREATER_IS_BETTER = {  # of `figures`, by the part of the name before the slash; None: neither end is better
+    "hybrid_accuracy": True,
+    "accuracy": True,
+    "accuracy_at_budget": True,
+    "mean_tokens": False,
+    "off_mode_mass": False,
+    "thinking_ratio": None,
+}
+
+
 def column_means(table: Table) -> dict[str, float]:
     """Mean of every column over the prompts, NaN where it has no value."""
     return {name: float(_mean(column)) for name, column in table.items()}
 
 
 def bootstrap_intervals(table: Table, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of every column's mean, resampling prompts with replacement (the same ones for all)."""
+    """95 % percentile intervals of every column's mean, resampling prompts with replacement (the same ones for all).
+
+    Resamples are drawn in blocks, so that memory grows with the number of prompts alone.
+    """
     num_prompts = len(next(iter(table.values())))
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=resamples)  # [R, K]
     values = np.stack(list(table.values()), axis=1)  # [K, C]
     valid = ~np.isnan(values)
-    totals, weights = counts @ np.where(valid, values, 0.0), counts @ valid.astype(np.float64)
-    means = np.where(weights > 0, totals / np.maximum(weights, 1), np.nan)
+    scores, weights = np.where(valid, values, 0.0), valid.astype(np.float64)
+    share = np.full(num_prompts, 1 / num_prompts)
+    block = max(1, BLOCK // num_prompts)
+    parts = []
+    for start in range(0, resamples, block):
+        counts = rng.multinomial(num_prompts, share, size=min(block, resamples - start))  # [R, K]
+        total, weight = counts @ scores, counts @ weights
+        parts.append(np.where(weight > 0, total / np.maximum(weight, 1), np.nan))
+    means = np.concatenate(parts)
     intervals = {}
     for name, column in zip(table, means.T, strict=True):
         column = column[~np.isnan(column)]

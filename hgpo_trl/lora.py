@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import align_special_tokens
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.modes import ModeTokens, add_mode_tokens, mode_tokens
 
 if TYPE_CHECKING:  # an extra: imported only where LoRA is used
@@ -32,7 +33,7 @@ def train_tag_rows(config: "LoraConfig", tokens: ModeTokens, model: PreTrainedMo
         model: not yet wrapped; only the names and kinds of its modules matter, so it may be on the meta device.
 
     Raises:
-        ValueError: the output embedding has a bias, which PEFT's trainable tokens would drop.
+        UserError: the output embedding has a bias, which PEFT's trainable tokens would drop.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -48,7 +49,7 @@ def train_tag_rows(config: "LoraConfig", tokens: ModeTokens, model: PreTrainedMo
     if model.config.tie_word_embeddings and len(chosen) < len(embeddings):
         return  # one matrix: who trains its one end trains the tags' rows
     if output in chosen and getattr(output, "bias", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"use_peft: the output embedding {names[output]} of {model.config.model_type} has a bias, which PEFT drops "
             f"where it trains single rows. Train it whole (lora_modules_to_save: [{names[output]}]), or without LoRA."
         )
@@ -85,7 +86,7 @@ def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrain
     the adapter has trained one of the two alone (`lora_modules_to_save`, `lora_target_modules`).
 
     Raises:
-        ValueError: the adapter's tokenizer lacks the mode tags, or gives them other ids than the base model's does.
+        UserError: the adapter's tokenizer lacks the mode tags, or gives them other ids than the base model's does.
     """
     from peft import PeftConfig, PeftModel
 
@@ -95,7 +96,7 @@ def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrain
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
     add_mode_tokens(base_tokenizer, model)
     if (found := mode_tokens(base_tokenizer)) != tokens:
-        raise ValueError(
+        raise UserError(
             f"The adapter {adapter!r} was trained with {tokens}, but its base model {base!r} has {found}: it is "
             "another model than the one that was trained."
         )

@@ -9,7 +9,7 @@ right).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -70,18 +70,27 @@ def _divide(batch: Batch, num_parts: int) -> list[Batch]:
 
 
 def sort_and_trim(
-    batches: list[Batch], batches_per_step: int, *, sort: bool = True, multiple: int | None = None
+    batches: list[Batch],
+    batches_per_step: int,
+    *,
+    sort: bool = True,
+    multiple: int | None = None,
+    permutation: Callable[[int], Tensor] = torch.randperm,
 ) -> list[Batch]:
     """Regroup micro-batches by length and trim each one. Their number and row counts stay as they are.
 
     Rows are only exchanged between micro-batches of the same optimizer step, so the sum over a step, and with it the
     gradient, is that of the untrimmed batches. Within a step the order of the micro-batches is shuffled.
 
+    Processes compute their micro-batches in lock-step, each as slow as the widest of them. With one order for all
+    processes the k-th longest micro-batches of all of them meet.
+
     Args:
         batches: the micro-batches of one generation batch, of equal row counts and widths, in the order of their use.
         batches_per_step: micro-batches that one optimizer step accumulates.
         sort: False trims only; for losses whose normaliser depends on which rows share a micro-batch.
         multiple: see `trim`.
+        permutation: `permutation(n)` draws the order of a step's n micro-batches, `[n]`; on all processes the same one.
     """
     window = math.gcd(len(batches), batches_per_step)  # a multiple of the step, a part of it, or out of phase with it
     if not sort or window == 1:
@@ -99,7 +108,7 @@ def sort_and_trim(
         order = lengths.sum(dim=0).argsort(stable=True)
         longest = lengths[:, order].view(2, window, -1).amax(dim=2).T.tolist()  # at once: each transfer waits for a GPU
         chunks = _divide(_select(merged, order), window)
-        for index in torch.randperm(window).tolist():
+        for index in permutation(window).tolist():
             prompt, completion = longest[index]
             result.append(_cut(chunks[index], prompt, completion, multiple))
     return result

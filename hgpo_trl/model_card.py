@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from hgpo_trl.config import HGPOConfig
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import looks_like_path, write_atomically
 from hgpo_trl.report import CAPTIONS, results_markdown
 from hgpo_trl.scripts.run_dir import RUN_FILE, is_free
@@ -45,11 +46,11 @@ def write_model_card(model: str | Path, *, report: str | Path | None = None, hub
         Path of README.md. The same input gives the same bytes.
 
     Raises:
-        ValueError: there is no such folder, or no report in `report`.
+        UserError: there is no such folder, or no report in `report`.
     """
     folder = Path(model)
     if not folder.is_dir():
-        raise ValueError(f"model={str(model)!r}: there is no such folder. Name the output_dir of a training stage.")
+        raise UserError(f"model={str(model)!r}: there is no such folder. Name the output_dir of a training stage.")
     evaluations = _evaluations(Path(report)) if report is not None else {}
     pictures = _copy_pictures(Path(report), folder) if report is not None else []
     runs = _runs(folder)
@@ -170,7 +171,7 @@ def _evaluations(report: Path) -> dict[str, dict[str, Any]]:
     """The evaluations of a report's folder, or the one of an evaluation's."""
     path = report / "report.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"report={str(report)!r}: there is no report.json in it. Name the output_dir of `hgpo-trl report` or "
             "`hgpo-trl evaluate`."
         )

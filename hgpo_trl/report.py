@@ -33,6 +33,7 @@ from hgpo_trl.documents import (
     to_html,
     to_markdown,
 )
+from hgpo_trl.errors import UserError
 from hgpo_trl.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 from hgpo_trl.files import nan_to_null, write_atomically
 
@@ -118,14 +119,14 @@ DRAWN = {  # how the samples were; not in reports of earlier versions
 
 
 def _check(name: str, evaluation: Evaluation) -> None:
-    """ValueError that names the evaluation and the first key that it lacks."""
+    """UserError that names the evaluation and the first key that it lacks."""
 
     def require(part: Evaluation, paths: Iterable[str], prefix: str = "") -> None:
         for path in paths:
             try:
                 _get(part, path)
             except KeyError:
-                raise ValueError(
+                raise UserError(
                     f"The evaluation {name!r} lacks {prefix + path!r}. Pass the whole report.json that "
                     "`hgpo-trl evaluate` writes; evaluate the model again if it comes from another version."
                 ) from None
@@ -151,7 +152,7 @@ def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         run_dir: a Trainer's `output_dir`. Its trainer_state.json is read, else that of its newest checkpoint.
 
     Raises:
-        FileNotFoundError: neither exists.
+        UserError: neither exists.
     """
     root = Path(run_dir)
     checkpoints = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -160,7 +161,7 @@ def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         state = folder / "trainer_state.json"
         if state.is_file():
             return json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    raise FileNotFoundError(
+    raise UserError(
         f"run_dir={str(run_dir)!r} has no trainer_state.json, nor has a checkpoint-* in it. Pass the "
         "output_dir of a training run that saved its state or a checkpoint (save_strategy other than 'no')."
     )
@@ -524,7 +525,7 @@ def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
 
 
 def results_markdown(evaluations: Mapping[str, Evaluation]) -> str:
-    """What was measured, and the table of results, as Markdown. ValueError if an evaluation lacks a key."""
+    """What was measured, and the table of results, as Markdown. UserError if an evaluation lacks a key."""
     for name, evaluation in evaluations.items():
         _check(name, evaluation)
     measured = Bullets([_measured(name, evaluation) for name, evaluation in evaluations.items()])
@@ -681,12 +682,12 @@ def write_report(
         Path of report.md. Identical input gives identical bytes in every file.
 
     Raises:
-        ValueError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep".
+        UserError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep".
     """
     if not evaluations:
-        raise ValueError("evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written.")
+        raise UserError("evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written.")
     if "margin_sweep" in evaluations:
-        raise ValueError("evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one.")
+        raise UserError("evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one.")
     sweep = dict(sorted((margin_sweep or {}).items()))
     for name, evaluation in evaluations.items():
         _check(name, evaluation)

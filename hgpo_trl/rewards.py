@@ -1,13 +1,13 @@
 """Rewards: one scalar per response, from its answer part alone, lowest where the format is broken (Eq. 7).
 
 Reward functions are TRL's: the trainer and the evaluation split every response once, show the functions its answer part
-in place of the completion, and see themselves to what a broken format is worth. Nothing here knows what a mode costs:
+in place of the completion, and set the reward of a broken format themselves. Nothing here knows what a mode costs:
 no length penalty and no format bonus, both of which a policy learns to exploit.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import compress
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.imports import load_module
 from hgpo_trl.modes import Response, completion_text, split_response
 from hgpo_trl.verification import check_answers
@@ -43,28 +44,81 @@ def answer_parts(completions: list, responses: list[Response]) -> list:
     ]
 
 
-def floor_faults(rewards: Tensor, faulty: Tensor, query: Tensor) -> Tensor:
-    """Give every faulty response the lowest reward, whatever the reward functions made of its answer part.
+def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
+    """Raise UserError if a reward is infinite, with the name of its function.
 
-    That is 0, or the lowest reward of a well-formed response in the same column where that is below 0: with a function
-    whose scores can be negative a broken format must not be the better choice. A column has no say on a query for all
-    of whose responses it is NaN; it stays so. If that is true of all columns, nothing is known of the query and it
-    carries no signal.
+    Args:
+        rewards: `[B, F]`, one column per reward function, NaN where it gives none.
+        names: of the functions.
+    """
+    infinite = rewards.isinf()
+    if infinite.any():
+        row, column = infinite.nonzero()[0].tolist()
+        raise UserError(
+            f"The reward function {names[column]!r} returned {rewards[row, column]}, of which no mean can be taken. "
+            "Return a finite number (in training, of float32), or None where there is no reward."
+        )
+
+
+def floor_faults(rewards: Tensor, faulty: Tensor, query: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Give every faulty response the lowest reward of its query, whatever the reward functions made of its answer part.
+
+    That is 0, or the lowest reward of the query's well-formed responses in the same column where that is below 0: with
+    a function whose scores can be negative a broken format must not be the better choice. What other queries scored
+    does not matter. A query whose responses are all faulty gets 0 throughout.
+
+    Where a column is NaN for all responses of a query, its function does not score that query, and the column stays
+    NaN. If all columns are, nothing is known of the query, and it carries no signal.
 
     Args:
         rewards: `[B, F]`, one column per reward function, NaN where it gives none.
         faulty: `[B]`, whether the response breaks the format.
         query: `[B]`, the number of the query that a response answers.
+        weights: `[F]`; for a column whose weight is negative the highest reward takes the place of the lowest. None: no
+            such column.
 
     Returns:
         `[B, F]`.
     """
+    if weights is not None and (weights < 0).any():
+        sign = torch.where(weights < 0, -1.0, 1.0).to(rewards)
+        return sign * floor_faults(sign * rewards, faulty, query)
     scored = ~rewards.isnan()
-    counts = torch.zeros(int(query.max()) + 1, rewards.shape[1], dtype=torch.long, device=rewards.device)
-    covered = counts.index_add_(0, query, scored.long())[query] > 0
     faulty = faulty.bool()[:, None]
-    floor = rewards.where(scored & ~faulty, 0.0).amin(dim=0)  # a faulty row contributes the 0
-    return torch.where(faulty & covered, floor, rewards)
+    shape = (int(query.max()) + 1, rewards.shape[1])
+    covered = torch.zeros(shape, dtype=torch.long, device=rewards.device).index_add_(0, query, scored.long()) > 0
+    well_formed = rewards.where(scored & ~faulty, 0.0)
+    places = query[:, None].expand_as(rewards)
+    floor = rewards.new_zeros(shape).scatter_reduce_(0, places, well_formed, "amin")
+    return torch.where(faulty & covered[query], floor[query], rewards)
+
+
+def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+    """r of Eq. 7: the weighted sum of the reward functions that score a response.
+
+    Args:
+        rewards: `[B, F]`, one column per reward function, NaN where it gives none.
+        weights: `[F]`.
+
+    Returns:
+        `[B]`, NaN where no function scores the response: that is not a reward of 0.
+    """
+    return (rewards * weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
+def check_weights(weights: Sequence[float] | None, num_functions: int | None = None) -> None:
+    """Raise UserError unless all `reward_weights` are finite; None is 1 each.
+
+    Args:
+        num_functions: how many reward functions there are, where that is known; each needs one weight.
+    """
+    if not all(map(math.isfinite, weights or [])):
+        raise UserError(f"reward_weights must be finite numbers; got {weights}.")
+    if weights is not None and num_functions not in (None, len(weights)):
+        raise UserError(
+            f"reward_weights has {len(weights)} entries for {num_functions} reward functions. Give one for each of "
+            "reward_funcs and, last, one for reward_model where there is one."
+        )
 
 
 def overlong(lengths: Tensor, well_formed: Tensor, cap: float | None = None, max_tokens: int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -27,20 +27,33 @@ from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler
 
-from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_without_think
+from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_without_think, tied_modes
 from hgpo_trl.checks import check_dataset
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.hybrid_accuracy import figures
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.micro_batches import sort_and_trim, sorted_chunks
 from hgpo_trl.modes import MODES, Fault, Response, check_embeddings, mode_tokens
-from hgpo_trl.rewards import answer_parts, check_bounded, checked, floor_faults, is_model, overlong, split_completions
+from hgpo_trl.rewards import (
+    answer_parts,
+    check_bounded,
+    check_finite,
+    check_weights,
+    checked,
+    floor_faults,
+    is_model,
+    overlong,
+    split_completions,
+    weighted_sum,
+)
 from hgpo_trl.vllm_support import (
     check_server,
     check_vllm_installed,
     keep_cpu_weights_replaceable,
     sync_merged_weights,
+    sync_packed_weights,
 )
 
 logger = get_logger(__name__)
@@ -170,6 +183,7 @@ class HGPOTrainer(GRPOTrainer):
 
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+            check_weights(args.reward_weights, len(listed))
             models = [func if isinstance(func, str) else type(func).__name__ for func in listed if is_model(func)]
             if args.lazy_thinking and models:
                 raise ValueError(
@@ -181,10 +195,13 @@ class HGPOTrainer(GRPOTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
         check_embeddings(self.model, self.mode_tokens)
+        set_generation_config(self.model, self._tokenizer)
         if is_peft_model(self.model):
             prepare_wrapped(self.model)
             if self.use_vllm:
                 sync_merged_weights(self.vllm_generation)
+        if self.use_vllm:
+            sync_packed_weights(self.vllm_generation)
         self._budget_for_the_forced_token()
         self._warned_off_mode = False
         self._rewards_per_func: Tensor  # [B, F] over all processes, kept between two overrides
@@ -345,12 +362,14 @@ class HGPOTrainer(GRPOTrainer):
             answer_parts(completions, responses),
             completion_ids_list,
         )
+        check_finite(rewards, self.reward_func_names)
+        weights = self.reward_weights.to(rewards.device)
         if self._decided is not None:
             known = rewards.new_tensor(torch.nan) if self._no_think_rewards is None else self._no_think_rewards
             rewards = self._no_think_rewards = torch.where(asked[:, None], rewards, known)
-            check_bounded(rewards, self.reward_weights.to(rewards.device), self.reward_func_names)
+            check_bounded(rewards, weights, self.reward_func_names)
         query = torch.arange(len(rewards), device=rewards.device) // self._group_size()
-        self._rewards_per_func = floor_faults(rewards, self._faults.any(dim=1), query)
+        self._rewards_per_func = floor_faults(rewards, self._faults.any(dim=1), query, weights)
         return self._rewards_per_func
 
     def _log_completion_extra(self, column: str, values: list) -> None:
@@ -442,8 +461,7 @@ class HGPOTrainer(GRPOTrainer):
 
     def _grouped(self, rewards_per_func: Tensor) -> Tensor:
         """The weighted sums of rewards `[B, F]` by query and mode, `[Q, 2, N/2]`."""
-        rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).nansum(dim=1)
-        rewards[rewards_per_func.isnan().all(dim=1)] = torch.nan  # no function scored it: not a reward of 0
+        rewards = weighted_sum(rewards_per_func, self.reward_weights.to(rewards_per_func.device))
         return rewards.view(-1, len(MODES), self._group_size() // len(MODES))
 
     # ------------------------------------------------------------------------------- micro-batches of like length
@@ -459,8 +477,13 @@ class HGPOTrainer(GRPOTrainer):
             self.args.gradient_accumulation_steps,
             sort=self._rows_may_meet_any_others(),
             multiple=self.pad_to_multiple_of,
+            permutation=self._common_permutation,
         )
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _common_permutation(self, size: int) -> Tensor:
+        """One order for all processes, whose random numbers differ: the first one's."""
+        return broadcast(torch.randperm(size).to(self.accelerator.device))
 
     def _rows_may_meet_any_others(self) -> bool:
         """Whether the sum over an optimizer step is the same however its rows are grouped into micro-batches."""
@@ -573,6 +596,10 @@ class HGPOTrainer(GRPOTrainer):
         """Trainer's; a figure without a value is never the best."""
         return super()._determine_best_metric({k: math.nan if v is None else v for k, v in metrics.items()}, trial)
 
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Trainer's; a figure without a value is shown as null, as `save_metrics` writes it."""
+        super().log_metrics(split, {k: "null" if v is None else v for k, v in metrics.items()})
+
     # ---------------------------------------------------------------------------------------------------- metrics
 
     def _log_group_metrics(self, rewards: Tensor, decision: Decision) -> None:
@@ -612,10 +639,9 @@ class HGPOTrainer(GRPOTrainer):
         per_query["hgpo/decision_entropy"] = decision.entropy
 
         r_inter, r_intra = assign_rewards(rewards, self.args.margin, self.args.ties, self._decided)
-        valid = ~rewards.isnan()
         compared = r_inter.any(dim=2).any(dim=1)
         per_query["hgpo/think_win_rate"] = r_inter[:, 0].amax(dim=1).masked_fill(~compared, torch.nan)
-        flat = ((r_intra == 1) | ~valid).all(dim=2).all(dim=1)  # nothing to choose within either mode
+        flat = tied_modes(rewards, r_intra).all(dim=1)  # nothing to choose within either mode
         per_query["hgpo/no_intra_signal"] = flat
         per_query["hgpo/no_signal"] = flat & ~compared
         transferred = torch.stack([column.float() for column in per_query.values()]).tolist()

@@ -1,14 +1,17 @@
-"""vLLM: whether the installed one and its server will do, what its build for CPUs needs, and LoRA's names."""
+"""vLLM: whether the installed one and its server will do, weights that it packs on CPUs, and LoRA's names."""
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.request import urlopen
 
+import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING
@@ -96,15 +99,89 @@ def sync_merged_weights(generation: Any) -> None:
     generation._iter_named_params = lambda: without_token_adapters(merged())
 
 
-def keep_cpu_weights_replaceable() -> None:
-    """Let an engine on the CPU take new weights; call it before the engine is built. Elsewhere it changes nothing.
+_REMEDY = f"Install one of the versions {SUPPORTED}, train on a GPU, or set use_vllm=false."
 
-    On CPUs with AVX512 vLLM packs every weight for oneDNN while it loads the model and drops the original, so that
-    `load_weights` has nothing to write to later, and a tied output embedding would keep its first values. Without
-    oneDNN it computes with torch's own linear on the weights themselves.
+
+def keep_cpu_weights_replaceable() -> None:
+    """Let the engines that are built from here on take new weights on a CPU. Elsewhere it changes nothing.
+
+    On a CPU vLLM packs each loaded weight for the fastest kernel that the processor has for its shape (zentorch,
+    sgl-kernel, oneDNN) and drops the parameter that `load_weights` writes to. Here these parameters are kept, at the
+    price of their memory, and the model gets a context manager `replacing_weights()`: it puts them back, and on leaving
+    packs them as vLLM did.
+
+    Raises:
+        RuntimeError: this version of vLLM packs its weights somewhere else.
     """
-    from vllm import _custom_ops
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        _custom_ops._supports_onednn = False
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.model_loader import base_loader
+
+    pack = getattr(base_loader, "process_weights_after_loading", None)
+    if pack is None:
+        raise RuntimeError(f"hgpo_trl cannot find the place where vLLM {_installed_version()} packs weights. {_REMEDY}")
+    if not hasattr(pack, "keeps_parameters"):
+        base_loader.process_weights_after_loading = _keeping_parameters(pack)
+
+
+def _keeping_parameters(pack: Callable[..., None]) -> Callable[..., None]:
+    """Wrap vLLM's `pack(model, model_config, device)`: it also gives the model its `replacing_weights`."""
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    @wraps(pack)
+    def pack_and_keep(model: Any, model_config: Any, device: torch.device) -> None:
+        loaded = [
+            (layer, name, parameter, parameter.data)
+            for layer in model.modules()
+            for name, parameter in layer.named_parameters(recurse=False)
+        ]
+        pack(model, model_config, device)
+        # vLLM may tie an output embedding while it packs: that layer now has the input embedding's parameter.
+        loadable = {id(parameter) for _, _, parameter, _ in loaded}
+        loaded = [
+            (layer, name, parameter, data)
+            for layer, name, parameter, data in loaded
+            if (held := getattr(layer, name, None)) is parameter or id(held) not in loadable
+        ]
+
+        @contextmanager
+        def replacing_weights() -> Iterator[None]:
+            for layer, name, parameter, data in loaded:
+                parameter.data = data
+                setattr(layer, name, parameter)
+            yield
+            with set_default_torch_dtype(model_config.dtype):
+                pack(model, model_config, device)
+
+        model.replacing_weights = replacing_weights
+
+    pack_and_keep.keeps_parameters = True  # type: ignore[attr-defined]
+    return pack_and_keep
+
+
+def sync_packed_weights(generation: Any) -> None:
+    """Have TRL's `VLLMGeneration` replace the weights that vLLM has packed for a CPU. Elsewhere it changes nothing.
+
+    Raises:
+        RuntimeError: the engine was not built after `keep_cpu_weights_replaceable`, or vLLM loaded it in another way.
+    """
+    if generation.mode != "colocate":
+        return
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    model = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    if not hasattr(model, "replacing_weights"):
+        raise RuntimeError(
+            f"vLLM {_installed_version()} loaded the model in a way that lets no weight change. {_REMEDY}"
+        )
+    sync = generation.sync_weights
+
+    def sync_weights() -> None:
+        with model.replacing_weights():
+            sync()
+
+    generation.sync_weights = sync_weights

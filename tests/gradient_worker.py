@@ -6,7 +6,6 @@ Plain gradient descent with a learning rate of 1, so that the weights move by th
 are taken on the same rollout.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,23 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from parity_worker import GROUP, FixedRollouts, reward
 from transformers import PreTrainedTokenizerFast
+from workers import end
 
 from hgpo_trl import HGPOConfig
 
 
 class Counted(FixedRollouts):
-    processed: int
+    computed: list[tuple[int, int]]  # of each micro-batch: its tokens, padding included, and those of its longest row
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.processed += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
+        tokens = inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
+        rows = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)
+        self.computed.append((tokens, int(rows.amax())))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def step(model: str, prompts: str, output: str, loss_type: str, *, trim: bool, use_cpu: bool) -> dict[str, Any]:
-    """The weights before and after (on the main process), and how many tokens all processes computed."""
+    """The weights afterwards (on the main process), and every process's micro-batches."""
     args = HGPOConfig(
         output_dir=str(Path(output).with_suffix("")),
         loss_type=loss_type,
@@ -54,12 +56,12 @@ def step(model: str, prompts: str, output: str, loss_type: str, *, trim: bool, u
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     trainer = Counted(model, reward, args, Dataset.from_parquet(prompts), processing_class=tokenizer)
-    trainer.seen, trainer.processed = [], 0
+    trainer.seen, trainer.computed = [], []
     trainer.train()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {
         "engine": str(trainer.accelerator.distributed_type),
-        "tokens": sum(gather_object([trainer.processed])),
+        "computed": gather_object([trainer.computed]),
         "weights": {name: value.clone() for name, value in (weights or {}).items()},
     }
 
@@ -81,5 +83,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
+    end()

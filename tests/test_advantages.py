@@ -143,6 +143,9 @@ def reference_advantages(case: Case) -> Rows:
             for m, s in members:
                 row = row_of(q, m, s)
                 length, reward = case.lengths[row], r_intra[q][m][s]
+                tied = all(r_intra[q][m][other] == 1 for mode, other in members if mode == m)
+                if tied and case.estimator == "reinforce_plus_plus":
+                    continue
                 for t in range(length):
                     if case.estimator == "reinforce_plus_plus":
                         value = case.discount ** (length - 1 - t) * reward
@@ -191,7 +194,8 @@ def gap_is_decided(case: Case) -> bool:
         gap = mean(modes[0]) - mean(modes[1]) - case.margin
         on_grid = all((8 * value).is_integer() for value in (*modes[0], *modes[1], case.margin))
         exact = on_grid and all(len(mode) in (1, 2, 4) for mode in modes)
-        if abs(gap) < 2e-6 and not exact:
+        scale = max(1.0, *map(abs, (*modes[0], *modes[1])))
+        if abs(gap) < 2e-6 * scale and not exact:
             return False
     return True
 
@@ -491,12 +495,12 @@ def test_by_hand_rloo() -> None:
 
 def test_by_hand_reinforce_plus_plus() -> None:
     """The reward on the last token, discounted backwards, whitened; then alpha * r_inter at t = 0."""
-    # discount 1/2: (0.5, 1), (1), (0), (0.25, 0.5, 1). Seven tokens: sum 4.25, mean 0.60714286,
-    # sum of squares 3.5625, variance (3.5625 - 4.25^2 / 7) / 6 = 0.16369048, std 0.40458680; over 0.40468680:
-    # 1 -> 0.97076837, 0.5 -> -0.26475501, 0.25 -> -0.88251671, 0 -> -1.50027840.
-    one, half, quarter, zero = 0.97076837, -0.26475501, -0.88251671, -1.50027840
+    # Think ties, so only no think is whitened. discount 1/2: (0), (0.25, 0.5, 1). Four tokens: sum 1.75, mean 0.4375,
+    # sum of squares 1.3125, variance (1.3125 - 1.75^2 / 4) / 3 = 0.18229167, std 0.42695628; over 0.42705628:
+    # 1 -> 1.31715660, 0.5 -> 0.14635073, 0.25 -> -0.43905220, 0 -> -1.02445513.
+    one, half, quarter, zero = 1.31715660, 0.14635073, -0.43905220, -1.02445513
     case = replace(BY_HAND, estimator="reinforce_plus_plus", discount=0.5, alpha=3.0)
-    expected = [[3 + half, one, 0], [3 + one, 0, 0], [zero, 0, 0], [quarter, half, one]]
+    expected = [[3, 0, 0], [3, 0, 0], [zero, 0, 0], [quarter, half, one]]
     assert_close(case.run(), expected, 1e-7)
 
 
@@ -508,16 +512,38 @@ def test_by_hand_reinforce_plus_plus_as_printed() -> None:
 
 
 def test_by_hand_whitening_spans_the_batch() -> None:
-    """Two queries are whitened together, and a NaN sample's tokens stay out of it."""
-    # Query 1: think (1, NaN), no think (0, 0): think wins (1 > 0.2); r_intra (1, - | 1, 1).
-    # Query 2: think (0, 0), no think (0, 1): no think wins; r_intra (1, 1 | 0, 1).
-    # All of length 1, so seven valid tokens (1, 1, 1, 1, 1, 0, 1): mean 6/7, variance (6 - 36/7) / 6 = 1/7,
-    # std 0.37796447; (1/7) / 0.37806447 = 0.37786450 and (-6/7) / 0.37806447 = -2.26718700.
-    rewards = [[[1.0, NAN], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]]
+    """Two queries are whitened together; a NaN sample's tokens and a tied mode's stay out of it."""
+    # Query 1: think (1, NaN), no think (0, 1): think wins (1 > 0.7); r_intra (1, - | 0, 1), think's lone 1 is a tie.
+    # Query 2: think (0, 0), no think (1, 0): no think wins; r_intra (1, 1 | 1, 0), think is a tie.
+    # All of length 1, so four tokens (0, 1, 1, 0): mean 1/2, variance 4 * 1/4 / 3 = 1/3, std 0.57735027;
+    # 0.5 / 0.57745027 = 0.86587542.
+    rewards = [[[1.0, NAN], [0.0, 1.0]], [[0.0, 0.0], [1.0, 0.0]]]
     case = Case(rewards, [1] * 8, estimator="reinforce_plus_plus")
-    up, down = 0.37786450, -2.26718700
-    expected: Rows = [[1 + up], [0], [up], [up], [up], [up], [1 + down], [1 + up]]
+    expected: Rows = [[1], [0], [-INTER], [INTER], [0], [0], [1 + INTER], [1 - INTER]]
     assert_close(case.run(), expected, 1e-7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(estimator=st.sampled_from(["grpo", "rloo", "reinforce_plus_plus"]), case=cases(probs=False), queries=st.data())
+def test_a_mode_whose_samples_tie_gets_no_signal_but_the_decisions(
+    estimator: str, case: Case, queries: st.DataObject
+) -> None:
+    """All wrong or all right: what is left is α·norm(r_inter) on the decision token, whatever else is in the batch."""
+    half = len(case.rewards[0][0])
+    tied = [[[level] * half] * 2 for level in queries.draw(st.lists(eighths(-8, 8), min_size=1, max_size=3))]
+    lengths = queries.draw(st.lists(st.integers(1, 7), min_size=2 * half * len(tied), max_size=2 * half * len(tied)))
+    together = replace(
+        case, rewards=case.rewards + tied, lengths=case.lengths + lengths, estimator=estimator, ties="all",
+        intra_scope="mode",
+    )  # fmt: skip
+    assume(gap_is_decided(together))
+    of_tied = replace(together, alpha=0.0).run()[len(case.lengths) :]
+    assert not any(value for row in of_tied for value in row)
+    gains = first_column_gain(together)
+    of_others = [row[: max(case.lengths)] for row in together.run()[: len(case.lengths)]]
+    alone = replace(together, rewards=case.rewards, lengths=case.lengths)
+    assert_close(of_others, alone.run(), 1e-9)
+    assert any(gains[len(case.lengths) :]), "the margin's push to no think"
 
 
 def test_by_hand_saturating() -> None:
@@ -550,6 +576,46 @@ def test_tie_at_the_papers_margin_with_binary_rewards(solved: int, dtype: torch.
     no_think = [1.0] * solved + [0.0] * (5 - solved)
     r_inter, _ = assign_rewards(torch.tensor([[think, no_think]], dtype=dtype), 0.2)
     assert r_inter.tolist() == [[[0] * 5, [1] * 5]]
+
+
+scores = st.one_of(
+    st.integers(5, 60).map(float),
+    st.floats(-1e6, 1e6, allow_subnormal=False),
+    st.floats(-1e-6, 1e-6, allow_subnormal=False),
+    st.sampled_from([0.1, 0.2, 0.3, 0.6, 0.7, 0.9]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    samples=st.lists(scores, min_size=2, max_size=16),
+    margin=st.sampled_from([0.0, 0.2]),
+    data=st.data(),
+)
+def test_the_same_scores_in_another_order_never_win(
+    dtype: torch.dtype, samples: list[float], margin: float, data: st.DataObject
+) -> None:
+    """Whatever the scores' size, rounding in a sum is no difference of means."""
+    shuffled = data.draw(st.permutations(samples))
+    r_inter, _ = assign_rewards(torch.tensor([[samples, shuffled]], dtype=dtype), margin)
+    assert r_inter[0].tolist() == [[0.0] * len(samples), [1.0] * len(samples)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    tenths=st.lists(st.integers(0, 600), min_size=2, max_size=8),
+    margin=st.integers(0, 30),
+)
+def test_a_gap_of_exactly_the_margin_is_a_tie(dtype: torch.dtype, tenths: list[int], margin: int) -> None:
+    """In decimals, which binary floating point rounds: no think; one tenth more of one sample, think."""
+    no_think = [tenth / 10 for tenth in tenths]
+    think = [(tenth + margin) / 10 for tenth in tenths]
+    better = [*think[:-1], think[-1] + 0.1]
+    rewards = torch.tensor([[think, no_think], [better, no_think]], dtype=dtype)
+    r_inter, _ = assign_rewards(rewards, margin / 10)
+    assert r_inter[:, 0, 0].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("estimator", GROUP_ESTIMATORS)

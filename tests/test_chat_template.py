@@ -1,17 +1,30 @@
 """chat_template: what is rendered, in four families of tokenizers, and what TRL's SFT makes of it."""
 
 import itertools
+import re
 
 import pytest
 from datasets import Dataset
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 from tokenizers import processors
-from tokenizers_zoo import FAMILIES, llama3, qwen2, sentencepiece, tiny_qwen2, word_level
+from tokenizers_zoo import (
+    FAMILIES,
+    MISTRAL,
+    instruct,
+    llama3,
+    qwen2,
+    sentencepiece,
+    shipped_templates,
+    tiny_qwen2,
+    word_level,
+)
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import is_chat_template_stop_token_trained, qwen3_chat_template
 
 from hgpo_trl.chat_template import build_chat_template, has_thinking_modes, set_chat_template
+from hgpo_trl.errors import UserError
 from hgpo_trl.modes import MODES, add_mode_tokens, format_response, mode_tokens
 
 
@@ -282,18 +295,20 @@ def test_trl_finds_that_the_end_of_turn_is_trained(tokenizer):
 # --- installing it ----------------------------------------------------------------------------------------------------
 
 
+BROKEN = ("{{ raise_exception('no') }}", "{{ messages[0].missing.missing }}", "{% if %}")
+
+
 def test_the_template_is_recognised_and_others_are_not():
     tokenizer = qwen2()
     assert not has_thinking_modes(tokenizer)
     for other in (
         qwen3_chat_template,  # knows enable_thinking, but not how not to decide
         "{% for m in messages %}{{ m.content }}{% endfor %}",
-        "{{ raise_exception('no') }}",
-        "{{ messages[0].missing.missing }}",
-        "{% if %}",
+        *BROKEN,
     ):
         tokenizer.chat_template = other
         assert not has_thinking_modes(tokenizer)
+    tokenizer.chat_template = None
     set_chat_template(tokenizer)
     assert has_thinking_modes(tokenizer)
     tokenizer.chat_template = "Q:{% if thinking_mode in ['think', 'no_think'] %}<{{ thinking_mode }}>{% endif %}"
@@ -344,6 +359,188 @@ def test_a_token_name_with_quotes_is_quoted():
     assert text(tokenizer, [user("?"), assistant(NO_THINK)]).endswith(NO_THINK + "<'\"\\é%}>")
 
 
+# --- around a model's own template ------------------------------------------------------------------------------------
+
+SHIPPED = shipped_templates()
+# What TRL ships for models whose turns have no place for a mode's tag, and why.
+REFUSED = {
+    "glm4moe": "ends an assistant's turn with ''",
+    **dict.fromkeys(("gptoss", "gptoss_training", "muse_glimmer", "muse_glimmer_training"), "has no place"),
+    **dict.fromkeys(("idefics3", "idefics3_training", "smolvlm", "smolvlm_training"), "has no place"),
+    **dict.fromkeys(("llava_next", "llava_next_training"), "fails at a question and an answer"),
+}
+OWN = {"mistral": MISTRAL} | {name: source for name, source in SHIPPED.items() if name not in REFUSED}
+
+
+def hybrid(template, *more):
+    return ready(lambda: instruct(template, *more))
+
+
+R1 = SHIPPED["deepseek_r1_distill"]
+TURNS = [user("2 + 3?"), assistant(THINK), user("Now double it.")]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected", "stop"),
+    [
+        (
+            SHIPPED["gemma"],
+            "<bos><start_of_turn>user\n2 + 3?<end_of_turn>\n<start_of_turn>model\n5<end_of_turn>\n"
+            "<start_of_turn>user\nNow double it.<end_of_turn>\n<start_of_turn>model\n",
+            "<end_of_turn>",
+        ),
+        (MISTRAL, "<bos>[INST] 2 + 3? [/INST] 5<eos>[INST] Now double it. [/INST]", "<eos>"),
+        (
+            R1,  # its own generation prompt goes on with <think>
+            "<bos><｜User｜>2 + 3?<｜Assistant｜>5<｜end▁of▁sentence｜><｜User｜>Now double it.<｜Assistant｜>",
+            "<｜end▁of▁sentence｜>",
+        ),
+        (
+            SHIPPED["phi3"],
+            "<|user|>\n2 + 3?<|end|>\n<|assistant|>\n5<|end|>\n<|user|>\nNow double it.<|end|>\n<|assistant|>\n",
+            "<|end|>",
+        ),
+        (
+            SHIPPED["llama3"],
+            "<bos><|start_header_id|>user<|end_header_id|>\n\n2 + 3?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n5<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nNow double it.<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|eot_id|>",
+        ),
+    ],
+    ids=["gemma", "mistral", "r1-distill", "phi3", "llama3"],
+)
+def test_a_model_keeps_its_turns(template, expected, stop):
+    tokenizer = hybrid(template)
+    assert prompt(tokenizer, TURNS) == expected
+    assert prompt(tokenizer, TURNS, thinking_mode="think") == f"{expected}<think>"
+    assert prompt(tokenizer, TURNS, enable_thinking=False) == f"{expected}<no_think>"
+    for response in (THINK, NO_THINK):
+        assert text(tokenizer, [*TURNS, assistant(response)]) == f"{expected}{response}{stop}"
+    assert tokenizer.eos_token == stop
+    assert tokenizer.pad_token == "<pad>"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_prompts_are_those_of_the_models_own_template(name):
+    """No earlier turn has a trace, and a default system prompt is left out where one of our dialects writes the turns.
+
+    Every template that TRL ships for models whose turns have a place for the modes.
+    """
+    before, tokenizer = instruct(OWN[name]), hybrid(OWN[name])
+    answers = [{**message, "content": "5"} if message["role"] == "assistant" else message for message in TURNS]
+    for messages, plain in ((TURNS[:1], TURNS[:1]), (TURNS, answers)):
+        own, ours = prompt(before, plain), prompt(tokenizer, messages)
+        if "set headers" in tokenizer.chat_template:
+            own = re.sub(r"<think>\s*</think>\s*", "", own)
+            own = own[own.rindex(ours.removeprefix("<bos>")) :]
+            ours = ours.removeprefix("<bos>")
+        assert own.startswith(ours)
+        assert own.removeprefix(ours).strip() in ("", "<think>", "</think>")
+        assert "2 + 3 = 5" not in ours
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("history", [[], TURNS[:2]], ids=["single turn", "several turns"])
+def test_modes_in_every_template(name, history):
+    tokenizer = hybrid(OWN[name])
+    assert has_thinking_modes(tokenizer)
+    messages = [*history, user("Now double it.")]
+    before = ids(tokenizer, messages, add_generation_prompt=True)
+    for mode, tag in zip(MODES, mode_tokens(tokenizer).decision, strict=True):
+        assert ids(tokenizer, messages, add_generation_prompt=True, thinking_mode=mode) == [*before, tag]
+        assert ids(tokenizer, messages, add_generation_prompt=True, enable_thinking=mode == "think") == [*before, tag]
+    for response in (assistant(THINK), assistant(NO_THINK), assistant("5", reasoning_content="2 + 3 = 5")):
+        encoded = tokenizer.apply_chat_template(
+            [*messages, response], return_dict=True, return_assistant_tokens_mask=True
+        )
+        whole = encoded["input_ids"]
+        assert whole[: len(before)] == before
+        written = tokenizer.decode(whole[len(before) :])
+        assert written == (THINK if response["content"] != NO_THINK else NO_THINK) + tokenizer.eos_token
+        assert whole[-1] == tokenizer.eos_token_id
+        assert encoded["assistant_masks"] == [0] * len(before) + [1] * (len(whole) - len(before))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_without_a_place_for_the_modes_is_refused(name):
+    tokenizer = instruct(SHIPPED[name])
+    with pytest.raises(UserError, match=REFUSED[name]) as caught:
+        set_chat_template(tokenizer)
+    assert "chat_template.jinja" in str(caught.value), "what to do"
+    assert tokenizer.chat_template == SHIPPED[name]
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_a_template_that_fails_is_refused(template):
+    with pytest.raises(UserError, match="fails at a question and an answer"):
+        set_chat_template(instruct(template))
+
+
+def test_the_models_own_turns_count_not_the_tokens_that_it_happens_to_have():
+    """R1-Distill-Llama has Llama 3's headers in its vocabulary, and has not been trained on them."""
+    tokenizer = hybrid(R1, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>")
+    assert prompt(tokenizer, [user("Hi")]) == "<bos><｜User｜>Hi<｜Assistant｜>"
+
+
+def test_a_default_system_prompt_does_not_speak_for_a_mode():
+    tokenizer = hybrid(SHIPPED["qwen2_5"])
+    assert "You are Qwen" in prompt(instruct(SHIPPED["qwen2_5"]), [user("Hi")])
+    assert prompt(tokenizer, [user("Hi")]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_system_prompt_stands_where_the_model_has_it():
+    messages = [system("Be brief."), user("Hi")]
+    assert prompt(hybrid(SHIPPED["gemma3"]), messages) == (
+        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert prompt(hybrid(R1), messages) == "<bos>Be brief.<｜User｜>Hi<｜Assistant｜>"
+    for refusing in (SHIPPED["gemma"], MISTRAL):
+        with pytest.raises(TemplateError, match=r"System role not supported|Only user and assistant"):
+            prompt(hybrid(refusing), messages)
+
+
+def test_parts_and_tools_reach_the_models_own_template():
+    parts = [{"type": "text", "text": "Now "}, {"type": "text", "text": "double it."}]
+    for template in (SHIPPED["gemma"], MISTRAL, R1):
+        tokenizer = hybrid(template)
+        assert prompt(tokenizer, [user(parts)]) == prompt(tokenizer, [user("Now double it.")])
+        whole = text(tokenizer, [user("?"), assistant([{"type": "text", "text": NO_THINK}])])
+        assert whole == text(tokenizer, [user("?"), assistant(NO_THINK)])
+    tokenizer = hybrid("{% if tools %}{{ tools[0].name }}{% endif %}" + MISTRAL)
+    assert prompt(tokenizer, [user("Hi")], tools=[{"name": "adder"}]).startswith("adder<bos>[INST]")
+
+
+def test_an_answer_without_a_mode_stands_as_the_model_has_it():
+    assert text(hybrid(MISTRAL), [user("?"), assistant("5")]) == "<bos>[INST] ? [/INST] 5<eos>"
+
+
+def test_a_response_can_be_continued_in_the_models_own_turns():
+    tokenizer, messages = hybrid(R1), [user("?"), assistant("<think>\nFirst")]
+    assert text(tokenizer, messages, continue_final_message=True) == f"{prompt(tokenizer, messages[:1])}<think>\nFirst"
+
+
+def test_own_turns_are_saved_and_can_be_set_again(tmp_path):
+    tokenizer = hybrid(R1)
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    for _ in range(2):
+        assert has_thinking_modes(reloaded)
+        assert prompt(reloaded, TURNS) == prompt(tokenizer, TURNS)
+        assert (reloaded.eos_token, reloaded.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
+        set_chat_template(reloaded)
+    assert reloaded.chat_template == tokenizer.chat_template
+
+
+def test_servers_see_what_the_template_takes():
+    """vLLM passes on only what a template reads and does not define (`chat_template_kwargs`)."""
+    for template in (MISTRAL, SHIPPED["qwen3"]):
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        source = re.sub(r"\{%-? (end)?generation -?%\}", "", hybrid(template).chat_template)
+        assert {"thinking_mode", "enable_thinking"} <= find_undeclared_variables(environment.parse(source))
+
+
 # --- in TRL -----------------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +572,15 @@ def test_sft_on_prompt_and_completion_trains_on_exactly_the_response(tokenizer, 
     response = tokenizer.encode(THINK + tokenizer.eos_token, add_special_tokens=False)
     assert batch["input_ids"][0].tolist() == before + response
     assert batch["labels"][0].tolist() == [-100] * len(before) + response
+
+
+def test_sft_in_a_models_own_turns_trains_on_exactly_the_response(tmp_path):
+    tokenizer = hybrid(R1)
+    batch = _sft_batch(tokenizer, {"prompt": TURNS, "completion": [assistant(THINK)]}, tmp_path)
+    trained = [i for i in batch["labels"][0].tolist() if i != -100]
+    assert tokenizer.decode(trained) == f"{THINK}<｜end▁of▁sentence｜>"
+    before = ids(tokenizer, TURNS, add_generation_prompt=True)
+    assert batch["input_ids"][0].tolist()[: len(before)] == before
 
 
 def test_sft_on_messages_trains_on_exactly_the_final_response(chatml, tmp_path):

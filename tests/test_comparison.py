@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,17 @@ def test_the_p_value_agrees_with_the_interval() -> None:
         found = paired_difference(np.zeros(40), rng.normal(shift, 1, 40), resamples=2000)
         excludes = found.interval[0] > 0 or found.interval[1] < 0
         assert excludes == (found.p_value < 0.05) or abs(found.p_value - 0.05) < 0.005
+
+
+def test_a_difference_takes_memory_for_a_block_of_resamples_alone() -> None:
+    """However many prompts and resamples."""
+    rng, prompts, resamples = np.random.default_rng(0), 50_000, 1000
+    first, second = rng.random((2, prompts))
+    tracemalloc.start()
+    paired_difference(first, second, resamples)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * prompts * resamples / 2
 
 
 def test_the_order_changes_the_sign_alone() -> None:

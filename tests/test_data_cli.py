@@ -41,7 +41,7 @@ def data(*argv: str) -> None:
 
 def in_a_process(*argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hgpo_trl.cli", "data", *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from hgpo_trl import sampling, vllm_support
 from hgpo_trl.decision import OFF_MODE, Decision, read_decision
+from hgpo_trl.errors import UserError
 from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
 from hgpo_trl.reward_model import RewardModel
@@ -290,6 +290,29 @@ def test_a_broken_format_scores_lowest(few: Dataset, answered: pd.DataFrame) -> 
     assert scored[empty].tolist() == [-5.0] * sum(empty)
 
 
+def test_the_score_is_that_of_training(few: Dataset, answered: pd.DataFrame) -> None:
+    """Weights and what is not scored, row by row."""
+    weights = [0.5, -2.0]
+    scored = score_samples(answered, few, [by_length, long_ones], weights)["reward"]
+    for row, reward in enumerate(scored):
+        length = len(ANSWERS[row % 3])
+        bonus = 1000 if few[answered["prompt_id"][row]]["level"] >= 3 else 0
+        assert reward == 0.5 * length - 2.0 * bonus
+    only = score_samples(answered, few, [long_ones], [3.0])["reward"]
+    assert only.isna().tolist() == [bool(few[prompt]["level"] < 3) for prompt in answered["prompt_id"]]
+    assert set(only.dropna()) == {0.0, 3000.0}
+    with pytest.raises(UserError, match="reward_weights has 1 entries for 2 reward functions"):
+        score_samples(answered, few, [by_length, long_ones], [1.0])
+
+
+def test_an_infinite_score_names_its_function(few: Dataset, answered: pd.DataFrame) -> None:
+    def endless(completions: list, **kwargs: Any) -> list[float]:
+        return [math.inf] * len(completions)
+
+    with pytest.raises(UserError, match="The reward function 'endless' returned inf"):
+        score_samples(answered, few, [by_length, endless])
+
+
 async def later(completions: list, **kwargs: Any) -> list[float]:
     return [2.0] * len(completions)
 
@@ -340,8 +363,15 @@ def test_a_wrong_number_of_rewards_is_named(few: Dataset, samples: pd.DataFrame)
         score_samples(samples, few, [by_length, forgetful])
 
 
-def test_scoring_many_samples_is_quick() -> None:
-    num_prompts, num_samples = 2_000, 32
+def test_scoring_decodes_no_row_once_per_sample() -> None:
+    num_prompts, num_samples = 200, 32
+    decoded = 0
+
+    def count(batch: dict[str, list]) -> dict[str, list]:
+        nonlocal decoded
+        decoded += len(next(iter(batch.values())))
+        return batch
+
     dataset = Dataset.from_list(
         [
             {"prompt": [{"role": "user", "content": str(i)}], "answer": str(i), "level": i % 6}
@@ -350,9 +380,8 @@ def test_scoring_many_samples_is_quick() -> None:
     )
     rows = [row for row in range(num_prompts) for _ in range(num_samples)]
     samples = pd.DataFrame({"prompt_id": rows, "completion": "<no_think> 4 </no_think>"})
-    start = time.perf_counter()
-    score_samples(samples, dataset, [by_length])
-    assert time.perf_counter() - start < 20  # about 1 s; 90 s when each sample decodes its row of the data set
+    score_samples(samples, dataset.with_transform(count), [by_length])
+    assert num_prompts <= decoded <= 10 * num_prompts < num_prompts * num_samples
 
 
 # --- The report ---------------------------------------------------------------
@@ -596,7 +625,7 @@ def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -
 
     def look_up(folder: Path, accuracy: float) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(example), str(folder), "--accuracy", str(accuracy)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True)
 
     folder = evaluate(decision_bias="sweep")
     curve = read_json(folder / "report.json")["decision_bias_curve"]
@@ -624,6 +653,19 @@ def test_evaluate_with_own_reward_without_levels(
     assert set(report["accuracy"].values()) == {None}
     assert report["by_level"] == []
     assert pd.read_parquet(output_dir / "samples.parquet")["reward"].isna().all()
+
+
+def test_evaluate_weighs_rewards_as_training_does(evaluate: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def one(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    words = ["--model", "m", "--data", "d", "--output_dir", str(tmp_path / "eval"), "--reward_weights", "2"]
+    with pytest.raises(UserError, match="reward_weights has 1 entries for 2 reward functions"):
+        main([*words, "--reward_funcs", *[f"{tmp_path}/mine.py:one"] * 2])
+    assert not (tmp_path / "eval").exists()
+    output_dir = evaluate(reward_funcs=f"{tmp_path}/mine.py:one", reward_weights=3)
+    samples = pd.read_parquet(output_dir / "samples.parquet")
+    assert samples["reward"].tolist() == [0.0 if len(faults) else 3.0 for faults in samples["faults"]]
+    rescored = evaluate(reward_funcs=f"{tmp_path}/mine.py:one", reward_weights=5, rescore="true")
+    assert set(pd.read_parquet(rescored / "samples.parquet")["reward"]) <= {0.0, 5.0}
 
 
 def test_a_model_without_tags_is_refused(

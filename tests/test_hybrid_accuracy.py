@@ -1,6 +1,7 @@
 """`hgpo_trl.hybrid_accuracy` by hand, against a loop-by-loop reference, and its intervals in a simulation."""
 
 import math
+import tracemalloc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hgpo_trl import hybrid_accuracy
 from hgpo_trl.hybrid_accuracy import (
     Table,
     accuracy_at_budget,
@@ -157,6 +159,21 @@ def prompt_lists(draw: st.DrawFn, binary: bool = False) -> list[Prompt]:
 )
 def test_better_mode(scores: tuple, lengths: tuple, margin: float, expected: int) -> None:
     assert better_mode(np.array([scores]), np.array([lengths], dtype=float), margin).tolist() == [expected]
+
+
+@given(
+    scores=st.lists(
+        st.integers(5, 60).map(float) | st.floats(-1e6, 1e6, allow_subnormal=False), min_size=2, max_size=16
+    ),
+    margin=st.sampled_from([0.0, 0.2]),
+    data=st.data(),
+)
+def test_the_same_scores_in_another_order_are_a_tie(scores: list[float], margin: float, data: st.DataObject) -> None:
+    """Whatever the scores' size: the shorter mode is the better one, be it the first or the second."""
+    shuffled, lengths = data.draw(st.permutations(scores)), [4] * len(scores)
+    shorter = [3] * len(scores)
+    tied = [Prompt((scores, shuffled), (lengths, shorter)), Prompt((shuffled, scores), (shorter, lengths))]
+    assert table_of(tied, margin)["hybrid_accuracy"].tolist() == [0.0, 1.0], "all pick to think"
 
 
 def test_a_row_by_hand() -> None:
@@ -500,6 +517,28 @@ def test_intervals_contain_the_mean() -> None:
 
 def test_interval_of_one_prompt_is_a_point() -> None:
     assert bootstrap_intervals({"x": np.array([0.25])}) == {"x": (0.25, 0.25)}
+
+
+def test_intervals_take_memory_for_the_prompts_alone() -> None:
+    """However many resamples: never the whole table of counts."""
+    prompts, resamples = 20_000, 400
+    columns = {str(name): np.random.default_rng(name).random(prompts) for name in range(3)}
+    tracemalloc.start()
+    bootstrap_intervals(columns, resamples)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * prompts * resamples / 2
+
+
+@pytest.mark.parametrize("block", [1, 70, 1234])
+def test_blocks_are_the_resamples_of_one_draw(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    column = np.where(np.arange(30) % 7 == 0, np.nan, np.arange(30.0))
+    whole = bootstrap_intervals({"x": column}, resamples=101)
+    counts = np.random.default_rng(0).multinomial(30, np.full(30, 1 / 30), size=101)
+    means = [np.average(column[~np.isnan(column)], weights=count[~np.isnan(column)]) for count in counts]
+    assert whole["x"] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    monkeypatch.setattr(hybrid_accuracy, "BLOCK", block)
+    assert bootstrap_intervals({"x": column}, resamples=101)["x"] == pytest.approx(whole["x"], rel=1e-12)
 
 
 def test_columns_are_resampled_together() -> None:

@@ -1,7 +1,9 @@
 """Length-sorted, trimmed micro-batches: the same rows, the same gradient, less padding."""
 
+import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,38 @@ def test_like_lengths_meet() -> None:
     widths = sorted(batch["completion_ids"].shape[1] for batch in sort_and_trim(batches, 4))
     assert widths == [1, 1, 9, 9]
     assert [batch["completion_ids"].shape[1] for batch in sort_and_trim(batches, 4, sort=False)] == [9] * 4
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=8, max_size=8), min_size=2, max_size=3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_processes_with_one_order_wait_as_little_as_they_can(lengths: list[list[int]], seed: int) -> None:
+    """In lock-step each micro-batch takes as long as the widest; no other order of each process's own is shorter."""
+
+    def widths(completion_lengths: list[int]) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        order = partial(torch.randperm, generator=generator)
+        batches = sort_and_trim(cut(rollout([3] * 8, completion_lengths), 4), 4, permutation=order)
+        return [batch["completion_ids"].shape[1] for batch in batches]
+
+    def waited(processes: Iterable[Iterable[int]]) -> int:
+        return sum(map(max, zip(*processes, strict=True)))
+
+    first, *others = map(widths, lengths)
+    found = waited([first, *others])
+    for orders in itertools.product(*(itertools.permutations(other) for other in others)):
+        assert found <= waited([first, *orders])
+
+
+def test_one_process_shuffles_by_the_global_random_numbers() -> None:
+    """So that a seed's run stays the same run."""
+    batches = cut(rollout([3] * 8, [1, 2, 3, 4, 5, 6, 7, 8]), 4)
+    torch.manual_seed(5)
+    found = [batch["completion_ids"].shape[1] for batch in sort_and_trim(batches, 4)]
+    torch.manual_seed(5)
+    assert found == [[2, 4, 6, 8][place] for place in torch.randperm(4)]
 
 
 def test_trim_keeps_multiples_and_one_token() -> None:

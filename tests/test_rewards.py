@@ -15,15 +15,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hgpo_trl import rewards as rewards_module
+from hgpo_trl.errors import UserError
 from hgpo_trl.modes import MODES, format_response
 from hgpo_trl.rewards import (
     accuracy_reward,
     answer_parts,
+    check_finite,
+    check_weights,
     checked,
     floor_faults,
     load_reward,
     overlong,
     split_completions,
+    weighted_sum,
 )
 
 
@@ -151,12 +155,86 @@ def test_faults_get_the_lowest_reward(rows: list[tuple[int, bool, tuple[float, f
     for row, column in itertools.product(range(len(rows)), range(2)):
         before, after = given_rewards[row][column], result[row, column].item()
         of_query = [given_rewards[other][column] for other in range(len(rows)) if query[other] == query[row]]
-        valid = [given_rewards[other][column] for other in range(len(rows)) if not faulty[other]]
+        well_formed = [other for other in range(len(rows)) if query[other] == query[row] and not faulty[other]]
+        valid = [given_rewards[other][column] for other in well_formed]
         valid = [value for value in valid if not math.isnan(value)]
         if faulty[row] and not all(math.isnan(value) for value in of_query):
             assert after == min([0.0, *valid])
         else:
             assert after == before or (math.isnan(after) and math.isnan(before))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.tuples(scores, scores)), min_size=1, max_size=12),
+    others=st.lists(st.tuples(st.integers(4, 6), st.booleans(), st.tuples(scores, scores)), max_size=12),
+    data=st.data(),
+)
+def test_a_query_is_floored_the_same_in_any_batch(
+    rows: list[tuple[int, bool, tuple[float, float]]],
+    others: list[tuple[int, bool, tuple[float, float]]],
+    data: st.DataObject,
+) -> None:
+    """Whatever other queries scored, and in whatever order the rows come."""
+    order = data.draw(st.permutations(range(len(rows) + len(others))))
+    together = [(rows + others)[place] for place in order]
+
+    def floored(batch: list[tuple[int, bool, tuple[float, float]]]) -> torch.Tensor:
+        query, faulty, given_rewards = (list(column) for column in zip(*batch, strict=True))
+        return floor_faults(torch.tensor(given_rewards), torch.tensor(faulty), torch.tensor(query))
+
+    torch.testing.assert_close(
+        floored(together)[[order.index(row) for row in range(len(rows))]], floored(rows), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.lists(st.tuples(scores, scores), min_size=1, max_size=5),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.5, 2.0])] * 2),
+)
+def test_the_weighted_sum_is_of_what_scores_a_response(
+    rows: list[tuple[float, float]], weights: tuple[float, float]
+) -> None:
+    totals = weighted_sum(torch.tensor(rows, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+    for row, total in zip(rows, totals.tolist(), strict=True):
+        parts = [weight * reward for weight, reward in zip(weights, row, strict=True) if not math.isnan(reward)]
+        assert total == pytest.approx(sum(parts) if parts else math.nan, nan_ok=True)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.lists(st.tuples(st.booleans(), st.tuples(scores, scores)), min_size=1, max_size=6),
+    weights=st.tuples(*[st.sampled_from([-2.0, -0.5, 0.0, 1.0])] * 2),
+)
+def test_no_weight_makes_a_broken_format_the_better_choice(
+    rows: list[tuple[bool, tuple[float, float]]], weights: tuple[float, float]
+) -> None:
+    faulty, rewards = torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+    floored = floor_faults(rewards, faulty, torch.zeros(len(rows), dtype=torch.long), torch.tensor(weights))
+    weighted = floored * torch.tensor(weights)
+    for column in weighted.T:
+        well_formed = column[~faulty & ~column.isnan()]
+        if len(well_formed) and faulty.any():
+            assert column[faulty].max() <= well_formed.min()
+
+
+@pytest.mark.parametrize("weights", [[1.0, math.nan], [math.inf]])
+def test_bad_weights(weights: list[float]) -> None:
+    with pytest.raises(UserError, match=r"reward_weights must be finite numbers; got \["):
+        check_weights(weights)
+    check_weights(None, 3)
+    check_weights([0.0, -2.0], 2)
+    with pytest.raises(UserError, match=r"reward_weights has 2 entries for 3 reward functions\. Give one for each"):
+        check_weights([0.0, 2.0], 3)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39])
+def test_an_infinite_reward_names_its_function(value: float) -> None:
+    rewards = torch.tensor([[1.0, math.nan], [0.0, value]])
+    with pytest.raises(UserError, match=r"'second' returned -?inf, of which no mean can be taken"):
+        check_finite(rewards, ["first", "second"])
+    check_finite(rewards[:1], ["first", "second"])
 
 
 lengths = st.integers(0, 9)

@@ -1,10 +1,12 @@
 """Evaluation inside training: its figures by hand, what it leaves out, and the best checkpoint that it chooses."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hgpo_trl.config import BEST_METRIC, HGPOConfig
 from hgpo_trl.decision import Decision
+from hgpo_trl.errors import UserError
+from hgpo_trl.hybrid_accuracy import figures
 from hgpo_trl.scripts import hgpo
 from hgpo_trl.trainer import HGPOTrainer, check_evaluation
 
@@ -26,8 +30,11 @@ def make_trainer(model_dir: str, tokenizer: PreTrainedTokenizerFast, prompts: Da
         args = HGPOConfig(
             output_dir=str(tmp_path), per_device_train_batch_size=8, per_device_eval_batch_size=8, num_generations=4,
             max_completion_length=8, max_steps=2, learning_rate=1e-2, bf16=False, use_cpu=True,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
-            **({"beta": 0.0, "eval_strategy": "steps", "eval_steps": 1} | config),
+            gradient_checkpointing=False, save_strategy="no", logging_steps=1,
+            **(
+                {"beta": 0.0, "eval_strategy": "steps", "eval_steps": 1, "report_to": "none", "disable_tqdm": True}
+                | config
+            ),
         )  # fmt: skip
         eval_dataset = prompts.select(range(5)) if eval_dataset is None else eval_dataset
         return HGPOTrainer(model_dir, reward, args, prompts, eval_dataset, processing_class=tokenizer)
@@ -176,6 +183,38 @@ def test_a_figure_without_a_value_is_never_the_best(make_trainer: Make) -> None:
     assert trainer.state.best_metric == 0.0
 
 
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_figures_without_a_value_can_be_shown_saved_and_reported(
+    make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    disable_tqdm: bool,
+) -> None:  # fmt: skip
+    """By Trainer's own functions, its printing of progress, and W&B."""
+    import wandb
+
+    def unscored(completions: list, **kwargs: Any) -> list[None]:
+        return [None] * len(completions)
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trainer = make_trainer(unscored, disable_tqdm=disable_tqdm, report_to="wandb", eval_token_budget=9.0)
+    try:
+        trainer.train()
+        metrics = trainer.evaluate()
+    finally:
+        wandb.finish()
+    missing = [name for name, value in metrics.items() if value is None]
+    assert {"eval_hgpo/hybrid_accuracy", "eval_hgpo/accuracy/think", "eval_hgpo/accuracy_at_budget"} <= {*missing}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    shown = capsys.readouterr().out
+    assert re.search(r"^ *eval_hgpo/hybrid_accuracy += +null$", shown, re.MULTILINE)
+    assert re.search(r"^ *eval_hgpo/mean_tokens/think += +[0-9.]+$", shown, re.MULTILINE)
+    for name in ("eval_results.json", "all_results.json"):
+        assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == metrics
+    assert "NaN" not in (tmp_path / "trainer_state.json").read_text(encoding="utf-8")
+
+
 # --- what an evaluation leaves out ----------------------------------------------------------------------------------
 
 
@@ -280,6 +319,15 @@ def test_the_best_checkpoint_stays_and_becomes_the_model(run: Callable[..., Path
     assert state_of(cut)["best_metric"] == 1.0
 
 
+@pytest.mark.usefixtures("by_hand")
+def test_fewer_tokens_are_better(make_trainer: Make) -> None:
+    trainer = make_trainer(four, Dataset.from_dict({"prompt": ["1"]}), metric_for_best_model="hgpo/mean_tokens/auto")
+    assert trainer._determine_best_metric(trainer.evaluate(), None)
+    assert trainer._determine_best_metric({"eval_hgpo/mean_tokens/auto": 5.0}, None)
+    assert not trainer._determine_best_metric({"eval_hgpo/mean_tokens/auto": 7.0}, None)
+    assert trainer.state.best_metric == 5.0
+
+
 @pytest.mark.usefixtures("well_formed")
 def test_only_better_checkpoints_are_saved(run: Callable[..., Path]) -> None:
     folder = run("best", save_strategy="best", save_total_limit=2)
@@ -356,6 +404,36 @@ def test_a_known_metric(tmp_path: Path, metric: str) -> None:
         str(tmp_path), use_cpu=True, bf16=False, metric_for_best_model=metric, eval_token_budget=9.0, **EVALUATES
     )
     check_evaluation(args, "eval_data")
+
+
+def every_figure() -> list[str]:
+    one, half = np.ones((1, 2, 1)), np.full(1, 0.5)
+    return [*figures(one, one, half, half, np.zeros(1, dtype=np.int64), token_budget=1.0)]
+
+
+@pytest.mark.parametrize("figure", every_figure())
+@pytest.mark.parametrize("metric", ["hgpo/{}", "eval_hgpo/{}", "eval_name_hgpo/{}"])
+def test_the_better_end_follows_from_the_figure(tmp_path: Path, figure: str, metric: str) -> None:
+    """More accuracy, fewer tokens, less mass on neither mode; of the thinking ratio the user must say."""
+
+    def greater_is_better(**fields: Any) -> bool | None:
+        name = metric.format(figure)
+        args = HGPOConfig(str(tmp_path), use_cpu=True, bf16=False, metric_for_best_model=name, **EVALUATES, **fields)
+        return args.greater_is_better
+
+    right = not figure.startswith(("mean_tokens", "off_mode_mass"))
+    if figure == "thinking_ratio":
+        with pytest.raises(UserError, match=r"thinking_ratio' has no better end by itself\. Set greater_is_better"):
+            greater_is_better()
+        assert [greater_is_better(greater_is_better=given) for given in (True, False)] == [True, False]
+        return
+    assert greater_is_better() is right
+    assert greater_is_better(greater_is_better=right) is right
+    better = "higher" if right else "lower"
+    with pytest.raises(
+        UserError, match=rf"greater_is_better={not right} would keep the worst .* is better when {better}"
+    ):
+        greater_is_better(greater_is_better=not right)
 
 
 def test_evaluations_without_data_end_the_run_before_anything_is_loaded(tmp_path: Path) -> None:

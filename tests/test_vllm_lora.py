@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import end
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,13 +23,13 @@ def train_and_compare(root: Path) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams, TokensPrompt
 
     from hgpo_trl.config import HGPOConfig
     from hgpo_trl.lora import load_merged, train_tag_rows
     from hgpo_trl.modes import mode_tokens
     from hgpo_trl.tasks.embedded import build_model, build_tokenizer, load_task
     from hgpo_trl.trainer import HGPOTrainer
-    from hgpo_trl.vllm_support import keep_cpu_weights_replaceable
 
     tokenizer = build_tokenizer(load_task("hgpo_trl.tasks.chain_sum"))
     model = build_model(tokenizer, num_heads=2)  # vLLM's attention on CPUs takes heads of 32 and more
@@ -36,7 +38,6 @@ def train_and_compare(root: Path) -> None:
         part.save_pretrained(base)
     lora = LoraConfig(task_type="CAUSAL_LM")
     train_tag_rows(lora, mode_tokens(tokenizer), model)
-    keep_cpu_weights_replaceable()
     trainer = HGPOTrainer(
         model=str(base),
         reward_funcs=lottery,
@@ -63,10 +64,29 @@ def train_and_compare(root: Path) -> None:
     trainer.vllm_generation.sync_weights()  # TRL does it before the next rollout
     trainer.save_model()
 
-    worker = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker
-    engine = dict(worker.model_runner.model.named_parameters())
-    merged = load_merged(str(root / "adapter"), str(base), None)[0].state_dict()
-    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    llm = trainer.vllm_generation.llm
+    merged_model = load_merged(str(root / "adapter"), str(base), None)[0]
+    base_model = AutoModelForCausalLM.from_pretrained(base)
+    merged, before = merged_model.state_dict(), base_model.state_dict()
+
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a = 1 sum mod 10 ?"}], return_dict=False)
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, logprobs=0, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False)[0].outputs
+    tokens = list(output.token_ids)
+    sampled = torch.tensor([entry[token].logprob for entry, token in zip(output.logprobs, tokens, strict=True)])
+    ids = torch.tensor([prompt + tokens])
+
+    def distance(model: torch.nn.Module) -> float:
+        """Mean difference between the log-probabilities that the engine sampled with and those of a model."""
+        with torch.no_grad():
+            logps = model(ids).logits.float()[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        return (logps[-len(tokens) :] - sampled).abs().mean().item()
+
+    assert 10 * distance(merged_model) < distance(base_model)
+
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    with model.replacing_weights() if hasattr(model, "replacing_weights") else nullcontext():
+        engine = {name: value.detach().clone() for name, value in model.named_parameters()}  # before they are packed
 
     def stacked(state: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.cat([state[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"])
@@ -92,10 +112,11 @@ def test_engine_takes_the_merged_weights(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the engine holds the merged model" in done.stdout
 
 
 if __name__ == "__main__":  # the engine may start processes that import this file
     train_and_compare(Path(sys.argv[1]))
+    end()

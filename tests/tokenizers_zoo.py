@@ -1,10 +1,12 @@
 """Small tokenizers of the families that users bring, each built from the real class in a moment, and tiny models.
 
-None has the mode tags and none has a chat template.
+None has the mode tags; a chat template only those of instruct models.
 """
 
 import json
+import re
 from collections.abc import Callable
+from importlib import resources
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -114,3 +116,31 @@ def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
     """A Llama of one layer; input and output embedding are two matrices."""
     set_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=False, **_TINY))
+
+
+# --- instruct models ------------------------------------------------------------------------------------------
+
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+_MARKS = re.compile(r"<[|｜][^|｜<>'\"]+[|｜]>|<\|turn>|<turn\|>|<(?:start|end)_of_turn>|\[/?INST\]|\[gMASK\]|<sop>")
+
+
+def shipped_templates() -> dict[str, str]:
+    """The chat templates of instruct models that TRL ships, by their file's name."""
+    folder = resources.files("trl").joinpath("chat_templates")
+    files = (file for file in folder.iterdir() if file.name.endswith(".jinja"))
+    return {file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8") for file in sorted(files, key=str)}
+
+
+def instruct(template: str, *more: str) -> PreTrainedTokenizerBase:
+    """A tokenizer with a chat template, whose marks (`<|user|>`, `[INST]`, ...) and `more` are special tokens."""
+    vocab, merges = _byte_level_bpe()
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    marks = sorted({*_MARKS.findall(template), *more} - {"<think>", "</think>"})
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer.chat_template = template
+    return tokenizer

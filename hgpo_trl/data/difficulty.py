@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from hgpo_trl.advantages import TIE_TOLERANCE
+from hgpo_trl.advantages import assign_rewards, tied_modes
 from hgpo_trl.checks import check_dataset
 from hgpo_trl.data.example import Drop
 from hgpo_trl.evaluation import PROMPT_ID, score_samples
@@ -30,6 +31,7 @@ from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.sampling import Sampler, check_backend, loaded_sampler
 from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.seeds import derived_seed
 from hgpo_trl.vllm_support import check_vllm_installed
 
 BLOCK = 512  # prompts whose samples are kept together: what a kill may cost
@@ -116,13 +118,14 @@ def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_
         raise ValueError(f"rewards must have the shape [Q, 2, k] with k of at least 1; got {list(rewards.shape)}.")
     if not 0.0 <= margin < math.inf:
         raise ValueError(f"margin must be a finite number of at least 0; got {margin}.")
-    valid = ~np.isnan(rewards)
-    highest = np.where(valid, rewards, -np.inf).max(axis=2)
-    lowest = np.where(valid, rewards, np.inf).min(axis=2)
-    within = (highest > lowest).any(axis=1)  # false where a mode has no valid sample: -inf against inf
-    think, no_think = pass_rates(rewards).T
-    gap = think - no_think  # NaN compares as false
-    return within | (gap - margin > TIE_TOLERANCE) | (gap < -TIE_TOLERANCE)
+    if len(rewards) == 0:
+        return np.zeros(0, dtype=bool)
+    as_tensor = torch.from_numpy(rewards)
+    r_inter, r_intra = assign_rewards(as_tensor, margin)
+    r_inter_swapped, _ = assign_rewards(as_tensor.flip(1), 0.0)
+    within = ~tied_modes(as_tensor, r_intra).all(dim=1)
+    think_wins, no_think_is_higher = (wins[:, 0].any(dim=1) for wins in (r_inter, r_inter_swapped))
+    return (within | think_wins | no_think_is_higher).numpy()
 
 
 def pass_rates(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -176,7 +179,8 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
     measurable = prompts.select(rows).select_columns(["prompt", "answer"])
     check_dataset("prompts", measurable, tokenizer)
     blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
-    keys = [_key(args, seed + number, measurable[block.start : block.stop]) for number, block in enumerate(blocks)]
+    seeds = [derived_seed(seed, number) for number in range(len(blocks))]
+    keys = [_key(args, seeds[number], measurable[block.start : block.stop]) for number, block in enumerate(blocks)]
     paths = [work_dir / f"pass_rates-{number:05}.parquet" for number in range(len(blocks))]
     missing = [number for number in range(len(blocks)) if not _is_there(paths[number], keys[number])]
     if missing:
@@ -193,7 +197,7 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
         with sampler as sample, tqdm(total=len(rows), initial=done, desc="pass rates", unit="prompt") as progress:
             for number in missing:
                 part = measurable.select(blocks[number])
-                _write(paths[number], keys[number], _scores(sample, part, per_mode, seed + number))
+                _write(paths[number], keys[number], _scores(sample, part, per_mode, seeds[number]))
                 progress.update(len(part))
     for path, block in zip(paths, blocks, strict=True):
         rewards[rows[block.start : block.stop]] = _read(path, per_mode)

@@ -23,8 +23,10 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_quantization_
 from hgpo_trl.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
 from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, without_dropped
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import PROMPT_ID
 from hgpo_trl.files import whole_file
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import has_answer
@@ -147,6 +149,7 @@ def dpo(argv: Sequence[str]) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=lora_config(training_args, model_args, tokens),
     )
+    set_generation_config(trainer.model, tokenizer)
     if model_args.use_peft:
         prepare_wrapped(trainer.model)
     train_and_save(trainer, checkpoint)
@@ -167,4 +170,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "baselines", sys.argv[1:])

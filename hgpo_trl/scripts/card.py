@@ -14,9 +14,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hgpo_trl.lora import is_adapter
+from hgpo_trl.errors import run_stage
 from hgpo_trl.model_card import write_model_card
 from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.training import check_finished
 
 NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "_*", "training_args.bin"]  # the last one is a pickle
 
@@ -35,10 +36,7 @@ class CardArguments:
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(CardArguments, prog="hgpo-trl card").parse_recipe(argv)
     folder = Path(args.model)
-    if args.push_to_hub and not ((folder / "config.json").is_file() or is_adapter(args.model)):
-        raise ValueError(
-            f"model={args.model!r} holds no model to push. Name the output_dir of a finished training stage."
-        )
+    check_finished("model", args.model)
     path = write_model_card(folder, report=args.report, hub_id=args.push_to_hub)
     print(f"Model card: {path}")
     if args.push_to_hub:
@@ -51,4 +49,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "card", sys.argv[1:])

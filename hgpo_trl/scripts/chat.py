@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from rich.console import Console
 
+from hgpo_trl.errors import run_stage
 from hgpo_trl.generate import AUTO, CHOICES, HybridModel, TooLongError, check_settings
 from hgpo_trl.modes import Mode
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -166,4 +167,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "chat", sys.argv[1:])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from hgpo_trl.comparison import RESAMPLES, Evaluation, compare, write_comparison
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.samples import RECORD, SAMPLES
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.report import load_evaluation, named_folders
@@ -33,15 +34,15 @@ class CompareArguments:
 
     def __post_init__(self) -> None:
         if self.resamples < 100:
-            raise ValueError(f"resamples must be at least 100, better 10000; got {self.resamples}.")
+            raise UserError(f"resamples must be at least 100, better 10000; got {self.resamples}.")
         if len(named_folders("compare", self.compare)) < 2:
-            raise ValueError(f"compare: two evaluations or more are compared, as NAME=FOLDER; got {self.compare}.")
+            raise UserError(f"compare: two evaluations or more are compared, as NAME=FOLDER; got {self.compare}.")
 
 
 def _load(folder: Path) -> Evaluation:
     report, samples = load_evaluation("compare", folder), folder / SAMPLES
     if not samples.is_file():
-        raise ValueError(f"compare: there is no {samples}. Run `hgpo-trl evaluate --output_dir {folder}` again.")
+        raise UserError(f"compare: there is no {samples}. Run `hgpo-trl evaluate --output_dir {folder}` again.")
     record = folder / RECORD
     prompts = json.loads(record.read_text(encoding="utf-8")).get("prompts") if record.is_file() else None
     return Evaluation(report, pd.read_parquet(samples), prompts)
@@ -55,4 +56,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "evaluate", sys.argv[1:])

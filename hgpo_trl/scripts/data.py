@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from hgpo_trl.errors import run_stage
+
 KINDS = {
     "task": "data sets and untrained model of an embedded task (the default)",
     "hft": "Stage I: hybrid SFT examples from any list of sources",
@@ -29,4 +31,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "data", sys.argv[1:])

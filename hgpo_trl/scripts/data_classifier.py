@@ -16,6 +16,7 @@ import numpy as np
 
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, precision_and_recall, seed_kinds, train
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.files import write_json
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -152,4 +153,4 @@ def _print(classifier: ReasoningQueryClassifier, report: dict[str, Any]) -> None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "data classifier", sys.argv[1:])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import verified_answers
+from hgpo_trl.errors import run_stage
 from hgpo_trl.modes import Mode
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -63,4 +64,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "data hft", sys.argv[1:])

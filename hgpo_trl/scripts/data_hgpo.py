@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hgpo_trl.data.difficulty import DifficultyArguments, check_model, measure, pass_rates, verdicts
 from hgpo_trl.data.example import Drop
+from hgpo_trl.errors import run_stage
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -44,4 +45,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "data hgpo", sys.argv[1:])

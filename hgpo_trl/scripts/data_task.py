@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from hgpo_trl.errors import run_stage
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.tasks.embedded import (
     build_model,
@@ -99,4 +100,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "data task", sys.argv[1:])

@@ -18,17 +18,18 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
 from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, model_positions, without_dropped
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.generate import AUTO, check_settings, render
 from hgpo_trl.hybrid_accuracy import Label, group_labels
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
-from hgpo_trl.rewards import load_reward
+from hgpo_trl.rewards import check_weights, load_reward
 from hgpo_trl.rows import Renderer
 from hgpo_trl.samples import (
     PARTS,
@@ -47,7 +48,7 @@ from hgpo_trl.sampling import check_backend, default_device, loaded_sampler
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.run_dir import check_same_run
-from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.scripts.training import tokenizer_of
 from hgpo_trl.vllm_support import check_vllm_installed
 
 VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
@@ -72,6 +73,9 @@ class EvaluateArguments:
     num_prompts: int | None = field(default=None, metadata={"help": "Only the first so many prompts."})
     drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
     samples_per_mode: int = field(default=8, metadata={"help": "Responses per prompt and mode."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One per reward function, reward_model last, as in training; null is 1 each."}
+    )
     margin: float = field(default=0.0, metadata={"help": "Mode means closer than this count as equal (Eq. 13)."})
     decision_bias: float | str = field(
         default=0.0, metadata={"help": "Added to the log-odds of thinking, logit(think) - logit(no_think); or sweep."}
@@ -248,8 +252,7 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is no such model, or it has no mode tags.
     """
-    check_model_path("model", args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = tokenizer_of("model", args.model)
     try:
         mode_tokens(tokenizer)
     except ValueError as error:
@@ -283,6 +286,7 @@ def main(argv: Sequence[str]) -> None:
     if args.backend == "vllm" and not args.rescore:
         check_vllm_installed("backend=vllm")
     rewards = [_load_function(name) for name in reward_args.reward_funcs]
+    check_weights(args.reward_weights, len(rewards) + (reward_args.reward_model is not None))
     dataset = _load(args)
     if args.rescore:
         tokenizer = None
@@ -308,7 +312,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         assert tokenizer is not None  # rescoring without samples was refused
         samples = _sample(args, tokenizer, list(dataset["prompt"]))
-    samples = score_samples(samples, dataset, rewards)
+    samples = score_samples(samples, dataset, rewards, args.reward_weights)
     write_samples(output_dir / SAMPLES, samples)
     report = report_on(
         samples,
@@ -332,4 +336,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "evaluate", sys.argv[1:])

@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.generate import AUTO, HybridModel, check_settings
 from hgpo_trl.harnesses import (
     HARNESSES,
@@ -58,17 +59,17 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         if self.tool not in HARNESSES:
-            raise ValueError(
+            raise UserError(
                 f"tool must be one of {', '.join(HARNESSES)}; got {self.tool!r}. lighteval asks the model itself: see "
                 "docs/harnesses.md."
             )
         check_settings(self.mode, 0.0, self.max_new_tokens, self.temperature, self.top_p)
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
+            raise UserError(f"batch_size must be at least 1; got {self.batch_size}.")
         if not self.model_name or "/" in self.model_name:
-            raise ValueError(f"name={self.model_name!r} becomes a file's name: give one without a slash.")
+            raise UserError(f"name={self.model_name!r} becomes a file's name: give one without a slash.")
         if self.base_url is not None and find_spec("openai") is None:
-            raise ValueError("base_url needs the package openai: pip install openai, or leave base_url out.")
+            raise UserError("base_url needs the package openai: pip install openai, or leave base_url out.")
 
     @property
     def model_name(self) -> str:
@@ -120,4 +121,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "export", sys.argv[1:])

@@ -19,7 +19,8 @@ from trl.trainer.utils import create_model_from_path
 from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
 from hgpo_trl.checks import DROP_HELP, check_examples, dropped_rows_file
 from hgpo_trl.data_files import load_data
-from hgpo_trl.generate import SAMPLING
+from hgpo_trl.errors import run_stage
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.lora import prepare_wrapped
 from hgpo_trl.modes import add_mode_tokens, mode_tokens
 from hgpo_trl.rows import Renderer, as_trained
@@ -77,7 +78,7 @@ def fine_tune(
     add_mode_tokens(tokenizer, model)
     if not has_thinking_modes(tokenizer):
         set_chat_template(tokenizer)
-    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, **SAMPLING)
+    set_generation_config(model, tokenizer)
 
     trainer = SFTTrainer(
         model=model,
@@ -108,4 +109,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "hft", sys.argv[1:])

@@ -16,6 +16,7 @@ from trl import ModelConfig, get_quantization_config
 from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, rollout_positions
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import run_stage
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.rows import Renderer
@@ -102,4 +103,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "hgpo", sys.argv[1:])

@@ -12,11 +12,12 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig
 
-from hgpo_trl.generate import SAMPLING
+from hgpo_trl.errors import UserError, run_stage
+from hgpo_trl.generate import set_generation_config
 from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, load_merged
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.run_dir import claim_results, describe_run
-from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.scripts.training import check_finished, check_model_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,44 +35,45 @@ class MergeArguments:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
 
 
 def _check_base(base: str | None, revision: str | None, adapter: str) -> None:
-    """ValueError if there is no base model; its weights are not loaded."""
+    """UserError if there is no base model; its weights are not loaded."""
     remedy = f"Say with base_model where the base model of the adapter {adapter!r} is."
     if base is None:
-        raise ValueError(f"The adapter names no base model. {remedy}")
+        raise UserError(f"The adapter names no base model. {remedy}")
     if is_adapter(base):
         check_model_path("base_model", base)
     try:
         AutoConfig.from_pretrained(base, revision=revision)
     except OSError as error:
-        raise ValueError(f"The base model {base!r} is not there. {remedy}") from error
+        raise UserError(f"The base model {base!r} is not there. {remedy}") from error
 
 
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(MergeArguments, prog="hgpo-trl merge").parse_recipe(argv)
+    check_finished("model", args.model)
     if not is_adapter(args.model):
-        raise ValueError(
+        raise UserError(
             f"model={args.model!r} is not the folder of a LoRA adapter: there is no {ADAPTER_CONFIG} in it. Name the "
             "output_dir, or a checkpoint, of a stage that ran with use_peft; a model that was trained whole needs no "
             "merging."
         )
     output_dir = Path(args.output_dir)
     if output_dir.resolve() == Path(args.model).resolve():
-        raise ValueError(f"output_dir={args.output_dir!r} is the adapter's own folder. Choose another one.")
+        raise UserError(f"output_dir={args.output_dir!r} is the adapter's own folder. Choose another one.")
     config = PeftConfig.from_pretrained(args.model)
     base = args.base_model or config.base_model_name_or_path
     _check_base(base, config.revision, args.model)
     claim_results(output_dir, describe_run("merge", args))
 
     model, tokenizer = load_merged(args.model, base, config.revision)
-    model.generation_config.update(**SAMPLING)  # as the stage gives it to a model that it trains whole
+    set_generation_config(model, tokenizer)  # as the stage gives it to a model that it trains whole
     model.to(getattr(torch, args.dtype)).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     print(f"{args.model} merged into {base} -> {output_dir}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "merge", sys.argv[1:])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.report import load_training_log, write_report
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -33,7 +34,7 @@ class ReportArguments:
 
     def __post_init__(self) -> None:
         if self.report_to not in ("none", "wandb"):
-            raise ValueError(f"report_to must be none or wandb; got {self.report_to!r}.")
+            raise UserError(f"report_to must be none or wandb; got {self.report_to!r}.")
         for name in ("evaluations", "training_runs"):
             named_folders(name, getattr(self, name))
         _sweep(self.margin_sweep)
@@ -45,9 +46,9 @@ def named_folders(name: str, entries: list[str]) -> dict[str, Path]:
     for entry in entries:
         key, separator, folder = entry.partition("=")
         if not (key and separator and folder):
-            raise ValueError(f"{name}: {entry!r} is not NAME=FOLDER.")
+            raise UserError(f"{name}: {entry!r} is not NAME=FOLDER.")
         if key in pairs:
-            raise ValueError(f"{name}: the name {key!r} is given twice.")
+            raise UserError(f"{name}: the name {key!r} is given twice.")
         pairs[key] = Path(folder)
     return pairs
 
@@ -57,13 +58,13 @@ def _sweep(entries: list[str]) -> dict[float, Path]:
     try:
         return {float(margin): folder for margin, folder in named_folders("margin_sweep", entries).items()}
     except ValueError as error:
-        raise ValueError(f"margin_sweep: every entry must be DELTA=FOLDER with a number; {error}") from None
+        raise UserError(f"margin_sweep: every entry must be DELTA=FOLDER with a number; {error}") from None
 
 
 def load_evaluation(name: str, folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     if not path.is_file():
-        raise ValueError(f"{name}: there is no {path}. Run `hgpo-trl evaluate --output_dir {folder}` first.")
+        raise UserError(f"{name}: there is no {path}. Run `hgpo-trl evaluate --output_dir {folder}` first.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -104,4 +105,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage(main, "report", sys.argv[1:])

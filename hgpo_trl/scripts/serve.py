@@ -6,29 +6,35 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 
+from hgpo_trl.errors import run_stage
+from hgpo_trl.files import expand_path
+from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.vllm_support import check_vllm_installed
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of vLLM's server with the reasoning parser and the decision bias."""
+    """The command line of vLLM's server with the reasoning parser, its split deltas and the decision bias."""
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
         *("--reasoning-parser-plugin", str(resources.files("hgpo_trl.serving").joinpath("vllm_reasoning.py"))),
         *("--reasoning-parser", "lhrm"),
+        *("--middleware", "hgpo_trl.serving.vllm_deltas.SplitDeltas"),
         *("--logits-processors", "hgpo_trl.serving.vllm_decision:DecisionBias"),
         *arguments,
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Become the server: this process is replaced by it."""
     parser = argparse.ArgumentParser("hgpo-trl serve", allow_abbrev=False, description=__doc__)
     parser.add_argument("--model", required=True, help="name or path of the model")
     arguments, rest = parser.parse_known_args(argv)
+    model = expand_path("model", arguments.model)
     check_vllm_installed("hgpo-trl serve")
-    words = command(arguments.model, rest)
+    check_model_path("model", model)
+    words = command(model, rest)
     os.execv(words[0], words)
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main, "serve", sys.argv[1:])

@@ -6,16 +6,19 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig, get_peft_config
 
 from hgpo_trl.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.checks import model_positions
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import looks_like_path
 from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, train_tag_rows
 from hgpo_trl.model_card import write_model_card
 from hgpo_trl.modes import ModeTokens
+from hgpo_trl.scripts.run_dir import RUN_FILE
 
 TrainingConfig = SFTConfig | GRPOConfig | DPOConfig
 
@@ -36,17 +39,74 @@ def model_init_kwargs(training_args: TrainingConfig, model_args: ModelConfig) ->
 
 
 def check_model_path(field: str, name: str | None) -> None:
-    """ValueError if a recipe's field names no model, a folder that is not there, or one with a LoRA adapter."""
+    """Check that a recipe's field names a model: a folder with a whole one, or a hub id.
+
+    Raises:
+        UserError: it is null, a folder that is not there, of a stage that has not finished, or with a LoRA adapter.
+    """
     if name is None:
-        raise ValueError(f"{field} is missing: name a model, by path or hub id.")
+        raise UserError(f"{field} is missing: name a model, by path or hub id.")
     if not Path(name).is_dir() and looks_like_path(name):
-        raise ValueError(f"{field}={name!r}: there is no such folder. Train that model first, or fix the path.")
+        raise UserError(f"{field}={name!r}: there is no such folder. Train that model first, or fix the path.")
+    check_finished(field, name)
     if is_adapter(name):
         base = json.loads((Path(name) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ValueError(
+        raise UserError(
             f"{field}={name!r} is a LoRA adapter of {base}; merge it first: "
             f"hgpo-trl merge --model {name} --output_dir {name.rstrip('/')}-merged"
         )
+
+
+def check_finished(field: str, name: str) -> None:
+    """UserError if a folder holds neither a whole model nor a whole adapter; a hub id passes.
+
+    The message says which stage has not finished there, how to go on, and which checkpoint is whole.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or (found := _unfinished(folder)) is None:
+        return
+    checkpoint, _ = last_checkpoint(folder)
+    record = folder / RUN_FILE
+    if not record.is_file() and checkpoint is None:
+        raise UserError(f"{field}={name!r} is not a model's folder: {found}. Name the output_dir of a training stage.")
+    stage = json.loads(record.read_text(encoding="utf-8"))["stage"] if record.is_file() else "STAGE"
+    command = f"hgpo-trl {'baselines ' if stage in ('rft', 'dpo') else ''}{stage}"
+    further = (
+        f"which goes on from {checkpoint}. For the model as it was there, name that checkpoint"
+        if checkpoint
+        else "which starts afresh, because there is no whole checkpoint"
+    )
+    raise UserError(
+        f"{field}={name!r}: `{command}` has not finished there ({found}). Wait for it if it is still running. If it "
+        f"was stopped, run the same command again, {further}."
+    )
+
+
+def _unfinished(folder: Path) -> str | None:
+    """What a folder lacks of a whole model or adapter; None if it has all of it.
+
+    In folders that our stages write, weights and tokenizer count, too: a stage can be killed while it saves them. Other
+    tools' folders have many layouts.
+    """
+    config = next((name for name in ("config.json", ADAPTER_CONFIG) if (folder / name).is_file()), None)
+    if config is None:
+        return "there is no config.json in it"
+    if not (folder / RUN_FILE).is_file():
+        return None
+    weights = sorted(folder.glob("adapter_model*" if config == ADAPTER_CONFIG else "*model*.safetensors"))
+    if not weights:
+        return "there are no weights in it"
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(shards - {path.name for path in weights}):
+            return f"{missing[0]} is missing"
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return f"{path.name} is cut off"
+    return None if (folder / "tokenizer_config.json").is_file() else "there is no tokenizer in it"
 
 
 def lora_config(
@@ -61,7 +121,7 @@ def lora_config(
         model: the recipe's, if it is loaded already; else its modules are made up without weights.
 
     Raises:
-        ValueError: DeepSpeed ZeRO-3 would have to shard single rows; or see `train_tag_rows`.
+        UserError: DeepSpeed ZeRO-3 would have to shard single rows; or see `train_tag_rows`.
     """
     config: Any = get_peft_config(model_args)
     if config is None:
@@ -69,7 +129,7 @@ def lora_config(
     config.revision = model_args.model_revision  # the adapter says which base model it belongs to
     if is_deepspeed_zero3_enabled():
         if not model_args.lora_modules_to_save:
-            raise ValueError(
+            raise UserError(
                 "use_peft: the tags' embedding rows cannot be trained on their own under DeepSpeed ZeRO-3, because "
                 "TRL's loss needs the output embedding as a parameter. Use ZeRO-2, or train the embeddings whole "
                 "(lora_modules_to_save: [embed_tokens, lm_head])."
@@ -86,8 +146,8 @@ def lora_config(
 
 def load_tokenizer(training_args: TrainingConfig, model_args: ModelConfig, **kwargs: Any) -> Any:
     """The tokenizer of a recipe's model."""
-    check_model_path("model_name_or_path", model_args.model_name_or_path)
-    return AutoTokenizer.from_pretrained(
+    return tokenizer_of(
+        "model_name_or_path",
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
@@ -103,6 +163,15 @@ def recipe_positions(training_args: TrainingConfig, model_args: ModelConfig) -> 
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
+
+
+def tokenizer_of(field: str, name: str | None, **kwargs: Any) -> Any:
+    """The tokenizer of the model that a field names; UserError if there is no such model, or it has none."""
+    check_model_path(field, name)
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}={name!r}: its tokenizer cannot be loaded: {error}") from error
 
 
 def _write_own_card(trainer: Any) -> None:

@@ -16,17 +16,8 @@ Only the last can get stuck. `check_answers` gives it to processes that are kill
 from collections.abc import Callable, Sequence
 
 from hgpo_trl.verification.exact import settle
-from hgpo_trl.verification.symbolic import TIMEOUT_S, symbolically_equal, symbolically_equal_in_time
+from hgpo_trl.verification.symbolic import TIMEOUT_S, symbolically_equal
 from hgpo_trl.verification.workers import ask_server
-
-
-def answers_match(reference: str, answer: str) -> bool:
-    """Whether the answer equals the reference answer, decided in this process.
-
-    In the main thread math-verify gives up after `TIMEOUT_S` (False); in another thread nothing stops it.
-    """
-    verdict, _ = settle(reference, answer)
-    return symbolically_equal_in_time(reference, answer) if verdict is None else verdict
 
 
 def check_answers(
