@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import PartialState
 from run_logs import log_of
+from workers import end
 
 from hgpo_trl.errors import UserError
 from hgpo_trl.scripts import hft
@@ -52,5 +53,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
+    end()

@@ -583,7 +583,7 @@ def test_libraries_see_the_recipes_environment(entry: list[str], recipe: Callabl
     before = {name: value for name, value in os.environ.items() if name not in env}
     done = subprocess.run(
         [sys.executable, *entry, "--config", path],
-        cwd=ROOT, env=before | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=before | {"HOME": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout, done.stderr[-3000:]
     assert json.loads(done.stdout) == [f"{tmp_path}/cache", True, 1, "7"]
