@@ -30,9 +30,9 @@ _SLASH = re.compile(
 )
 _SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _NUMBERS_IN_A_ROW = re.compile(r"[-\d.,]+(?: [-\d.,]+)+")
-_BASED = re.compile(r"(?P<digits>[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
+_BASED = re.compile(r"(?P<digits>-?[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]*(?: [\w' -]*)?)")
-_NAMES = re.compile(r"\\text\{[^{}\d]+\}|[A-Za-z]{3,}[A-Za-z ]*")
+_NAMES = re.compile(r"\\text\{[^{}]+\}|[A-Za-z]{3,}[A-Za-z ]*")
 _SET = re.compile(  # or a matrix, or an inequality
     r"\\(?:cup|cap|infty|begin|le|ge|ne|emptyset)(?![A-Za-z])|[<>]"
 )
@@ -45,7 +45,7 @@ _NAME = re.compile(
     r"\\?[A-Za-z]+'?(?:_(?:\{\w+\}|\w))?'?(?:\^2)?|[A-Za-z](?:_(?:\{\w+\}|\w))?(?:\^\{-1\})?\([^()=]*\)"
     r"|\\angle ?[A-Z]+|\\(?:text|overline)\{[^{}]*\}|[|\[][A-Za-z]+[|\]]"
 )
-_TUPLE_NAME = re.compile(r"\(([A-Za-z_\d{}]+(?:, ?[A-Za-z_\d{}]+)+)\)")
+_TUPLE_NAME = re.compile(r"\(([A-Za-z_\d{}\\]+(?:, ?[A-Za-z_\d{}\\]+)+)\)")
 _IN = re.compile(r"(\\?[A-Za-z]+(?:_\w)?) ?\\in(?![A-Za-z]) ?(.+)")
 _VARIABLE = re.compile(r"\\[a-z]+|[A-Za-z](?:_(?:\{\w+\}|\w))?")
 _MODULUS = re.compile(r" ?\\pmod\{(\w+)\}$")
@@ -54,7 +54,7 @@ _MATRIX = re.compile(r"\\begin\{([pbv]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _RELATIONS = ("<", ">", "\\le", "\\ge")
 _UNCLEAR = re.compile(r"\\dots(?![A-Za-z])|[#?;\"&]|\\text\{[^{}]*\b(?:and|or|not|more|less|than|if)\b")
-_GSM8K = re.compile(r"^####\s*(\S.*?)\s*\Z", re.MULTILINE)
+_WORKED = re.compile(r"^####\s*(\S.*?)\s*\Z", re.MULTILINE)
 
 
 # --- numbers and words -------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def _compare_named(a: _List, b: _List) -> tuple[bool | None] | None:
             return (False,)
         return (_all(_settle(named[name], others[name])[0] for name in named),)
     names = named or others or {}
-    if len({name[0] for name in names}) == 1:  # x_1 and x_2 are two values of one unknown
+    if named is None and len({name[0] for name in names}) == 1:  # x_1 and x_2 are two values of one unknown
         return None
     values_ = [[*names.values()], b.items if named is not None else a.items]
     return (_all(_settle(x, y)[0] for x, y in zip(*values_, strict=True)),)
@@ -418,12 +418,10 @@ def _settle(reference: str, answer: str) -> tuple[bool | None, str]:
     a, b = _number(reference), _number(answer)
     if a and b:
         return _equal_numbers(a, b), "numbers"
-    return _settle_structure(reference, answer, a, b)
+    return _settle_structure(reference, answer, bool(a), bool(b))
 
 
-def _settle_structure(
-    reference: str, answer: str, a: _Number | None, b: _Number | None
-) -> tuple[bool | None, str]:
+def _settle_structure(reference: str, answer: str, a: bool, b: bool) -> tuple[bool | None, str]:
     based, other_based = _BASED.fullmatch(reference), _BASED.fullmatch(answer)
     if based and other_based:
         same = based["base"] == other_based["base"] and based["digits"].lstrip("0") == other_based["digits"].lstrip("0")
@@ -466,11 +464,13 @@ def _settle_structure(
             if listed and len(sides) == 2 and _NAME.fullmatch(sides[0]):
                 return _settle(reference if lists[0] else sides[-1], answer if lists[1] else sides[-1])
     several, one = (lists[0], answer) if lists[0] else (lists[1], reference)
-    if several and (values.has_value(one) or (several.opening == "" and several is lists[1])):
+    if several and (values.has_value(one.rstrip("%")) or (several.opening == "" and several is lists[1])):
         return _one_of_several(several, one), "lists"
-    for number, text in ((a, answer), (b, reference)):
-        if number and (_NAMES.fullmatch(text) or _SET.search(text) or _NUMBERS_IN_A_ROW.fullmatch(text)):
+    for number, text in ((reference, answer), (answer, reference)):
+        if (_SET.search(text) or _NAMES.fullmatch(text)) and values.has_value(number.rstrip("%")):
             return False, "words"
+        if _NUMBERS_IN_A_ROW.fullmatch(text):
+            return False, "numbers"
     ratios = split(reference, ":"), split(answer, ":")
     if ratios[0] and ratios[1] and len(ratios[0]) + len(ratios[1]) > 2:
         return _compare_ratios(ratios[0], ratios[1]), "values"
@@ -487,17 +487,20 @@ def _compare_ratios(a: list[str], b: list[str]) -> bool | None:
     return _all(values.compare(f"({x})({b[0]})", f"({y})({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
 
 
+def final_answer(reference: str) -> str:
+    """What follows `####` in the last line of a worked solution (GSM8K); any other reference as it is."""
+    worked = _WORKED.search(reference) if "####" in reference else None
+    return worked[1] if worked else reference
+
+
 @functools.lru_cache(maxsize=65_536)  # a query's reference answer is asked for N times a step, and again every epoch
 def expression(text: str) -> str:
     r"""A reference answer as one expression.
 
-    That is what follows `####` in the last line of a worked solution (GSM8K), what a box holds, or the entries of a list as
-    text ("['2', '3']"), separated by commas.
+    That is the final answer of a worked solution, what a box holds, or the entries of a list as text ("['2', '3']"),
+    separated by commas.
     """
-    bare = text.strip()
-    worked = _GSM8K.search(bare) if "####" in bare else None
-    if worked:
-        bare = worked[1]
+    bare = final_answer(text).strip()
     if bare.startswith("['") or bare.startswith('["'):
         try:
             entries = ast.literal_eval(bare)
@@ -512,30 +515,35 @@ def expression(text: str) -> str:
     return stripped(DOLLAR.sub("", bare))
 
 
+class _Reference(NamedTuple):
+    expression: str
+    number: _Number | None
+    normalised: str
+
+
 @functools.lru_cache(maxsize=65_536)
-def _normalised_reference(text: str) -> str:
-    return normalise(expression(text))
+def _reference(text: str) -> _Reference:
+    found = expression(text)
+    return _Reference(found, _number(found), normalise(found))
 
 
 def settle(reference: str, answer: str) -> tuple[bool | None, str]:
     """The verdict of the exact rungs on a whole answer, and the rung that gave it."""
-    bare = stripped(answer)
-    if bare in (stripped(reference), expression(reference)):
+    bare, expected = stripped(answer), _reference(reference)
+    if bare in (expected.expression, stripped(reference)):
         return True, "text"
-    if len(bare) <= MAX_STATEMENT:
-        number, other = _number(expression(reference)), _number(bare)
-        if number and other:
-            return _equal_numbers(number, other), "numbers"
-    if in_words(bare, expression(reference)):
+    if expected.number and len(bare) <= MAX_STATEMENT and (number := _number(bare)):
+        return _equal_numbers(expected.number, number), "numbers"
+    if in_words(bare, expected.expression):
         return True, "text"
     statement = stated(answer)
     if statement == "" or broken_off(answer):
         return False, "text"
-    if max(len(statement), len(reference)) > MAX_STATEMENT:
-        return None, "symbolic"
-    left, right = _normalised_reference(reference), normalise(statement)
-    verdict, rung = _settle(left, right)
-    if verdict is None and not (_is_clear(left) and _is_clear(right)):
+    if max(len(statement), len(expected.normalised)) > MAX_STATEMENT:
+        return False, "text"
+    normalised = normalise(statement)
+    verdict, rung = _settle(expected.normalised, normalised)
+    if verdict is None and not (_is_clear(expected.normalised) and _is_clear(normalised)):
         return False, "text"
     return verdict, rung if verdict is not None else "symbolic"
 

@@ -45,13 +45,15 @@ ANY_DOLLAR = re.compile(r"\\?\$")
 # Words that decide which candidate of a sentence counts
 _JOINTS = {"or", "and", "maybe", "perhaps", "possibly", "probably", "also", "else", "alternatively", "otherwise", "either",
            "both", "nor", "even", "vs", "versus", "&", "/", "|"}  # fmt: skip
-_DENIALS = {"not", "no", "never", "cannot", "neither", "nor", "except", "without", "wrong", "false", "incorrect", "impossible"}
+_DENIALS = {"not", "no", "never", "cannot", "neither", "nor", "except", "without", "wrong", "false", "incorrect", "impossible", "\\ne", "\\neq"}
 _RANGES = {"than", "least", "most", "between", "from", "above", "below", "exceeds", "exceed", "beyond", "within", "under"}
 _CONCLUDE = {"so", "thus", "hence", "therefore", "then", "is", "are", "was", "were", "be", "equals", "equal", "get",
              "gets", "gives", "give", "makes", "make", "have", "has", "obtain", "obtains", "yields", "leaves", "but",
              "being", "becomes", "remains", "it's", "that's"}  # fmt: skip
 _EXPLAIN = {"because", "since", "that", "divided"}
 _TAKEN_BACK = {"no,", "wait", "actually", "sorry", "correction", "rather"}
+_FILLERS = {"be", "equal", "equals", "to", "the", "answer", "simply", "just", "="}
+_UNDECIDED = {"or", "either", "maybe", "perhaps", "possibly"}
 _REFUTED = {"wrong", "false", "incorrect", "impossible"}
 _NEW_CLAIM = {*_CONCLUDE, *_EXPLAIN, "instead", "rather", "it", "we"} - {"be", "is", "are", "was", "were", "equal", "have"}
 _ALTERNATIVE = re.compile(
@@ -63,19 +65,11 @@ _UNSURE = re.compile(
     r"\b(?:or|alternatively|otherwise|maybe|perhaps|possibl[ey]|could|might|may|either|also|another|if not)\b",
     re.IGNORECASE,
 )
-_DENIED_BEFORE = re.compile(
-    r"(?:(?:\bnot|n['’]t|\bnever|\bcannot|\bneither|\bnor|≠|\\neq?)\s*(?:be|equals?(?: to)?|the answer|simply|just)?"
-    r"|\b(?:not|n['’]t) (?:true|correct|right|the case|so) that\b[^.\n]{0,80}|\b(?:false|wrong|incorrect) that\b[^.\n]{0,80}"
-    r"|\b(?:more|less|greater|fewer|larger|smaller|other|rather) than|\bat (?:least|most)|\bbetween)"
-    r"[\s$*:({]*(?:\\[(\[])?[\s{]*$",
-    re.IGNORECASE,
-)
 _DENIED_AFTER = re.compile(
     r"[\s$*)}]*(?:\\[)\]])?[\s$*]*(?:(?:is|was|are|would be|must be|seems)(?:n['’]t\b|\s+(?:not|wrong|incorrect|false|"
     r"impossible|never|neither)\b)|(?:cannot|can['’]t) be\b|\?)",
     re.IGNORECASE,
 )
-_OR_BEFORE = re.compile(r"(?:^|[\s,$])(?:or|either|maybe|perhaps|possibly)(?:\s+\w+){0,2}[\s$*:(]*(?:\\[(\[])?\s*$", re.IGNORECASE)
 _BETWEEN_BOXES = re.compile(
     r"[\s$*.;,)\\(\]\[]*(?:,|;|/|&|\b(?:and|or|maybe|perhaps|possibly|alternatively|otherwise|either|else|also)\b"
     r"(?:[^.\n\\$]{0,60})?)[\s$*(\\\[]*",
@@ -94,8 +88,8 @@ _LABELLED = re.compile(r"\(?[A-J][.):]\s+[^\n]{1,100}")
 _YES_NO = re.compile(r"\W*(yes|no|true|false)\s*[,.;:!]\s+(.*)", re.IGNORECASE | re.DOTALL)
 
 _REFUTED_BEFORE = re.compile(
-    r"(?:\b(?:not|n't) (?:true|correct|right|the case|so)|\bfalse|\bwrong|\bincorrect|\bdoubt\w*|\bunlikely|\bimpossible)"
-    r"(?: that)?(?: \w+){0,2}\s*$",
+    r"(?:(?:\bnot|n['’]t) (?:true|correct|right|the case|so)|\bfalse|\bwrong|\bincorrect|\bdoubt\w*|\bunlikely|\bimpossible)"
+    r"(?: that)?(?: [\w$=]+){0,4}[\s$*]*$",
     re.IGNORECASE,
 )
 
@@ -163,21 +157,37 @@ def _last_boxes(text: str) -> list[_Box]:
     return boxes
 
 
+def _last_words(text: str) -> list[str]:
+    """The last words before a box, without the mathematics that it begins; empty where a sentence has ended."""
+    words = text.rstrip("$*([{\\ \n").replace("’", "'").rsplit(None, 5)[-5:]
+    ends = max((i for i, word in enumerate(words) if word.endswith((".", "!", "?", ":")) or word.lower() == "no,"), default=-1)
+    return [word.strip("$*,;:()[]{}").lower() for word in words[ends + 1 :]]
+
+
+def _bounds(words: list[str]) -> bool:
+    """Whether the words before a candidate say that it only bounds the result."""
+    return any(word in _RANGES for word in words[-2:]) or words[-2:] in (["up", "to"], ["anything", "but"], ["all", "but"])
+
+
 def boxed(text: str) -> str | None:
     """What the last box holds, and what is joined to it by a comma, "and" or "or"; nothing where it is denied."""
     boxes = _last_boxes(text)
     if not boxes:
         return None
     last = boxes[-1]
-    before, after = text[max(0, boxes[-1].start - 120) : last.start], text[last.end : last.end + 120]
-    if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
+    before, after = text[max(0, last.start - 100) : last.start], text[last.end : last.end + 120]
+    if _DENIED_AFTER.match(after) or (" that " in before and _REFUTED_BEFORE.search(before)):
+        return ""
+    words = _last_words(before)
+    denied = next((word for word in reversed(words) if word not in _FILLERS), "")
+    if denied in _DENIALS or denied.endswith("n't") or _bounds(words):
         return ""
     contents = [last.content]
     for earlier, later in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _BETWEEN_BOXES.fullmatch(text[earlier.end : later.start]):
             break
         contents.insert(0, earlier.content)
-    if len(contents) == 1 and _OR_BEFORE.search(before):
+    if len(contents) == 1 and _UNDECIDED.intersection(words[-2:]):
         return ""
     other = _OR_AFTER.match(after)
     if other:
@@ -288,7 +298,7 @@ def _candidates(sentence: str) -> tuple[list[_Candidate], list[str]]:
 
 def _denied(candidate: _Candidate) -> bool:
     """Whether the words before it say that it is not, or that it only bounds the result."""
-    if any(word in _RANGES for word in candidate.before[-2:]) or candidate.before[-2:] in (["up", "to"], ["anything", "but"], ["all", "but"]):
+    if _bounds(candidate.before):
         return True
     for word in reversed(candidate.before):
         if word in _DENIALS or word.endswith("n't"):

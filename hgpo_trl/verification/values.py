@@ -18,7 +18,7 @@ from hgpo_trl.verification.statements import MAX_EXPRESSION
 _MAX_BITS = 200_000  # of an exact numerator or denominator
 _MAX_EXPONENT_BITS = 2_000  # of an exponent in floating point; a tower such as 9^{9^{9^9}} is beyond it
 _PRECISION = 192  # bits
-_MAX_PRECISION = 50_000
+_MAX_PRECISION = 100_000
 _MAX_DEPTH = 60
 
 _MIXED = re.compile(r"(?<![\d.}^])(\d+)\\frac\{(\d+)\}\{(\d+)\}")
@@ -169,9 +169,9 @@ class _Parser:
         if token in _CONSTANTS:
             return (_CONSTANTS[token],)
         if token == "\\frac":
-            return ("/", self.group("{"), self.group("{"))
+            return ("/", self.argument(), self.argument())
         if token == "\\binom":
-            return ("binomial", self.group("{"), self.group("{"))
+            return ("binomial", self.argument(), self.argument())
         if token == "\\sqrt":
             degree = self.group("[") if self.next() == "[" else ("number", "2")
             return ("root", self.argument(), degree)
@@ -494,10 +494,10 @@ def _same_at(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | No
 
 def _same_in_digits(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | None:
     """A difference that shrinks as the precision grows is none."""
-    floats = _LongFloats(letter, _PRECISION)
-    if not all(map(floats.context.isfinite, (floats(a), floats(b)))):
+    first = _LongFloats(letter, _PRECISION), _LongFloats(letter, _PRECISION)
+    if not all(floats.context.isfinite(floats(tree)) for floats, tree in zip(first, (a, b), strict=True)):
         return None
-    precision = _PRECISION + 2 * floats.spread
+    precision = _PRECISION + max(floats.spread for floats in first)
     if precision > _MAX_PRECISION:
         raise _TooLarge
     gaps = []
@@ -536,7 +536,8 @@ def compare(reference: str, answer: str) -> bool | None:
         if same and _real_at(a, _negative) and _real_at(b, _negative):
             same = _same_at(a, b, _negative)
     if same is False and bool(letters) != bool(others) and not _far_apart(a, b, _one):
-        return False if _same_at(a, b, _one) is False else None
+        in_sum = any(node[0] == "+" for node in _nodes(a if letters else b))
+        return False if in_sum or _same_at(a, b, _one) is False else None
     return same
 
 
