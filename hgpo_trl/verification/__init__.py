@@ -37,8 +37,8 @@ def check_answers(
     From any thread; the workers are started when they are first needed and kept.
 
     Args:
-        references: reference answers; a list as text ("['2', '3']") asks for all its entries, a worked solution that ends in
-            "#### 18" for 18.
+        references: reference answers; a list as text ("['2', '3']") asks for all its entries, a worked solution that
+            ends in "#### 18" for 18.
         answers: as many answers: an expression, or prose with the result in it.
         timeout: seconds for one sample.
         compare: the last rung.

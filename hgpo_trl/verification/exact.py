@@ -9,15 +9,27 @@ from typing import NamedTuple
 
 from hgpo_trl.verification import values
 from hgpo_trl.verification.spelling import marks, normalise, split, tight
-from hgpo_trl.verification.statements import DOLLAR, MAX_STATEMENT, boxed, broken_off, in_words, is_expression, stated, stripped
+from hgpo_trl.verification.statements import (
+    DOLLAR,
+    MAX_STATEMENT,
+    boxed,
+    broken_off,
+    in_words,
+    is_expression,
+    stated,
+    stripped,
+)
 
 _MAX_DIGITS = 1_000  # of a fraction's parts; Python refuses to make an integer of more than 4,300
+_MAX_ROUNDED = 15  # characters: as many digits as floating point tells
 _ROUNDED = 6  # digits from which a decimal is taken for a rounded value
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
+_POWER = r"(?:\^\{?[23]\}?)?"
+_UNIT_WORDS = rf"\\text\{{(?![^{{}}]*\b(?:or|and|not|more|less|than|if|at)\b)[^{{}}\d]*\}}{_POWER}"
 _UNIT = (
-    r"(?:\\text\{(?![^{}]*\b(?:or|and|not|more|less|than|if|at)\b)[^{}\d]*\}(?:\^\{?\d\}?)?(?:/\\text\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
-    r"|[kmc]?m/(?:h|hr|s|min)|(?!or\b|and\b|not\b)(?:cm|mm|km|kg|ft|[a-z]{4,}(?: [a-z]{2,}){0,2}|day|USD|feet|mph)(?:\^\{?[23]\}?)?)?"
+    rf"(?:{_UNIT_WORDS}(?:/{_UNIT_WORDS})?|[kmc]?m/(?:h|hr|s|min)"
+    rf"|(?!or\b|and\b|not\b)(?:cm|mm|km|kg|ft|[a-z]{{4,}}(?: [a-z]{{2,}}){{0,2}}|day|USD|feet|mph){_POWER})?"
 )
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)(?P<value>{_DECIMAL})(?P<percent>%?){_UNIT}")
 _INTEGER = rf"-?\d{{1,{_MAX_DIGITS}}}"
@@ -36,7 +48,9 @@ _NAMES = re.compile(r"\\text\{[^{}]+\}|[A-Za-z]{3,}[A-Za-z ]*")
 _SET = re.compile(  # or a matrix, or an inequality
     r"\\(?:cup|cap|infty|begin|le|ge|ne|emptyset)(?![A-Za-z])|[<>]"
 )
-_DENIAL = re.compile(r"\b(?:or|not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"\b(?:or|not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE
+)
 _CHOICE = re.compile(r"(?:\\text\{)?\(?(?:\\text\{)?\(?(?:[Oo]ption |[Cc]hoice )?\(?([A-Z])\)?\}?\)?\}?")
 _LABEL = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\.|:)\}?\s*(.+)")
 _BRACKETS = (("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("\\{", "\\}"))
@@ -270,9 +284,9 @@ def _compare_equations(reference: str, answer: str) -> bool | None:
     if _TUPLE_NAME.fullmatch(left[0]) or _TUPLE_NAME.fullmatch(right[0]):
         a, b = _unfolded(left), _unfolded(right)
         return _compare_lists(a, b) if a and b else False
-    if _VARIABLE.fullmatch(left[0]) and _VARIABLE.fullmatch(right[0]):
-        if values.is_number(left[-1]) and values.is_number(right[-1]):
-            return False
+    named = _VARIABLE.fullmatch(left[0]) and _VARIABLE.fullmatch(right[0])
+    if named and values.is_number(left[-1]) and values.is_number(right[-1]):
+        return False
     if len(left) == len(right) == 2:
         return values.proportional(*(f"{side[0]}-({side[1]})" for side in (left, right))) or None
     return None
@@ -364,14 +378,19 @@ def _compare_values(reference: str, answer: str) -> bool | None:
         if text.endswith("%"):
             return values.compare(reference[:-1], answer[:-1])
     verdict = values.compare(reference, answer)
-    if verdict is False:
-        for text, other in ((reference, answer), (answer, reference)):
-            match = _NUMBER.fullmatch(text)
-            if match and "." in match["value"] and values.is_number(other):
-                found = values.value(other)
-                decimal = Decimal(match["sign"] + match["value"].replace(",", ""))
-                return found is not None and not found.imag and len(text) < 16 and _rounds_to(decimal, Fraction(found.real))
+    if verdict is False and (_rounded(reference, answer) or _rounded(answer, reference)):
+        return True
     return verdict
+
+
+def _rounded(text: str, other: str) -> bool:
+    """Whether the one is a decimal that the other, an irrational number, rounds to."""
+    number = _NUMBER.fullmatch(text)
+    if not number or "." not in number["value"] or len(text) > _MAX_ROUNDED or not values.is_number(other):
+        return False
+    found = values.value(other)
+    decimal = Decimal(number["sign"] + number["value"].replace(",", ""))
+    return found is not None and not found.imag and _rounds_to(decimal, Fraction(found.real))
 
 
 def _without_modulus(text: str) -> tuple[str, str]:
@@ -380,7 +399,7 @@ def _without_modulus(text: str) -> tuple[str, str]:
 
 
 def _congruent(reference: str, answer: str) -> tuple[bool | None, str] | None:
-    """A residue, with or without its modulus and the name of what is congruent to it. None where there is no modulus."""
+    """A residue, with or without its modulus and the name of what is congruent to it; None without a modulus."""
     (left, modulus), (right, other) = _without_modulus(reference), _without_modulus(answer)
     if not modulus and not other:
         return None
@@ -388,12 +407,11 @@ def _congruent(reference: str, answer: str) -> tuple[bool | None, str] | None:
         return False, "values"
     left, right = left.replace("\\equiv", "="), right.replace("\\equiv", "=")
     verdict, rung = _settle(left, right)
-    if modulus and other and verdict is False and modulus.isdigit():
-        sides = _sides(left), _sides(right)
-        x, y = values.rational(sides[0][-1]), values.rational(sides[1][-1])
-        if x is not None and y is not None and tight(sides[0][0]) == tight(sides[1][0]) or len(sides[0]) == len(sides[1]) == 1:
-            same = x is not None and y is not None and int(modulus) > 0 and (x - y) % int(modulus) == 0
-            return same, "values"
+    if modulus and other and verdict is False and modulus.isdigit() and int(modulus):
+        a, b = _sides(left), _sides(right)
+        x, y = values.rational(a[-1]), values.rational(b[-1])
+        if x is not None and y is not None and [tight(side) for side in a[:-1]] == [tight(side) for side in b[:-1]]:
+            return (x - y) % int(modulus) == 0, "values"
     return verdict, rung
 
 

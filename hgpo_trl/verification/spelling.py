@@ -13,7 +13,8 @@ _COMMANDS = {
     **dict.fromkeys(("vec", "overrightarrow"), "\\vec"),
     **dict.fromkeys(("displaystyle", "textstyle", "degree", "limits", "rm", "bf"), " "),
     **dict.fromkeys(("quad", "qquad"), " "),
-    **dict.fromkeys(("leq", "leqslant"), "\\le"), **dict.fromkeys(("geq", "geqslant"), "\\ge"), "neq": "\\ne", "lt": "<",
+    **dict.fromkeys(("leq", "leqslant"), "\\le"), **dict.fromkeys(("geq", "geqslant"), "\\ge"), "neq": "\\ne",
+     "lt": "<",
     "gt": ">", "varnothing": "\\emptyset", **dict.fromkeys(("lor", "vee", "land"), ","), "dbinom": "\\binom",
     **dict.fromkeys(("ldots", "cdots", "dotsc"), "\\dots"), "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrace": "\\{", "rbrace": "\\}", "bmod": "\\mod", "ast": "*", "colon": ":", "euro": "", "pounds": "",
@@ -21,7 +22,7 @@ _COMMANDS = {
 }  # fmt: skip
 _LATEX = [
     (mark, re.compile(pattern), replacement)
-    for pattern, replacement, mark in (  # the mark is part of all that the pattern matches: without it there is no need to look
+    for pattern, replacement, mark in (  # the mark is part of whatever the pattern matches
         (r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", "", ""),
         (r"\\!\s*", "", "\\!"),
         (r"\{,\}(?=\d{3})", ",", "{,}"),
@@ -44,7 +45,11 @@ _LATEX = [
         (r"\\text\{[\s,(]*(?:and|or)(?:[\s,]+(?:maybe|perhaps|possibly|also))*[\s,]*\}", ", ", "text"),
         (r"\s*\\text\{\s*(?:percent(?:age)?|per cent|\\?%)\s*\}", "%", "text"),
         (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "", "circ"),
-        (r"\s*\(?\\(?:pmod|mod)\s*(?:\{\s*(\w+)\s*\}|(\w+))\)?|\s*\(\\text\{mod\}\s*(\w+)\)", r" \\pmod{\1\2\3}", "mod"),
+        (
+            r"\s*\(?\\(?:pmod|mod)\s*(?:\{\s*(\w+)\s*\}|(\w+))\)?|\s*\(\\text\{mod\}\s*(\w+)\)",
+            r" \\pmod{\1\2\3}",
+            "mod",
+        ),
         (r"\\\{\s*\\\}", r"\\emptyset", "\\{"),
         (r"\+\\infty", r"\\infty", "infty"),
         (r"\\([$%])", r"\1", ""),

@@ -29,8 +29,8 @@ _CONSTANTS = {"e": "e", "i": "i", "\\pi": "pi"}
 _PAIRS = {"(": ")", "{": "}", "[": "]"}
 _GREEK = {
     f"\\{name}" for name in (
-        "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
-        "omega Delta Omega"
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi "
+        "psi omega Delta Omega"
     ).split()
 }  # fmt: skip
 FUNCTIONS = {
@@ -43,11 +43,11 @@ _FUNCTION = {f"\\{name}": function for name, function in FUNCTIONS.items()}
 _Tree = tuple  # an operator and its operands, each a tree, or a leaf: ("number", text), ("letter", name), ("pi",)
 
 
-class _NotExact(ArithmeticError):
+class _NotExactError(ArithmeticError):
     """The value is irrational."""
 
 
-class _TooLarge(ArithmeticError):
+class _TooLargeError(ArithmeticError):
     """The value has more digits than can be computed."""
 
 
@@ -76,7 +76,7 @@ class _Parser:
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise ValueError("nested too deep")
-        terms = []
+        terms: list[_Tree] = []
         while not terms or self.next() in ("+", "-"):
             negative = self.next() == "-"
             if self.next() in ("+", "-"):
@@ -305,12 +305,12 @@ class _Floats(_Arithmetic):
 
     def factorial(self, value: complex) -> complex:
         if value.imag or value.real != int(value.real) or not 0 <= value.real <= 170:
-            raise _NotExact
+            raise _NotExactError
         return complex(math.factorial(int(value.real)))
 
     def function(self, name: str, value: complex) -> complex:
         if name in ("cot", "sec", "csc"):
-            raise _NotExact
+            raise _NotExactError
         return getattr(cmath, name)(value)
 
     def constant(self, name: str) -> complex:
@@ -328,31 +328,31 @@ class _Fractions(_Arithmetic):
             return self.power(_exact_root(base, exponent.denominator), Fraction(exponent.numerator))
         bits = max(abs(base.numerator).bit_length(), base.denominator.bit_length())
         if bits > 1 and bits * abs(exponent.numerator) > _MAX_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return base**exponent.numerator
 
     def factorial(self, value: Fraction) -> Fraction:
         if value.denominator != 1 or value < 0:
-            raise _NotExact
+            raise _NotExactError
         if value > 10_000:
-            raise _TooLarge
+            raise _TooLargeError
         return Fraction(math.factorial(value.numerator))
 
     def function(self, name: str, value: Fraction) -> Fraction:
-        raise _NotExact
+        raise _NotExactError
 
     def constant(self, name: str) -> Fraction:
-        raise _NotExact
+        raise _NotExactError
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction:
     if value < 0 or not 2 <= degree <= 64:
-        raise _NotExact
+        raise _NotExactError
     parts = []
     for part in (value.numerator, value.denominator):
         root = math.isqrt(part) if degree == 2 else _integer_root(part, degree)
         if root**degree != part:
-            raise _NotExact
+            raise _NotExactError
         parts.append(root)
     return Fraction(*parts)
 
@@ -394,19 +394,19 @@ class _LongFloats(_Arithmetic):
 
     def power(self, base: Any, exponent: Any) -> Any:
         if exponent and self.context.mag(exponent) > _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         if base and abs(self.context.mag(base)) > 1 << _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return self.context.power(base, exponent)
 
     def factorial(self, value: Any) -> Any:
         if value and self.context.mag(value) > _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return self.context.factorial(value)
 
     def function(self, name: str, value: Any) -> Any:
         if name != "log" and value and self.context.mag(value) > _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return getattr(self.context, name)(value)
 
     def constant(self, name: str) -> Any:
@@ -486,7 +486,7 @@ def _same_at(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | No
         pass
     try:
         return _same_in_digits(a, b, letter)
-    except _TooLarge:
+    except _TooLargeError:
         return False
     except _ERRORS:
         return None
@@ -499,7 +499,7 @@ def _same_in_digits(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bo
         return None
     precision = _PRECISION + max(floats.spread for floats in first)
     if precision > _MAX_PRECISION:
-        raise _TooLarge
+        raise _TooLargeError
     gaps = []
     for bits in (precision, 2 * precision):
         floats = _LongFloats(letter, bits)
