@@ -4,9 +4,13 @@ Trainer writes a checkpoint file by file, from every process, and removes older 
 run that is killed meanwhile leaves a folder that looks like a checkpoint. Here each finished checkpoint is sealed: once
 all processes have written theirs, process 0 lists every file with its size. What has no seal, or differs from it, is
 torn, and never the one to resume from.
+
+Process 0 alone writes the weights, so all processes need the same folder. Where they do not have it, `agreed_step` says
+so, or finds what all of them have.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import write_json
 
 SEAL = "complete.json"
@@ -89,21 +94,56 @@ def fault(checkpoint: Path) -> str | None:
     return None if TRAINER_STATE_NAME in sealed else f"{TRAINER_STATE_NAME} is missing"
 
 
+def checkpoint_faults(directory: Path) -> dict[int, str | None]:
+    """The checkpoints in a run's folder, newest first: {step: what makes it useless, None for a whole one}."""
+    folders = {
+        int(step): path
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (step := path.name.rpartition("-")[2]).isdecimal()
+    }
+    return {step: fault(path) for step, path in sorted(folders.items(), reverse=True)}
+
+
 def last_checkpoint(directory: Path) -> tuple[str | None, dict[str, str]]:
     """The newest whole checkpoint of a run, and the torn ones after it.
 
     Returns:
         Path of the checkpoint, or None if there is none; {path: fault} of newer checkpoints that have to be skipped.
     """
-    folders = {
-        int(step): path
-        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and (step := path.name.rpartition("-")[2]).isdecimal()
-    }
     torn: dict[str, str] = {}
-    for _, path in sorted(folders.items(), reverse=True):
-        what = fault(path)
+    for step, what in checkpoint_faults(directory).items():
+        path = str(directory / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if what is None:
-            return str(path), torn
-        torn[str(path)] = what
+            return path, torn
+        torn[path] = what
     return None, torn
+
+
+def agreed_step(found: Sequence[Mapping[int, str | None]]) -> int | None:
+    """The step of the newest checkpoint that is whole for all processes, each of which may have a folder of its own.
+
+    Args:
+        found: of every process, `checkpoint_faults` of its folder.
+
+    Returns:
+        None where no process has a whole checkpoint.
+
+    Raises:
+        UserError: some process has a whole checkpoint, but none is whole for all.
+    """
+    whole = [{step for step, what in of.items() if what is None} for of in found]
+    common = set.intersection(*whole)
+    if common:
+        return max(common)
+    if not any(whole):
+        return None
+    newest = max(set.union(*whole))
+    having = next(process for process, steps in enumerate(whole) if newest in steps)
+    lacking = [process for process, steps in enumerate(whole) if newest not in steps]
+    name, what = f"{PREFIX_CHECKPOINT_DIR}-{newest}", found[lacking[0]].get(newest) or "it is not there"
+    raise UserError(
+        f"output_dir: no checkpoint is whole for all processes. {name} is for process {having}, and is not for process "
+        f"{', '.join(map(str, lacking))} ({what}). Let output_dir be a folder that all nodes share. Where each has its "
+        f"own, copy {name} of process {having} into the others' output_dir, over the {name} that may be there. To "
+        "start afresh, remove the checkpoints on all nodes."
+    )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
@@ -36,7 +37,7 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
             return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
         if path.is_dir():
             return _load_folder(path, split)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, pa.ArrowException) as error:
         reason = _first_odd_row(_lines_of(path)) or " ".join(str(error.__cause__ or error).split())[:400]
         raise UserError(
             f"{field}={name!r} cannot be read: {reason}. All rows need the same columns, each of one kind throughout; "

@@ -82,8 +82,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, keys sorted: the same content gives the same bytes."""
-    write_atomically(path, f"{json.dumps(content, indent=2, sort_keys=True)}\n".encode())
+    """Write JSON atomically, keys sorted: the same content gives the same bytes.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have (`nan_to_null`).
+    """
+    write_atomically(path, f"{json.dumps(content, indent=2, sort_keys=True, allow_nan=False)}\n".encode())
 
 
 def nan_to_null(value: Any) -> Any:

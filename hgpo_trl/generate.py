@@ -98,10 +98,9 @@ def set_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Non
     trained from it, and shape its rollouts: Transformers takes from there what a trainer leaves unset.
     """
     model = model.get_base_model() if is_peft_model(model) else model
-    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends[0] if len(ends) == 1 else ends,
+        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id,
         **SAMPLING,
     )

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from hgpo_trl.files import write_atomically
 from hgpo_trl.generate import AUTO, Generation, HybridModel
 from hgpo_trl.modes import MODES, Mode
-from hgpo_trl.samples import derived_seed
+from hgpo_trl.seeds import derived_seed
 
 Row = Mapping[str, Any]  # a prompt of a tool's file
 
@@ -229,15 +229,16 @@ def local_answers(
     """By Transformers, `batch_size` at a time.
 
     Args:
-        seed: of the first batch; each has its own, by how many of the `total` prompts were answered before, so that
-            a run that was interrupted between two batches goes on as it would have.
+        seed: each batch has its own, which follows from this one and how many of the `total` prompts were answered
+            before, so that a run that was interrupted between two batches goes on as it would have.
         settings: of `hgpo_trl.generate.generate`.
     """
     keys = list(prompts)
     for start in range(0, len(keys), batch_size):
         batch = keys[start : start + batch_size]
         done = total - len(keys) + start
-        generations = model([prompts[key] for key in batch], batch_size=batch_size, seed=seed + done, **settings)
+        messages = [prompts[key] for key in batch]
+        generations = model(messages, batch_size=batch_size, seed=derived_seed(seed, done), **settings)
         yield from (_answer(key, generation) for key, generation in zip(batch, generations, strict=True))
 
 
@@ -317,7 +318,7 @@ def served_answers(
 
 
 def _cancel(futures: Iterable[Future]) -> None:
-    """What has not begun."""
+    """Cancel the requests that have not begun."""
     for future in futures:
         future.cancel()
 

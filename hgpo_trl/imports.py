@@ -21,8 +21,12 @@ def load_module(name: str) -> ModuleType:
     if name.endswith(".py"):
         return _load_file(Path(name))
     try:
-        found = importlib.util.find_spec(name)
-    except (ModuleNotFoundError, ValueError):
+        found = None if name.startswith(".") else importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # of a package that the user's own package imports
+        found = None
+    except ValueError:  # a module that was put into sys.modules by hand
         found = None
     if found is None:
         raise UserError(f"There is no module {name!r}. Give a dotted module name, or a path that ends in .py.")

@@ -152,7 +152,7 @@ def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         run_dir: a Trainer's `output_dir`. Its trainer_state.json is read, else that of its newest checkpoint.
 
     Raises:
-        FileNotFoundError: neither exists.
+        UserError: neither exists.
     """
     root = Path(run_dir)
     checkpoints = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -161,7 +161,7 @@ def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         state = folder / "trainer_state.json"
         if state.is_file():
             return json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    raise FileNotFoundError(
+    raise UserError(
         f"run_dir={str(run_dir)!r} has no trainer_state.json, nor has a checkpoint-* in it. Pass the "
         "output_dir of a training run that saved its state or a checkpoint (save_strategy other than 'no')."
     )
@@ -525,7 +525,7 @@ def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
 
 
 def results_markdown(evaluations: Mapping[str, Evaluation]) -> str:
-    """What was measured, and the table of results, as Markdown. ValueError if an evaluation lacks a key."""
+    """What was measured, and the table of results, as Markdown. UserError if an evaluation lacks a key."""
     for name, evaluation in evaluations.items():
         _check(name, evaluation)
     measured = Bullets([_measured(name, evaluation) for name, evaluation in evaluations.items()])

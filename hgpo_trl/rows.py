@@ -153,14 +153,24 @@ class Renderer:
         return self._render([*prompt, *(completion or ())], completion is None, _row_kwargs(row))
 
     def _rendering(self, row: Row, texts: Sequence[str], completion: tuple[Any, ...]) -> _Rendering:
-        """The rendering of a row, or of an earlier one of its shape, if the template looks for none of the texts."""
+        """The rendering of a row, or of an earlier one of its shape, if the template looks for none of the texts.
+
+        Raises:
+            FaultyRow: see `prompt`.
+            UserError: there is no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise UserError(
+                "The tokenizer has no chat template, but the prompts are conversations. Install one with "
+                "hgpo_trl.chat_template.set_chat_template(tokenizer), or give prompts as plain text."
+            )
         messages = [*row["prompt"], *row.get("completion", ())]
         found, shape = None, None
         if (
             self._looked_for is not None
             and all(map(_is_plain, messages))
             and not _row_kwargs(row)
-            and not any(mark in text for mark in self._looked_for for text in texts)
+            and not any(map("\0".join(texts).__contains__, self._looked_for))
         ):
             shape = (completion, *map(_shape, messages))
             found = self._known.get(shape)
@@ -202,11 +212,6 @@ class Renderer:
         return self._end_of_turn
 
     def _render(self, messages: Messages, is_prompt: bool, row_kwargs: dict[str, Any]) -> str:
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                "The tokenizer has no chat template, but the prompts are conversations. Install one with "
-                "hgpo_trl.chat_template.set_chat_template(tokenizer), or give prompts as plain text."
-            )
         rendered = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tokenize=False,
@@ -225,7 +230,8 @@ _SEARCHES = frozenset(
 def texts_looked_for(template: str) -> tuple[str, ...] | None:
     """The texts that a chat template looks for in messages, as `</think>`; None if they cannot be told.
 
-    They are what stands left of `in`, and the arguments of methods like `startswith` and `split`.
+    They are what stands left of `in`, what is compared with anything but a role or a part's type, and the arguments of
+    methods like `startswith` and `split`.
     """
     environment = jinja2.Environment(extensions=[loopcontrols, _GenerationBlock])
     try:
@@ -236,27 +242,29 @@ def texts_looked_for(template: str) -> tuple[str, ...] | None:
     for compare in tree.find_all(nodes.Compare):
         left = compare.expr
         for operand in compare.ops:
-            if operand.op in ("in", "notin") and not isinstance(operand.expr, (nodes.List, nodes.Tuple)):
+            right = operand.expr
+            if operand.op in ("in", "notin") and not isinstance(right, (nodes.List, nodes.Tuple)):
                 needles.append(left)
-            left = operand.expr
+            elif operand.op in ("eq", "ne") and not (_is_of_shape(left) or _is_of_shape(right)):
+                needles += [side for side in (left, right) if isinstance(side, nodes.Const)]
+            left = right
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHES:
             needles += call.args[:1]
     for tag in tree.find_all(nodes.Filter):
         if tag.name == "replace":
             needles += tag.args[:1]
-    if any(not isinstance(needle, nodes.Const) and not _is_role(needle) for needle in needles):
+    if any(not isinstance(needle, nodes.Const) and not _is_of_shape(needle) for needle in needles):
         return None
-    return tuple(
-        dict.fromkeys(str(needle.value) for needle in needles if isinstance(needle, nodes.Const) and str(needle.value))
-    )
+    texts = (needle.value for needle in needles if isinstance(needle, nodes.Const))
+    return tuple(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
 
 
-def _is_role(needle: nodes.Expr) -> bool:
-    """Whether a template asks for a message's role, which is part of its shape."""
-    if isinstance(needle, nodes.Getitem):
-        return isinstance(needle.arg, nodes.Const) and needle.arg.value == "role"
-    return isinstance(needle, nodes.Getattr) and needle.attr == "role"
+def _is_of_shape(expression: nodes.Expr) -> bool:
+    """Whether it is a message's role or a part's type, by which shapes differ anyway."""
+    if isinstance(expression, nodes.Getitem):
+        return isinstance(expression.arg, nodes.Const) and expression.arg.value in ("role", "type")
+    return isinstance(expression, nodes.Getattr) and expression.attr in ("role", "type")
 
 
 class _GenerationBlock(Extension):
@@ -271,7 +279,7 @@ class _GenerationBlock(Extension):
 
 def _is_plain(message: Mapping[str, Any]) -> bool:
     """Whether a message has nothing but a role and a content."""
-    return all(value is None or name in ("role", "content") for name, value in message.items())
+    return len(message) == 2 or all(v is None or name in ("role", "content") for name, v in message.items())
 
 
 def _shape(message: Mapping[str, Any]) -> tuple[str, Any]:
@@ -284,6 +292,8 @@ def _shape(message: Mapping[str, Any]) -> tuple[str, Any]:
 
 def _row_kwargs(row: Row) -> dict[str, Any]:
     """What TRL gives to the chat template from a row's own columns."""
+    if "tools" not in row and "chat_template_kwargs" not in row:
+        return {}
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return ({"tools": tools} if tools else {}) | dict(row.get("chat_template_kwargs") or {})
@@ -378,6 +388,8 @@ def _check_completion(completion: Any) -> None:
 
 def _traces(message: Mapping[str, Any]) -> dict[str, str]:
     """What a message holds in the fields in which models keep their trace."""
+    if len(message) == 2:  # role and content
+        return {}
     return {name: message[name] for name in TRACE_FIELDS if isinstance(message.get(name), str) and message[name]}
 
 

@@ -22,6 +22,7 @@ from hgpo_trl.evaluation import PROMPT_ID
 from hgpo_trl.files import write_atomically
 from hgpo_trl.modes import MODES
 from hgpo_trl.sampling import Sampler
+from hgpo_trl.seeds import derived_seed
 
 SAMPLES = "samples.parquet"
 PARTS = "parts"
@@ -80,11 +81,6 @@ def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Prompts in chunks of `size`, shorter ones first: a chunk's batches are those that all prompts together give."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def derived_seed(seed: int, part: int | str) -> int:
-    """The seed of a run's part, of 32 bits; no two parts, and no two runs, share one but by chance."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {part}".encode(), digest_size=4).digest())
 
 
 def part_paths(folder: Path, chunks: Sequence[Any]) -> list[Path]:

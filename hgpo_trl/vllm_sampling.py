@@ -13,6 +13,7 @@ from hgpo_trl.decision import OFF_MODE
 from hgpo_trl.evaluation import FirstToken, Generated, samples_table
 from hgpo_trl.generate import end_tokens, render
 from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
+from hgpo_trl.seeds import derived_seed
 
 if TYPE_CHECKING:
     from vllm import LLM  # importing it takes seconds, and it is optional
@@ -134,8 +135,8 @@ def _generate(
             top_p=top_p,
             max_tokens=max_new_tokens - 1,
             stop_token_ids=ends,
-            # Sample i of a request is drawn with its seed + i: no two responses, and no two runs, share one.
-            seed=(seed * len(keys) + request) * samples_per_mode % 2**62,
+            # Sample i of a request is drawn with its seed + i: no two responses share one unless their requests do.
+            seed=derived_seed(seed, request) * samples_per_mode,
             detokenize=False,
         )
         for request in range(len(keys))

@@ -1,4 +1,4 @@
-"""vLLM: whether the installed one and its server will do, what its build for CPUs needs, and LoRA's names."""
+"""vLLM: whether the installed one and its server will do, weights that it packs on CPUs, and LoRA's names."""
 
 import json
 import time
@@ -103,7 +103,7 @@ _REMEDY = f"Install one of the versions {SUPPORTED}, train on a GPU, or set use_
 
 
 def keep_cpu_weights_replaceable() -> None:
-    """Let the engines that are built from here on take new weights on a CPU. On other devices it changes nothing.
+    """Let the engines that are built from here on take new weights on a CPU. Elsewhere it changes nothing.
 
     On a CPU vLLM packs each loaded weight for the fastest kernel that the processor has for its shape (zentorch,
     sgl-kernel, oneDNN) and drops the parameter that `load_weights` writes to. Here these parameters are kept, at the
@@ -122,7 +122,7 @@ def keep_cpu_weights_replaceable() -> None:
     pack = getattr(base_loader, "process_weights_after_loading", None)
     if pack is None:
         raise RuntimeError(f"hgpo_trl cannot find the place where vLLM {_installed_version()} packs weights. {_REMEDY}")
-    if not hasattr(pack, "__wrapped__"):
+    if not hasattr(pack, "keeps_parameters"):
         base_loader.process_weights_after_loading = _keeping_parameters(pack)
 
 
@@ -131,7 +131,7 @@ def _keeping_parameters(pack: Callable[..., None]) -> Callable[..., None]:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     @wraps(pack)
-    def pack_and_keep(model: torch.nn.Module, model_config: Any, device: torch.device) -> None:
+    def pack_and_keep(model: Any, model_config: Any, device: torch.device) -> None:
         loaded = [
             (layer, name, parameter, parameter.data)
             for layer in model.modules()
@@ -157,6 +157,7 @@ def _keeping_parameters(pack: Callable[..., None]) -> Callable[..., None]:
 
         model.replacing_weights = replacing_weights
 
+    pack_and_keep.keeps_parameters = True  # type: ignore[attr-defined]
     return pack_and_keep
 
 

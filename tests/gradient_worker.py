@@ -6,7 +6,6 @@ Plain gradient descent with a learning rate of 1, so that the weights move by th
 are taken on the same rollout.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from parity_worker import GROUP, FixedRollouts, reward
 from transformers import PreTrainedTokenizerFast
+from workers import end
 
 from hgpo_trl import HGPOConfig
 
@@ -83,5 +83,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
+    end()

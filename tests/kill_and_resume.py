@@ -2,83 +2,87 @@
 
     python tests/kill_and_resume.py STAGE NUMBER_OF_KILLS [FIELDS ...]
 
-Every start is a fork of this process, which has the imports done. One half dies at a random moment after its first
-checkpoint was begun, the other when a random one of a checkpoint's files is opened for writing.
+Every start is a fork of this process, which has the imports done. It kills itself: every other one at a random change
+to the files of its checkpoints (one is opened for writing, moved or removed), the rest in the middle of a random step.
+What triggers a kill comes within a few steps of every start, so that all kills happen, however busy the machine is.
 """
 
-import contextlib
 import importlib
 import os
 import random
 import signal
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
 
-def die_at_write(number: int) -> None:
-    """Have this process killed when it opens its `number`-th file below a checkpoint for writing."""
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_change(number: int) -> None:
+    """Have this process killed at its `number`-th change to the files of checkpoints."""
     count = 0
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
         nonlocal count
-        if event == "open" and "checkpoint-" in str(args[0]) and isinstance(args[1], str) and "w" in args[1]:
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if event not in CHANGES or "checkpoint-" not in f"{args[:2]}":
+            return
+        if event == "open" and not (isinstance(args[1], str) and "w" in args[1]):
+            return
+        count += 1
+        if count == number:
+            die()
 
     sys.addaudithook(watch)
 
 
-def start(stage: str, argv: list[str], dies_at: int | None) -> int:
-    """The process number of a fork that runs the stage."""
-    if pid := os.fork():
-        return pid
-    if dies_at is not None:
-        die_at_write(dies_at)
-    code = 1
-    try:
-        importlib.import_module(f"hgpo_trl.scripts.{stage}").main(argv)
-        code = 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def die_at_step(number: int) -> None:
+    """Have this process killed in the `number`-th step that it takes, between backward pass and update."""
+    count, original = 0, Trainer.training_step
+
+    def training_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        loss = original(self, *args, **kwargs)
+        count += 1
+        if count == number:
+            die()
+        return loss
+
+    Trainer.training_step = training_step
 
 
-def wait_for_new_checkpoint(output_dir: Path) -> None:
-    """Until a folder of a checkpoint changes; a minute at most."""
-    before = {path: path.stat().st_mtime_ns for path in output_dir.glob("checkpoint-*")}
-    for _ in range(6_000):
-        time.sleep(0.01)
-        with contextlib.suppress(FileNotFoundError):  # just removed
-            if any(before.get(path) != path.stat().st_mtime_ns for path in output_dir.glob("checkpoint-*")):
-                return
-    sys.exit("no checkpoint within a minute")
+def start(stage: str, argv: list[str], kill: tuple[str, int] | None) -> int:
+    """The wait status of a fork that runs the stage."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            if kill is not None:
+                {"change": die_at_change, "step": die_at_step}[kill[0]](kill[1])
+            importlib.import_module(f"hgpo_trl.scripts.{stage}").main(argv)
+            code = 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
 
 
 def main() -> None:
     stage, kills, *argv = sys.argv[1:]
-    output_dir = Path(argv[argv.index("--output_dir") + 1])
     importlib.import_module(f"hgpo_trl.scripts.{stage}")
     rng = random.Random(0)
-    killed = 0
-    while killed < int(kills):
-        by_write = killed % 2 == 0
-        pid = start(stage, argv, rng.randint(1, 20) if by_write else None)
-        if not by_write:
-            wait_for_new_checkpoint(output_dir)
-            time.sleep(rng.uniform(0.0, 0.3))
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if not os.WIFSIGNALED(status):
-            sys.exit(f"start {killed + 1} was to be killed, but ended by itself with status {status}")
-        killed += 1
-        folders = {path.name: (path / "complete.json").exists() for path in sorted(output_dir.glob("checkpoint-*"))}
-        print(f"kill {killed}: whole {folders}", flush=True)
-    _, status = os.waitpid(start(stage, argv, None), 0)
-    sys.exit(os.waitstatus_to_exitcode(status))
+    for number in range(int(kills)):
+        kill = ("change", rng.randint(1, 30)) if number % 2 == 0 else ("step", rng.randint(2, 6))
+        status = start(stage, argv, kill)
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            sys.exit(f"start {number + 1} was to be killed at {kill}, but ended with status {status}")
+        print(f"kill {number + 1}: {kill}", flush=True)
+    sys.exit(os.waitstatus_to_exitcode(start(stage, argv, None)))
 
 
 if __name__ == "__main__":

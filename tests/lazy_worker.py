@@ -6,7 +6,6 @@ Six rows per process and N = 4: the second of three groups begins in one process
 """
 
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 from accelerate.utils import gather_object
 from conftest import well_formed_ids
 from datasets import Dataset
-from fsdp_without_gpus import stand_in_for_gpus
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
+from workers import end, stand_in_for_gpus
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
 
@@ -99,5 +98,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
+    end()

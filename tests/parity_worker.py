@@ -15,8 +15,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from fsdp_without_gpus import stand_in_for_gpus
 from transformers import PreTrainedTokenizerFast
+from workers import end, stand_in_for_gpus
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
 
@@ -106,5 +106,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
+    end()

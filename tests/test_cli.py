@@ -99,7 +99,7 @@ def test_unknown_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from hgpo_trl.cli import main; main(); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 # --- data -----------------------------------------------------------------------------------------------------
@@ -365,9 +365,7 @@ exec(snippet.replace('"' + sys.argv[1].split("/")[-1] + '"', repr(sys.argv[1])))
 @pytest.mark.parametrize("stage", ["hft", "hgpo"])
 def test_a_trained_model_needs_none_of_our_code(stage: str, whole_run: Path) -> None:
     """Tags, template, generation config; and the example on its card runs."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_US, str(whole_run / stage)], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", WITHOUT_US, str(whole_run / stage)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     facts, _, response = done.stdout.partition("\n")
     prompts, ends, pads, sampling = json.loads(facts)
@@ -476,7 +474,7 @@ def test_accelerate_launch(whole_run: Path, tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(config), encoding="utf-8")
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
     script = ["-m", "hgpo_trl.scripts.hgpo", "--config", str(recipe), "--max_steps", "1"]
-    done = subprocess.run([sys.executable, *launch, *script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *launch, *script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Model saved to {tmp_path / 'hgpo'}" in done.stdout
     assert (tmp_path / "hgpo" / "model.safetensors").is_file()

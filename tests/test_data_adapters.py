@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl.data.adapters import ADAPTERS, CONVENTIONS, adapt, generic
+from hgpo_trl.data.adapters import ADAPTERS, CONVENTIONS, adapt, generic, unread
 from hgpo_trl.data.example import Drop, Example
-from hgpo_trl.modes import TAGS, Mode, format_response, split_response
+from hgpo_trl.modes import TAGS, TRACE_FIELDS, Mode, format_response, split_response
 
 Row = dict[str, Any]
 
@@ -419,6 +419,155 @@ def test_what_is_wrong_with_a_row_of_a_user(fields: dict[str, str], row: Row, re
     assert result.reason == reason
 
 
+# --- traces that are empty, begun in the prompt, or in a field of the message -------------------------------------
+
+QWEN3_AT_ONCE = "<think>\n\n</think>\n\nFour."
+UNOPENED = (
+    "Two and two.\n</think>\n\nFour.",
+    "Two and two.<|end_of_thought|><|begin_of_solution|>Four.<|end_of_solution|>",
+)
+
+
+def both_ways(response: Any, mode: str | None = None) -> list[Example | Drop]:
+    """A response read from a column, and from the last message of a conversation."""
+    return [
+        adapt(generic({"prompt": "q", "response": "t"}, mode=mode), {"q": QUESTION, "t": response}, "s"),
+        adapt(generic({"messages": "m"}, mode=mode), {"m": chat(QUESTION, response)}, "s"),
+    ]
+
+
+def test_an_empty_trace_is_no_think() -> None:
+    for text in (QWEN3_AT_ONCE, "<think></think>Four.", OPEN_THOUGHTS.replace("Two and two.", " ")):
+        for example in both_ways(text):
+            assert isinstance(example, Example)
+            assert (example.mode, example.reasoning) == (Mode.NO_THINK, "")
+            assert example.answer in ("Four.", "It is \\boxed{4}.")
+        assert both_ways(text, "no_think") == both_ways(text)
+        assert both_ways(text, "think") == [Drop("wrong_mode", {"mode": Mode.NO_THINK})] * 2
+    row = ROWS["open-r1/codeforces-cots"] | {"generation": QWEN3_AT_ONCE}
+    assert dropped("open-r1/codeforces-cots", row).reason == "wrong_mode"
+
+
+@pytest.mark.parametrize("text", UNOPENED)
+def test_a_trace_that_the_prompt_began(text: str) -> None:
+    for drop in both_ways(text):
+        assert isinstance(drop, Drop)
+        assert drop.reason == "unopened_trace"
+        assert "mode: think" in drop.detail["hint"]
+    for example in both_ways(text, "think"):
+        assert isinstance(example, Example)
+        assert (example.mode, example.reasoning, example.answer) == (Mode.THINK, "Two and two.", "Four.")
+    earlier = adapt(generic({"messages": "m"}, mode="think"), {"m": chat("Hello", text, QUESTION, text)}, "s")
+    assert isinstance(earlier, Example)
+    assert earlier.prompt == chat("Hello", "Four.", QUESTION)
+    told = adapt(generic({"messages": "m"}, opened_in_prompt=True), {"m": chat(QUESTION, text)}, "s")
+    assert isinstance(told, Example)
+    assert told.mode is Mode.THINK
+
+
+@pytest.mark.parametrize("field", TRACE_FIELDS)
+@pytest.mark.parametrize("name", ["generic", "PrimeIntellect/SYNTHETIC-1-SFT-Data"])
+def test_a_trace_in_a_field_of_the_message_is_kept(field: str, name: str) -> None:
+    messages = [*user(), {"role": "assistant", "content": "It is \\boxed{4}.", field: " Two and two.\n"}]
+    adapter = generic({"messages": "messages"}) if name == "generic" else ADAPTERS[name]
+    row = ROWS["PrimeIntellect/SYNTHETIC-1-SFT-Data"] | {"messages": messages}
+    example = adapt(adapter, row, "s")
+    assert isinstance(example, Example)
+    assert (example.mode, example.reasoning, example.answer) == (Mode.THINK, "Two and two.", "It is \\boxed{4}.")
+    messages[1][field] = None
+    untraced = adapt(generic({"messages": "messages"}), row, "s")
+    assert isinstance(untraced, Example)
+    assert untraced.mode is Mode.NO_THINK
+    earlier = [*messages[:1], messages[1] | {field: "Once more."}, *user("Sure?"), *chat("", "Yes.")[1:]]
+    later = adapt(generic({"messages": "m"}), {"m": earlier}, "s")
+    assert isinstance(later, Example)
+    assert later.prompt == chat(QUESTION, "It is \\boxed{4}.", "Sure?")
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"content": R1, "thinking": "Two and two."}, None),
+        ({"content": R1, "thinking": "Three and one."}, "two_traces"),
+        ({"content": "Four.", "thinking": "Two and two.", "reasoning": "Three and one."}, "two_traces"),
+        ({"content": "Four.", "thinking": "Two and two.", "reasoning": "Two and two."}, None),
+        ({"content": format_response("no_think", "Four."), "thinking": "Two and two."}, "two_traces"),
+        ({"content": None, "thinking": "Two and two."}, "null_messages"),
+        ({"content": "Four.", "tool_calls": [{"name": "add"}]}, "not_text"),
+    ],
+)
+def test_traces_in_two_places_and_other_fields(message: Row, reason: str | None) -> None:
+    result = adapt(generic({"messages": "m"}), {"m": [*user(), {"role": "assistant", **message}]}, "s")
+    assert (result.reason if isinstance(result, Drop) else None) == reason
+    if isinstance(result, Example):
+        assert (result.mode, result.reasoning) == (Mode.THINK, "Two and two.")
+
+
+# --- several columns, system columns, parts ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "query"),
+    [({"input": "2 + 2"}, "Add:\n\n2 + 2"), ({"input": ""}, "Add:"), ({"input": None}, "Add:"), ({}, "Add:")],
+)
+def test_columns_of_one_field_are_joined(more: Row, query: str) -> None:
+    fields = {"prompt": ["instruction", "input"], "answer": ["output", "note"], "system": ["role", "style"]}
+    row = {
+        "instruction": "Add:",
+        "output": "Four.",
+        "note": "Really.",
+        "role": "You add.",
+        "style": "Be brief.",
+        **more,
+    }
+    example = adapt(pickle.loads(pickle.dumps(generic(fields))), row, "s")
+    assert isinstance(example, Example)
+    assert example.prompt == [{"role": "system", "content": "You add.\n\nBe brief."}, *user(query)]
+    assert example.answer == "Four.\n\nReally."
+    missing = adapt(generic(fields), {"output": "Four."}, "s")
+    assert missing == Drop("missing_field", {"field": "instruction or input"})
+
+
+def test_a_system_column_beside_a_conversation() -> None:
+    adapter = generic({"messages": "conversations", "system": "system"})
+    shared = chat(QUESTION, "Four.", keys=("from", "value"), roles=("human", "gpt"))
+    example = adapt(adapter, {"conversations": shared, "system": "Be brief."}, "s")
+    assert isinstance(example, Example)
+    assert example.prompt == [{"role": "system", "content": "Be brief."}, *user()]
+    for system, own, reason in (("", "x", None), ("x", "x", None), ("y", "x", "two_systems")):
+        row = {"conversations": [{"from": "system", "value": own}, *shared], "system": system}
+        result = adapt(adapter, row, "s")
+        assert (result.reason if isinstance(result, Drop) else None) == reason
+        if isinstance(result, Example):
+            assert result.prompt == [{"role": "system", "content": "x"}, *user()]
+
+
+def test_parts_of_text_are_joined_and_others_refused() -> None:
+    adapter, first, second = (
+        generic({"messages": "m"}),
+        {"type": "text", "text": "What is "},
+        {"type": "text", "text": "2 + 2?"},
+    )
+    example = adapt(adapter, {"m": [*user([first, second]), *chat("", "Four.")[1:]]}, "s")  # type: ignore[arg-type]
+    assert isinstance(example, Example)
+    assert example.query == QUESTION
+    for part in ({"type": "image", "image": "a.png"}, {"type": "text", "text": None}, "text", None):
+        drop = adapt(adapter, {"m": [*user([first, part]), *chat("", "Four.")[1:]]}, "s")  # type: ignore[arg-type]
+        assert isinstance(drop, Drop)
+        assert drop.reason == "not_text"
+
+
+def test_what_looks_like_content_and_is_not_read() -> None:
+    rows = [
+        {"q": QUESTION, "input": "", "id": "a b c", "tools": [], "url": "http://a", "n": 3},
+        {"q": QUESTION, "input": "a longer text", "tools": [{"name": "add"}], "context": {"page": 1}},
+    ]
+    assert unread({"prompt": "q", "id": "id"}, rows) == ["input", "tools", "context"]
+    assert unread({"prompt": ["q", "input"], "id": "id"}, rows) == ["tools", "context"]
+    messages = [{"role": "user", "content": QUESTION, "name": "me", "files": ["a.txt"], "thinking": "It is so."}]
+    assert unread({"messages": "m"}, [{"m": messages}, {"m": None}, {"m": ["text"]}]) == ["m[].files"]
+
+
 def test_rows_of_another_mode_than_the_only_one() -> None:
     result = adapt(generic({"prompt": "q", "response": "t"}, mode="think"), {"q": QUESTION, "t": NO_THINK}, "s")
     assert result == Drop("wrong_mode", {"mode": Mode.NO_THINK})
@@ -453,6 +602,16 @@ def test_real_files(shared_data: Path) -> None:
     examples = [adapt(generic(fields, domain="maths"), row, "s") for row in rows]
     assert all(isinstance(example, Example) and example.mode is Mode.THINK for example in examples)
     queries = json.loads((shared_data / "general_queries.json").read_text())
-    results = [adapt(generic({"prompt": "instruction", "answer": "output"}), row, "s") for row in queries]
+    both = generic({"prompt": ["instruction", "input"], "answer": "output"})
+    results = [adapt(both, row, "s") for row in queries]
     assert sum(isinstance(result, Example) for result in results) >= 990
     assert {result.reason for result in results if isinstance(result, Drop)} <= {"empty_field"}
+    for row, result in zip(queries, results, strict=True):
+        assert isinstance(result, Drop) or row["input"] in result.query
+    assert unread({"prompt": "instruction", "answer": "output"}, queries) == ["input"]
+    for row, example in zip(rows, examples, strict=True):
+        answer = {"role": "assistant", "content": row["message_content"], "thinking": row["message_thinking"]}
+        told = adapt(generic({"messages": "m"}), {"m": [*user(row["problem"]), answer]}, "s")
+        assert isinstance(told, Example)
+        assert isinstance(example, Example)
+        assert (told.mode, told.reasoning, told.answer) == (Mode.THINK, example.reasoning, example.answer)

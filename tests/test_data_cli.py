@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import yaml
 from refusals import refused
+from tokenizers_zoo import qwen2
 
 from hgpo_trl.cli import main
 from hgpo_trl.data_files import load_data
 from hgpo_trl.modes import Mode, split_response
+from hgpo_trl.rows import as_trained
 from hgpo_trl.scripts.data import KINDS
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +41,7 @@ def data(*argv: str) -> None:
 
 def in_a_process(*argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hgpo_trl.cli", "data", *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def write_lines(path: Path, rows: list[Any]) -> None:
@@ -168,6 +170,73 @@ def test_hft_from_a_recipe(recipes: dict[str, Path], tmp_path: Path, capsys: pyt
     assert "is complete already" in capsys.readouterr().out
     with refused("^output_dir=.* holds another data set. Changed: max_rows: 1000 -> 5. Choose another output_dir"):
         data("hft", "--config", str(recipes["hft"]), "--max_rows", "5")
+
+
+def build_from(tmp_path: Path, kind: str, rows: list[Any], fields: dict[str, Any], **more: Any) -> Path:
+    """A data set from one file, without filters on its texts."""
+    write_lines(tmp_path / "rows.jsonl", rows)
+    content = {
+        "sources": [{"path": str(tmp_path / "rows.jsonl"), "name": "mine", "fields": fields}],
+        "output_dir": str(tmp_path / "out"),
+        "num_processes": 1,
+        "quality_filter": False,
+        "deduplicate": "none",
+        **({"remove_reasoning_queries": False} if kind == "hft" else {}),
+        **more,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    data(kind, "--config", str(tmp_path / "recipe.yaml"))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(("complete", "kept"), [(1, 20), (6, 6)])
+def test_traces_begun_in_the_prompt_are_a_habit_of_nearly_all_rows(complete: int, kept: int, tmp_path: Path) -> None:
+    rows = [{"q": f"What is {i} + {i}?", "r": f"{i} twice.\n</think>\n\n{2 * i}"} for i in range(20)]
+    for row in rows[:complete]:
+        row["r"] = f"<think>\n{row['r']}"
+    out = build_from(tmp_path, "hft", rows, {"prompt": "q", "response": "r"})
+    dataset, removed = load_data("train_data", str(out)), pd.read_parquet(out / "removed.parquet")
+    assert len(dataset) == kept
+    assert set(dataset["mode"]) == {"think"}
+    responses = [split_response(completion[0]["content"]) for completion in dataset["completion"]]
+    assert all(response.reasoning.endswith("twice.") and response.answer.isdigit() for response in responses)
+    assert removed["reason"].tolist() == ["unopened_trace"] * (20 - kept)
+    assert all("mode: think" in json.loads(detail)["hint"] for detail in removed["detail"])
+
+
+def test_content_that_is_not_read_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"instruction": f"Sort by {topic}:", "input": f"all the {topic}", "output": topic, "id": i}
+        for i, topic in enumerate(TOPICS)
+    ]
+    out = build_from(tmp_path, "hft", rows, {"prompt": "instruction", "answer": "output"})
+    assert "not read, though it looks like content: input\n" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["sources"]["mine"]["not_read"] == ["input"]
+    assert "not read:\n\n- mine: `input`" in (out / "README.md").read_text()
+    (tmp_path / "both").mkdir()
+    out = build_from(tmp_path / "both", "hft", rows, {"prompt": ["instruction", "input"], "answer": "output"})
+    assert "not read" not in capsys.readouterr().out
+    assert "not read" not in (out / "README.md").read_text()
+    prompts = {prompt[0]["content"] for prompt in load_data("train_data", str(out))["prompt"]}
+    assert prompts == {f"Sort by {topic}:\n\nall the {topic}" for topic in TOPICS}
+
+
+@pytest.mark.parametrize("kind", ["hft", "hgpo"])
+def test_rows_that_the_chat_template_refuses_are_left_out(kind: str, tmp_path: Path) -> None:
+    """With the template of a model that knows the modes and takes no system message."""
+    tokenizer = as_trained(qwen2())
+    template = str(tokenizer.chat_template)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No system message, please.') }}{% endif %}"
+    tokenizer.chat_template = refusal + template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"q": f"Tell me of {topic}.", "a": f"I like {topic}.", "s": None} for topic in TOPICS]
+    rows[3]["s"] = "Be brief."
+    fields = {"prompt": "q", "system": "s"} | ({"answer": "a"} if kind == "hft" else {})
+    out = build_from(tmp_path, kind, rows, fields, tokenizer=str(tmp_path / "tokenizer"))
+    removed = pd.read_parquet(out / "removed.parquet")
+    assert removed[["step", "reason"]].to_numpy().tolist() == [["rendering", "chat_template"]]
+    assert json.loads(removed["detail"][0]) == {"detail": "No system message, please."}
+    assert len(load_data("train_data", str(out))) == len(TOPICS) - 1
 
 
 def test_hgpo_from_a_recipe(recipes: dict[str, Path], tmp_path: Path) -> None:

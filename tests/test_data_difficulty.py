@@ -258,8 +258,26 @@ def test_blocks_are_read_not_sampled_again(
     assert len(sampled) == 7, "neither margin nor batch size is in the samples"
 
 
+def test_no_block_has_the_seed_of_another_runs_block(
+    model_dir: str, prompts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def scores(sample: Any, part: Dataset, per_mode: int, seed: int) -> pd.DataFrame:
+        seeds.append(seed)
+        rows = [(row, mode, place) for row in range(len(part)) for mode in ("no_think", "think") for place in range(2)]
+        columns = pd.DataFrame(rows, columns=["prompt_id", "mode", "sample"])
+        return columns.assign(reward=0.0, num_tokens=1, truncated=False)
+
+    monkeypatch.setattr(difficulty, "BLOCK", 4)
+    monkeypatch.setattr(difficulty, "_scores", scores)
+    for seed in range(3):
+        measure(prompts, arguments(model_dir, samples_per_mode=2), tmp_path / str(seed), seed)
+    assert len(set(seeds)) == len(seeds) == 24
+
+
 KILLED = """
-    import sys, time
+    import signal, sys
     from pathlib import Path
     from datasets import Dataset
     from hgpo_trl.data import difficulty
@@ -270,7 +288,7 @@ KILLED = """
     def write_and_wait(path, *rest):
         write(path, *rest)
         if path.name.endswith("00001.parquet"):
-            time.sleep(300)
+            signal.pause()
 
     difficulty.BLOCK, difficulty._write = 4, write_and_wait
     args = difficulty.DifficultyArguments(

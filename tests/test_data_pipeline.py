@@ -335,32 +335,44 @@ def test_processes_and_units_do_not_matter(recipe: Any, tmp_path: Path, monkeypa
 
 
 SCRIPT = """
-import json, sys, time
+import json, os, signal, sys
+from fnmatch import fnmatch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_data_pipeline as t
 from hgpo_trl.data import sources
 sources.UNIT_BYTES = 20_000
 replace = Path.replace
-def replace_slowly(self, target):  # so that a kill finds it at work
-    time.sleep(0.05)
+def replace_and_die(self, target):
+    found = fnmatch(Path(target).name, {at!r})
+    if found and {moment!r} == "while it is written":
+        os.truncate(self, self.stat().st_size // 2)
+    elif found and {moment!r} == "once it is there":
+        replace(self, target)
+    if found:
+        os.kill(os.getpid(), signal.SIGKILL)
     return replace(self, target)
-Path.replace = replace_slowly
+Path.replace = replace_and_die
 t.run(json.loads({recipe!r}), Path({out!r}))
 """
 
 
-@pytest.mark.parametrize("at", ["chunk-*3.parquet", "chunk-*5.removed.parquet", "chunk-*7.json", "shard-00002*"])
-def test_a_killed_build_goes_on(recipe: Any, tmp_path: Path, at: str) -> None:
-    """Killed as soon as a file is there, complete or not."""
+@pytest.mark.parametrize(
+    ("at", "moment"),
+    [
+        ("chunk-*3.parquet", "while it is written"),
+        ("chunk-*5.removed.parquet", "before it is moved"),
+        ("chunk-*7.json", "once it is there"),
+        ("shard-00002*", "while it is written"),
+    ],
+)
+def test_a_killed_build_goes_on(recipe: Any, tmp_path: Path, at: str, moment: str) -> None:
     run(recipe, tmp_path / "whole" / "out")
     out = tmp_path / "killed" / "out"
-    code = SCRIPT.format(tests=str(Path(__file__).parent), recipe=json.dumps(recipe), out=str(out))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while process.poll() is None and not any((*out.rglob(at), *out.rglob(f".{at}.part"))):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    tests, words = str(Path(__file__).parent), json.dumps(recipe)
+    code = SCRIPT.format(tests=tests, recipe=words, out=str(out), at=at, moment=moment)
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "manifest.json").exists()
     run(recipe, out)
     assert contents(out) == contents(tmp_path / "whole" / "out")
@@ -491,7 +503,7 @@ def test_what_a_kill_at_the_very_end_leaves_is_removed(recipe: Any, tmp_path: Pa
 
 def _waits(examples: list[Example]) -> list[Drop | None]:
     (Path(os.environ["PIDS"]) / str(os.getpid())).touch()
-    time.sleep(60)
+    time.sleep(3600)
     return [None] * len(examples)
 
 
@@ -509,7 +521,7 @@ def test_workers_end_with_their_parent(recipe: Any, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600  # long before they would end by themselves
     while any(Path("/proc", path.name).exists() for path in pids.iterdir()):
         assert time.monotonic() < deadline, "a worker outlives its parent"
         time.sleep(0.05)

@@ -184,7 +184,7 @@ def test_what_is_not_there_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest
         ({"path": "x", "feilds": {}}, r"sources\[0\] has the unknown key 'feilds'; did you mean 'fields'\?"),
         ({"mode": "think"}, r"sources\[0\]=.* lacks `path`"),
         ({"path": "x", "rows": "many"}, r"sources\[0\] \(x\): rows"),
-        ({"path": "x", "fields": {"prompt": 1}}, r"fields.prompt: Input should be a valid string"),
+        ({"path": "x", "fields": {"prompt": 1}}, r"fields.prompt.str: Input should be a valid string"),
     ],
 )
 def test_malformed_entries(entry: Any, message: str) -> None:

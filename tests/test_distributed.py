@@ -50,7 +50,6 @@ def launch(config: str | None, *words: str | Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
@@ -217,8 +216,7 @@ def stage(config: str | None, name: str, output_dir: Path, **fields: Any) -> Pat
     where = {"use_cpu": True} if config in (None, "cpu_ddp") else {}
     backend = {} if config is None else {"ddp_backend": "gloo"}
     words = [word for key, value in (common | where | backend | fields).items() for word in (f"--{key}", str(value))]
-    script = ["tests/fsdp_without_gpus.py", name] if config == "fsdp2" else ["-m", f"hgpo_trl.scripts.{name}"]
-    launch(config, *script, *words)
+    launch(config, "tests/workers.py", *(["--fsdp"] if config == "fsdp2" else []), name, *words)
     return output_dir
 
 
@@ -278,6 +276,23 @@ def test_hft_resumes_within_a_later_epoch(hft_fields: dict[str, Any], tmp_path: 
     resumed = stage("cpu_ddp", "hft", tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-3", **fields)
     assert log_of(resumed) == log_of(whole)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_processes_with_folders_of_their_own_resume_from_the_same_checkpoint(
+    hft_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each process stands for a node. Process 0 alone writes weights, so the other has no whole checkpoint at first."""
+    fields: dict[str, Any] = hft_fields | {"per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1}
+    fields |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
+    fields |= {"learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "ddp_backend": "gloo"}
+    words = [word for key, value in fields.items() for word in (f"--{key}", str(value))]
+    printed = launch("cpu_ddp", "tests/node_local_worker.py", tmp_path, *words)
+    first, second = (json.loads((tmp_path / f"{process}.json").read_text(encoding="utf-8")) for process in range(2))
+    assert first["refused"] == second["refused"]
+    assert "checkpoint-3 is for process 0, and is not for process 1 (it has no complete.json" in first["refused"]
+    assert "copy checkpoint-3 of process 0 into the others' output_dir" in first["refused"]
+    assert "Resuming from run/checkpoint-2" in printed
+    assert first["same"], "the same log and weights as without the interruption"
 
 
 def test_groups_straddle_two_processes(model_dir: str, data: Path, tmp_path: Path) -> None:

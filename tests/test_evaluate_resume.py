@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from hgpo_trl import sampling
 from hgpo_trl.generate import batches
-from hgpo_trl.samples import SCHEMA, chunks_by_length, derived_seed, read_samples, write_samples
+from hgpo_trl.samples import SCHEMA, chunks_by_length, read_samples, write_samples
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
+from hgpo_trl.seeds import derived_seed
 
 NUM_PROMPTS, PER_PART = 11, 2
 PARTS = 6
@@ -95,7 +96,7 @@ def test_killed_and_resumed_is_as_if_it_had_not_been(fields: dict[str, Any], tmp
     main(words(fields | {"output_dir": tmp_path / "whole"}))
     deaths = "parts/:3,parts/:2,eval/.samples.parquet:1,eval/.report.json:1"
     command = [sys.executable, "-m", "tests.kill_evaluation", deaths, *words(fields)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr[-3000:]
     left = [line for line in run.stdout.splitlines() if line.startswith("killed")]
     assert [line.count("parts/0") for line in left] == [2, 3, PARTS, PARTS]

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -364,8 +363,15 @@ def test_a_wrong_number_of_rewards_is_named(few: Dataset, samples: pd.DataFrame)
         score_samples(samples, few, [by_length, forgetful])
 
 
-def test_scoring_many_samples_is_quick() -> None:
-    num_prompts, num_samples = 2_000, 32
+def test_scoring_decodes_no_row_once_per_sample() -> None:
+    num_prompts, num_samples = 200, 32
+    decoded = 0
+
+    def count(batch: dict[str, list]) -> dict[str, list]:
+        nonlocal decoded
+        decoded += len(next(iter(batch.values())))
+        return batch
+
     dataset = Dataset.from_list(
         [
             {"prompt": [{"role": "user", "content": str(i)}], "answer": str(i), "level": i % 6}
@@ -374,9 +380,8 @@ def test_scoring_many_samples_is_quick() -> None:
     )
     rows = [row for row in range(num_prompts) for _ in range(num_samples)]
     samples = pd.DataFrame({"prompt_id": rows, "completion": "<no_think> 4 </no_think>"})
-    start = time.perf_counter()
-    score_samples(samples, dataset, [by_length])
-    assert time.perf_counter() - start < 20  # about 1 s; 90 s when each sample decodes its row of the data set
+    score_samples(samples, dataset.with_transform(count), [by_length])
+    assert num_prompts <= decoded <= 10 * num_prompts < num_prompts * num_samples
 
 
 # --- The report ---------------------------------------------------------------
@@ -620,7 +625,7 @@ def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -
 
     def look_up(folder: Path, accuracy: float) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(example), str(folder), "--accuracy", str(accuracy)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True)
 
     folder = evaluate(decision_bias="sweep")
     curve = read_json(folder / "report.json")["decision_bias_curve"]

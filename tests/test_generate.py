@@ -4,6 +4,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -361,18 +362,21 @@ def test_closing_the_stream_ends_the_generation(
         nonlocal steps
         steps += 1
         if steps == 10:
-            closing.wait(timeout=30)
+            closing.wait()  # for the pool, which is left once the generation has been told to stop
         output = original(*args, **kwargs)
         output.logits[..., tokenizer.eos_token_id] = -math.inf  # it would go on to its last position
         return output
 
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *args: Any, **kwargs: Any) -> None:
+            closing.set()
+            super().shutdown(*args, **kwargs)
+
     monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr("hgpo_trl.generate.ThreadPoolExecutor", Pool)
     pieces = stream(model, tokenizer, "a", mode="think")
     assert next(pieces).startswith("<think>")
-    timer = threading.Timer(0.2, closing.set)  # close() waits for the generation, which waits for this
-    timer.start()
     pieces.close()
-    timer.join()
     assert steps <= 10
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.numpy import save_file
 from test_report import evaluation
 from trl import ModelConfig
 
 from hgpo_trl.config import HGPOConfig
+from hgpo_trl.errors import UserError
 from hgpo_trl.model_card import write_model_card
 from hgpo_trl.report import write_report
 from hgpo_trl.scripts import card
@@ -42,6 +44,8 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "run.json").write_text(json.dumps(hgpo_run(path)), encoding="utf-8")
     (path / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 1000}', encoding="utf-8")
+    (path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    save_file({}, path / "model.safetensors")
     return path
 
 
@@ -180,7 +184,7 @@ def test_nothing_is_pushed_unasked_or_without_a_model(folder: Path, hub: type[Hu
     assert not hub.calls
     (folder / "README.md").unlink()
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"model='.*' holds no model to push"):
+    with pytest.raises(UserError, match=r"model='.*': `hgpo-trl hgpo` has not finished there"):
         card.main(["--model", str(folder), "--push_to_hub", "me/think-7b"])
     assert not hub.calls
     assert not (folder / "README.md").exists()

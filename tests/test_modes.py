@@ -145,10 +145,10 @@ def test_prose_and_code_about_thinking_are_no_trace(answer):
 
 def test_splitting_takes_linear_time():
     near = "<no_think>" + "<thinking" * 100_000 + "<|/think" * 100_000
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone, whatever else the machine does
     for text in ("<" * 1_000_000, "<think>" * 100_000, "<no_think>" + "</think" * 100_000, " " * 1_000_000, near):
         split_response(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 60, "a second, where it is linear; hours, where it is not"
 
 
 def test_the_formats_to_the_letter():

@@ -3,8 +3,10 @@
 import copy
 import importlib
 import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import Trainer
 
 from hgpo_trl.cli import STAGES
-from hgpo_trl.scripts.recipe import RecipeParser
+from hgpo_trl.scripts.recipe import RecipeParser, _Loader, _of_type
 from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
 
 ROOT = Path(__file__).parents[1]
@@ -360,12 +364,225 @@ def test_no_recipe_at_all(parse: Parse) -> None:
     assert parse("data", "--output_dir", "out", "--seed", "5")[0].seed == 5
 
 
-def test_env_sets_environment_variables(recipe: Callable, parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HGPO_TEST_VARIABLE", "before")
-    parse("data", "--config", recipe("output_dir: out\nenv: {HGPO_TEST_VARIABLE: 1}\n"))
-    import os
+# --- a person's values --------------------------------------------------------------------------------------------
 
-    assert os.environ["HGPO_TEST_VARIABLE"] == "1"
+
+def number_of(text: str, field: str = "learning_rate") -> Any:
+    """What a number in a recipe becomes."""
+    return _of_type(yaml.load(text, _Loader), {"learning_rate": float, "seed": int}[field])
+
+
+@given(st.integers(min_value=0, max_value=10**18), st.integers(0, 3), st.sampled_from(["", "+", "-"]))
+def test_whole_numbers_in_every_way_of_writing_them(number: int, zeros: int, sign: str) -> None:
+    """Zeros in front are no octal, and underscores part thousands, as in Python."""
+    for text in (f"{'0' * zeros}{number}", f"{number:_}", f"'{number}'", hex(number), oct(number), bin(number)):
+        if text.startswith("'") and sign:
+            continue
+        assert number_of(f"{sign}{text}", "seed") == (-number if sign == "-" else number)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_fractions_in_every_way_of_writing_them(number: float) -> None:
+    for text in (repr(number), f"{number:e}", f"{number:E}", f"'{number}'", repr(number).removeprefix("0")):
+        assert number_of(text) == float(text.strip("'"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(".inf", float("inf")), ("-.INF", float("-inf")), (".5", 0.5), ("1.", 1.0)]
+)
+def test_unusual_numbers(text: str, value: float) -> None:
+    assert number_of(text) == value
+    assert number_of(".NaN") != number_of(".nan")
+
+
+@given(st.text(alphabet="0123456789eE_:.,%+- ", max_size=8), st.sampled_from(["learning_rate", "seed"]))
+def test_what_is_no_number_for_python_is_none_in_a_recipe(text: str, field: str) -> None:
+    """5e_6 is not 5,000,000, 1:30 is not 90."""
+    quoted = json.dumps(text)
+    try:
+        expected = float(text)
+    except ValueError:
+        with pytest.raises(ValueError):
+            number_of(quoted, field)
+    else:
+        try:
+            assert number_of(quoted, field) == expected
+        except ValueError:  # a fraction where a whole number belongs
+            assert field == "seed"
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("learning_rate: 5e_6", "is 5e-6 meant?"),
+        ("learning_rate: 10%", "write 10% as 0.1"),
+        ("learning_rate: 1:30", "unable to parse string as a number"),
+        ("max_steps: 1,000", "write 1,000 as 1_000"),
+        ("max_steps: 1__000", "unable to parse"),
+        ("train_data: ~", "YAML reads ~ and nothing at all as null"),
+        ("train_data:", "YAML reads ~ and nothing at all as null"),
+        ("run_name: 2e3", "text needs quotes"),
+        ("lora_target_modules: q_proj,v_proj", "several values are written [q_proj, v_proj]"),
+        ("reward_funcs: a.b, c.d", "several values are written [a.b, c.d]"),
+    ],
+)
+def test_a_value_that_may_mean_several_things_is_refused(
+    text: str, hint: str, recipe: Callable, refused: Callable[..., str]
+) -> None:
+    key = text.partition(":")[0]
+    path = recipe(yaml.safe_dump({name: value for name, value in BASE.items() if name != key}) + f"{text}\n")
+    error = refused("hgpo", "--config", path)
+    assert f"{key}=" in error
+    assert hint in error
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("max_steps: 010", "max_steps", 10),
+        ("save_strategy: no", "save_strategy", "no"),
+        ("gradient_checkpointing: no", "gradient_checkpointing", False),
+        ("gradient_checkpointing: On", "gradient_checkpointing", True),
+        ("trackio_static_space_id: no", "trackio_static_space_id", False),
+        ("run_name: 2026-11-25", "run_name", "2026-11-25"),
+        ("run_name: 1:30", "run_name", "1:30"),
+        ("run_name: off", "run_name", "off"),
+        ("run_name: None", "run_name", None),
+        ("run_name: none", "run_name", None),
+        ("run_name: 'null'", "run_name", None),
+        ("report_to: none", "report_to", []),
+        ("report_to: None", "report_to", []),
+        ("report_to: null", "report_to", []),
+        ("lr_scheduler_kwargs: None", "lr_scheduler_kwargs", None),
+        ("lr_scheduler_kwargs: {a: None, b: yes, c: 'yes', d: 010}", "lr_scheduler_kwargs",
+         {"a": None, "b": True, "c": "yes", "d": 10}),
+        ("reward_weights: 2", "reward_weights", [2.0]),
+        ("num_generations_eval: None", "num_generations_eval", None),
+    ],
+)  # fmt: skip
+def test_a_value_is_what_a_person_means(text: str, field: str, value: Any, recipe: Callable, parse: Parse) -> None:
+    parsed = parse("hgpo", "--config", hgpo(recipe, f"{text}\n"))
+    found = next(getattr(part, field) for part in parsed if hasattr(part, field))
+    assert (found, type(found)) == (value, type(value)) or found == value
+
+
+@pytest.mark.parametrize("word", ["None", "none", "null"])
+def test_null_on_the_command_line(word: str, recipe: Callable, parse: Parse) -> None:
+    argv = ("--reward_model", word, "--lr_scheduler_kwargs", word, "--eval_prompts", word)
+    script, training, _, rewards = parse("hgpo", "--config", hgpo(recipe, "reward_model: m\n"), *argv)
+    assert (rewards.reward_model, training.lr_scheduler_kwargs, script.eval_prompts) == (None, None, None)
+    (args,) = parse("data", "--output_dir", "o", "--hgpo_tasks", word)
+    assert args.hgpo_tasks is None
+
+
+def test_one_word_where_one_or_many_are_taken(recipe: Callable, parse: Parse) -> None:
+    text = "lora_target_modules: all-linear\nreward_funcs: hgpo_trl.rewards.accuracy_reward\n"
+    _, _, model_args, reward_args = parse("hgpo", "--config", hgpo(recipe, text))
+    assert model_args.lora_target_modules == "all-linear"  # as TRL has it: of a list of one it takes the one
+    assert reward_args.reward_funcs == ["hgpo_trl.rewards.accuracy_reward"]
+
+
+def test_norwegian_is_a_language(recipe: Callable, parse: Parse) -> None:
+    (args,) = parse("data", "hft", "--config", recipe("sources: {path: d.jsonl}\noutput_dir: o\nlanguages: [no, en]\n"))
+    assert args.languages == ["no", "en"]
+    assert args.sources == [{"path": "d.jsonl"}]
+
+
+# --- paths and environment ------------------------------------------------------------------------------------
+
+
+def test_home_and_variables_in_paths(
+    recipe: Callable, parse: Parse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Wherever a path may stand: single fields, lists, mappings, NAME=PATH, recipe and command line."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 4}', encoding="utf-8")
+    text = "model_name_or_path: ~/m\noutput_dir: $SCRATCH/${HOME}\nreward_funcs: [~/r.py:f]\n"
+    path = recipe(f"{text}train_data: d\nbf16: false\nmodel_init_kwargs: {{cache_dir: ~/c}}\n")
+    parsed = parse("hgpo", f"--config={path.replace(str(tmp_path), '~')}", "--eval_data=~/e")
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    assert values["model_name_or_path"] == f"{tmp_path}/m"
+    assert values["output_dir"] == f"/scratch/{tmp_path}"
+    assert values["reward_funcs"] == [f"{tmp_path}/r.py:f"]
+    assert values["model_init_kwargs"] == {"cache_dir": f"{tmp_path}/c"}
+    assert values["eval_data"] == f"{tmp_path}/e"
+    (args,) = parse("report", "--evaluations", "a=~/eval", "--output_dir", "~")
+    assert (args.evaluations, args.output_dir) == ([f"a={tmp_path}/eval"], str(tmp_path))
+    (args,) = parse("data", "hft", "--config", recipe("sources: [{path: ~/d.jsonl}]\noutput_dir: $SCRATCH\n"))
+    assert (args.sources, args.output_dir) == ([{"path": f"{tmp_path}/d.jsonl"}], "/scratch")
+
+
+def test_a_variable_that_is_not_set(recipe: Callable, refused: Callable[..., str], monkeypatch: Any) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    error = refused("data", "--config", recipe("output_dir: $NOWHERE/x\n"))
+    assert "output_dir='$NOWHERE/x': the environment variable NOWHERE is not set" in error
+
+
+@pytest.mark.parametrize("text", ["a ~ b", "$5 and $HOME/x", "~ 3", "cost: $HOME", "x^2$", "a/b$"])
+def test_text_that_is_no_path_stays(text: str, recipe: Callable, parse: Parse) -> None:
+    (args,) = parse("chat", "--config", recipe(model="m", system=text))
+    assert args.system == text
+
+
+def test_env_sets_environment_variables(recipe: Callable, parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written: no number, no boolean and no date is made of them."""
+    values = {"ONE": "1", "RATE": "1e-4", "SWITCH": "yes", "OCTAL": "010", "FOLDER": "$HOME/x"}
+    for name in values:
+        monkeypatch.setenv(f"HGPO_TEST_{name}", "before")
+    env = "".join(f"  HGPO_TEST_{name}: {value}\n" for name, value in values.items())
+    parse("data", "--config", recipe(f"output_dir: out\nenv:\n{env}"))
+    values["FOLDER"] = f"{os.environ['HOME']}/x"
+    assert {name: os.environ[f"HGPO_TEST_{name}"] for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("PYTHONHASHSEED: 1", "env: PYTHONHASHSEED is read before a recipe is"),
+        ("LD_PRELOAD: x.so", "env: LD_PRELOAD is read before a recipe is"),
+        ("HF_HOME: elsewhere", "env: HF_HOME is read when libraries are imported, and they are already"),
+        ("OMP_NUM_THREADS: 77", "env: OMP_NUM_THREADS is read when libraries are imported"),
+        ("HGPO_TEST_LIST: [1]", "env: HGPO_TEST_LIST=['1'] must be a single value"),
+    ],
+)
+def test_variables_that_come_too_late_are_refused(
+    env: str, words: str, recipe: Callable, refused: Callable[..., str]
+) -> None:
+    assert words in refused("data", "--config", recipe(f"output_dir: out\nenv: {{{env}}}\n"))
+
+
+PROBE = """
+import json, os, torch
+from huggingface_hub import constants
+
+threads, devices = torch.get_num_threads(), os.environ["CUDA_VISIBLE_DEVICES"]
+print(json.dumps([constants.HF_HOME, constants.HF_HUB_OFFLINE, threads, devices]))
+"""
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ["-m", "hgpo_trl.cli", "data"],
+        ["-m", "hgpo_trl.scripts.data_task"],
+        [*LAUNCH, "-m", "hgpo_trl.scripts.data_task"],
+    ],
+    ids=["hgpo-trl", "python -m", "accelerate launch"],
+)
+def test_libraries_see_the_recipes_environment(entry: list[str], recipe: Callable, tmp_path: Path) -> None:
+    """Each entry in a process of its own; a user's task shows what the libraries have read."""
+    (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
+    env = {"HF_HOME": "~/cache", "HF_HUB_OFFLINE": 1, "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "7"}
+    path = recipe(output_dir=str(tmp_path / "out"), tasks=[str(tmp_path / "probe.py")], env=env)
+    before = {name: value for name, value in os.environ.items() if name not in env}
+    done = subprocess.run(
+        [sys.executable, *entry, "--config", path],
+        cwd=ROOT, env=before | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout, done.stderr[-3000:]
+    assert json.loads(done.stdout) == [f"{tmp_path}/cache", True, 1, "7"]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------
@@ -378,6 +595,10 @@ def test_env_sets_environment_variables(recipe: Callable, parse: Parse, monkeypa
         ("hft", "lerning_rate", "learning_rate"),
         ("hgpo", "num_generation", "num_generations"),
         ("hgpo", "margins", "margin"),
+        ("hgpo", "torch_dtype", "dtype"),
+        ("hgpo", "evaluation_strategy", "eval_strategy"),
+        ("hgpo", "model", "model_name_or_path"),
+        ("hft", "max_seq_length", "max_length"),
         ("evaluate", "sample_per_mode", "samples_per_mode"),
         ("report", "evaluation", "evaluations"),
     ],
@@ -438,6 +659,7 @@ def test_number_or_boolean_where_text_belongs_needs_quotes(
         ("num_generations: 5", "num_generations must be even and at least 4"),
         ("num_generations: 2", "num_generations must be even and at least 4"),
         ("estimator: ppo", "estimator must be one of grpo, rloo"),
+        ("dtype: torch.bfloat16", "dtype must be one of auto, bfloat16, float16, float32; got 'torch.bfloat16'"),
         ("discount: 1.5", "discount must lie in (0, 1]"),
         ("per_device_train_batch_size: 6", "must be divisible by num_generations"),
     ],

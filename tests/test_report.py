@@ -379,5 +379,5 @@ def test_training_log_of_the_run_or_of_its_newest_checkpoint(tmp_path: Path) -> 
 
 
 def test_training_log_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"run_dir='.*nowhere' has no trainer_state.*Pass the output_dir"):
+    with pytest.raises(ValueError, match=r"run_dir='.*nowhere' has no trainer_state.*Pass the output_dir"):
         load_training_log(tmp_path / "nowhere")

@@ -145,14 +145,12 @@ KILLER = Path(__file__).with_name("kill_and_resume.py")
 def test_killed_ten_times_nothing_is_lost(
     stage: str, model_dir: str, train_data: dict[str, str], run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Ten SIGKILLs: at random moments, and while a random file of a checkpoint is opened."""
+    """Ten SIGKILLs: in random steps, and at random changes to the files of the checkpoints."""
     fields = {"max_steps": 70, "save_total_limit": 2}
     whole = run(stage, tmp_path / "whole", **fields)
     base = {"model_name_or_path": model_dir, "train_data": train_data[stage], "output_dir": tmp_path / "killed"}
     words = argv(base | COMMON | STAGES[stage] | fields)
-    result = subprocess.run(
-        [sys.executable, KILLER, stage, "10", *words], capture_output=True, text=True, timeout=600, check=False
-    )
+    result = subprocess.run([sys.executable, KILLER, stage, "10", *words], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert len(re.findall(r"^kill \d+: ", result.stdout, re.MULTILINE)) == 10
     same_end(tmp_path / "killed", whole)

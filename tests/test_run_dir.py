@@ -1,15 +1,19 @@
 """Whose results an output directory holds, and where a run goes on."""
 
 import json
+import math
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from trl import SFTConfig
 
-from hgpo_trl.checkpoints import SEAL, last_checkpoint, seal
+from hgpo_trl.checkpoints import SEAL, agreed_step, last_checkpoint, seal
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import write_json
 from hgpo_trl.scripts.run_dir import RUN_FILE, claim_run_dir, describe_run
 
@@ -44,6 +48,26 @@ def test_fresh_directory_is_claimed(tmp_path: Path) -> None:
     assert claim(directory, learning_rate=3e-4) is None
     run = read_run(directory)
     assert (run["stage"], run["learning_rate"], run["train_data"]) == ("hft", 3e-4, "train.parquet")
+
+
+def test_an_infinite_setting_is_noted_in_valid_json(tmp_path: Path) -> None:
+    """And recognised when the run goes on."""
+    assert claim(tmp_path, max_grad_norm=math.inf) is None
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    run = json.loads((tmp_path / RUN_FILE).read_text(encoding="utf-8"), parse_constant=refuse)
+    assert run["max_grad_norm"] == "Infinity"
+    last = checkpoint(tmp_path, 1)
+    assert claim(tmp_path, max_grad_norm=math.inf) == last
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_only_json_is_written(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"deep": [value]})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_claim_without_results_can_be_changed(tmp_path: Path) -> None:
@@ -83,6 +107,25 @@ def test_torn_checkpoints_are_named_and_passed_over(tmp_path: Path, caplog: pyte
     for path, what in expected.items():
         assert f"{path} is torn and skipped: {what}." in caplog.text
     assert "checkpoint-9 " not in caplog.text
+
+
+steps_of_a_process = st.dictionaries(st.sampled_from([10, 20, 30]), st.sampled_from([None, "torn"]))
+
+
+@given(found=st.lists(steps_of_a_process, min_size=1, max_size=4))
+def test_processes_agree_on_the_newest_that_is_whole_for_all(found: list[dict[int, str | None]]) -> None:
+    """Each may see another folder. What some have and no checkpoint of all is never thrown away in silence."""
+    whole = [[step for step, what in of.items() if what is None] for of in found]
+    common = [step for step in (10, 20, 30) if all(step in steps for steps in whole)]
+    if common or not any(whole):
+        assert agreed_step(found) == max(common, default=None)
+        return
+    newest = max(step for steps in whole for step in steps)
+    lacking = ", ".join(str(process) for process, steps in enumerate(whole) if newest not in steps)
+    with pytest.raises(
+        UserError, match=rf"checkpoint-{newest} is for .* is not for process {lacking} \((torn|it is not there)"
+    ):
+        agreed_step(found)
 
 
 def test_only_a_torn_checkpoint_starts_afresh(tmp_path: Path) -> None:

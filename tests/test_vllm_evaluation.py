@@ -220,7 +220,6 @@ def command(path: str, few: Dataset, tmp_path: Path) -> Callable[..., subprocess
             env=os.environ | ENVIRONMENT,
             capture_output=True,
             text=True,
-            timeout=400,
         )
 
     return run

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import end
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,10 +112,11 @@ def test_engine_takes_the_merged_weights(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the engine holds the merged model" in done.stdout
 
 
 if __name__ == "__main__":  # the engine may start processes that import this file
     train_and_compare(Path(sys.argv[1]))
+    end()

@@ -1,5 +1,6 @@
 """What is plugged into vLLM, without an engine: the reasoning parser inside vLLM's own, and the decision bias."""
 
+import asyncio
 import random
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from hgpo_trl.modes import MODES, Fault, Mode, mode_tokens, split_response
 from hgpo_trl.scripts import serve
 from hgpo_trl.serving.splitter import split_whole
+from hgpo_trl.serving.vllm_deltas import SplitDeltas
 from hgpo_trl.tasks import chain_sum
 from hgpo_trl.tasks.embedded import build_tokenizer
 
@@ -187,6 +189,90 @@ def test_a_tokenizer_without_tags_is_refused(make_parser: Callable[..., Any]) ->
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     with pytest.raises(ValueError, match=r"The tag <think> is not a token of the tokenizer"):
         type(make_parser(None))(plain)
+
+
+# --- streamed deltas --------------------------------------------------------------------------------------------
+
+
+def served(parser: Any, deltas: list[tuple[str, list[int]]], forced: Mode | None, cuts: list[int]) -> list[Any]:
+    """The chunks that a client gets: vLLM's events, in bodies that are cut anywhere, behind the middleware."""
+    from vllm.entrypoints.openai.chat_completion.protocol import (
+        ChatCompletionResponseStreamChoice,
+        ChatCompletionStreamResponse,
+    )
+    from vllm.reasoning.basic_parsers import DeltaMessage
+
+    sent = b""
+    for index, (text, ids) in enumerate(deltas):
+        end = index == len(deltas) - 1
+        message = parser.parse_delta(text, ids, request(), prompt_token_ids=prompt(forced), finished=end)
+        choice = ChatCompletionResponseStreamChoice(
+            index=0, delta=message or DeltaMessage(), finish_reason="stop" if end else None, token_ids=ids
+        )
+        chunk = ChatCompletionStreamResponse(model="model", choices=[choice], usage={"total_tokens": index})
+        sent += f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n".encode()
+    sent += b"data: [DONE]\n\n"
+    ends = [*sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
+    bodies = [sent[start:end] for start, end in pairwise([0, *ends])]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "headers": [(b"content-type", b"text/event-stream; charset=utf-8")]})
+        for index, body in enumerate(bodies):
+            await send({"type": "http.response.body", "body": body, "more_body": index < len(bodies) - 1})
+
+    received: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        received.append(message.get("body", b""))
+
+    asyncio.run(SplitDeltas(app)({"type": "http", "path": "/v1/chat/completions"}, None, send))
+    *events, last, rest = b"".join(received).split(b"\n\n")
+    assert (last, rest) == (b"data: [DONE]", b"")
+    return [ChatCompletionStreamResponse.model_validate_json(event.removeprefix(b"data: ")) for event in events]
+
+
+@given(
+    TEXTS,
+    FORCED,
+    st.lists(st.integers(0, 40), max_size=6),
+    st.lists(st.integers(0, 2000), max_size=4),
+)
+def test_no_delta_has_both_fields_and_nothing_is_lost(
+    make_parser: Callable[..., Any], text: str, forced: Mode | None, cuts: list[int], body_cuts: list[int]
+) -> None:
+    """As many pieces as there may be, one of them the last; a client that looks at one field or else the other."""
+    ends = [*sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    deltas = [(text[start:end], [start, end]) for start, end in pairwise([0, *ends])]
+    chunks = served(make_parser(forced), deltas, forced, body_cuts)
+    found: Fields = {}
+    for chunk in chunks:
+        delta = chunk.choices[0].delta
+        assert delta.reasoning is None or delta.content is None
+        if delta.reasoning is not None:
+            assert "content" not in found, "no reasoning after content"
+            found["reasoning"] = found.get("reasoning", "") + delta.reasoning
+        elif delta.content is not None:
+            found["content"] = found.get("content", "") + delta.content
+    assert found == split_whole(text, forced)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert [ids for chunk in chunks if (ids := chunk.choices[0].token_ids)] == [ids for _, ids in deltas]
+    assert [chunk.usage.total_tokens for chunk in chunks if chunk.usage] == list(range(len(deltas)))
+
+
+def test_other_answers_pass_untouched() -> None:
+    both = b'data: {"choices": [{"index": 0, "delta": {"reasoning": "a", "content": "b"}}]}\n\n'
+    for path, kind in (("/v1/chat/completions", b"application/json"), ("/v1/responses", b"text/event-stream")):
+        received: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any, kind: bytes = kind) -> None:
+            await send({"type": "http.response.start", "headers": [(b"content-type", kind)]})
+            await send({"type": "http.response.body", "body": both})
+
+        async def send(message: Any, received: list[Any] = received) -> None:
+            received.append(message)
+
+        asyncio.run(SplitDeltas(app)({"type": "http", "path": path}, None, send))
+        assert received[1]["body"] == both
 
 
 # --- the decision bias ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from workers import end
 
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.tasks.embedded import build_model
@@ -84,7 +85,7 @@ def words(tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path_factory
 def run(folder: Path, *argv: str) -> Path:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, __file__, str(folder), *argv, "--output_dir", str(folder / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return folder
 
@@ -194,3 +195,4 @@ def test_resumed_engine_starts_from_the_resumed_weights(trained: Path, words: li
 
 if __name__ == "__main__":  # the engine may start processes that import this file
     train(Path(sys.argv[1]), *sys.argv[2:])
+    end()

@@ -22,6 +22,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from workers import end
 
 from hgpo_trl import vllm_support
 from hgpo_trl.modes import mode_tokens
@@ -180,7 +181,7 @@ def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            process.wait()
 
 
 def launch(folder: Path, url: str, output: Path, processes: int, **fields: Any) -> subprocess.CompletedProcess[str]:
@@ -197,7 +198,7 @@ def launch(folder: Path, url: str, output: Path, processes: int, **fields: Any) 
         *(__file__, str(output), *words),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_each_mode_of_a_query_is_one_request_for_half_the_group(
@@ -265,3 +266,4 @@ def test_a_server_that_dies_during_the_training(
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), *sys.argv[2:])
+    end()

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from workers import end
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 500  # vLLM pads it to 512
@@ -184,8 +185,6 @@ def replace_in_layers(folder: Path) -> None:
                             "calls": stand_ins.calls,
                         }
     (folder / "errors.json").write_text(json.dumps(results), encoding="utf-8")
-    sys.stdout.flush()
-    os._exit(0)  # threads of vLLM and gloo may abort at the interpreter's end
 
 
 def replace_in_engine(folder: Path) -> None:
@@ -233,8 +232,6 @@ def replace_in_engine(folder: Path) -> None:
                     {"ids": prompt + tokens, "logps": logps, "policy": "before" if policy is before else "after"}
                 )
     (folder / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
-    sys.stdout.flush()
-    os._exit(0)
 
 
 # --- the tests ---
@@ -293,3 +290,4 @@ def test_an_engine_samples_from_the_new_weights(tmp_path: Path) -> None:
 
 if __name__ == "__main__":  # the engine may start processes that import this file
     {"layers": replace_in_layers, "engine": replace_in_engine}[sys.argv[1]](Path(sys.argv[2]))
+    end()

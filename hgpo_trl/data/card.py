@@ -247,7 +247,8 @@ def _licence_note(manifest: Manifest) -> Paragraph:
 
 def _not_read(sources: Mapping[str, SourceManifest]) -> list[Block]:
     """What the sources hold beside what was read."""
-    lines = [f"{name}: {', '.join(f'`{c}`' for c in s['not_read'])}" for name, s in sources.items() if s["not_read"]]
+    unread = {name: source.get("not_read") or [] for name, source in sources.items()}
+    lines = [f"{name}: {', '.join(f'`{column}`' for column in columns)}" for name, columns in unread.items() if columns]
     return [Paragraph("Columns that look like content and were not read:"), Bullets(lines)] if lines else []
 
 

@@ -31,6 +31,7 @@ from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.sampling import Sampler, check_backend, loaded_sampler
 from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.seeds import derived_seed
 from hgpo_trl.vllm_support import check_vllm_installed
 
 BLOCK = 512  # prompts whose samples are kept together: what a kill may cost
@@ -178,7 +179,8 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
     measurable = prompts.select(rows).select_columns(["prompt", "answer"])
     check_dataset("prompts", measurable, tokenizer)
     blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
-    keys = [_key(args, seed + number, measurable[block.start : block.stop]) for number, block in enumerate(blocks)]
+    seeds = [derived_seed(seed, number) for number in range(len(blocks))]
+    keys = [_key(args, seeds[number], measurable[block.start : block.stop]) for number, block in enumerate(blocks)]
     paths = [work_dir / f"pass_rates-{number:05}.parquet" for number in range(len(blocks))]
     missing = [number for number in range(len(blocks)) if not _is_there(paths[number], keys[number])]
     if missing:
@@ -195,7 +197,7 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
         with sampler as sample, tqdm(total=len(rows), initial=done, desc="pass rates", unit="prompt") as progress:
             for number in missing:
                 part = measurable.select(blocks[number])
-                _write(paths[number], keys[number], _scores(sample, part, per_mode, seed + number))
+                _write(paths[number], keys[number], _scores(sample, part, per_mode, seeds[number]))
                 progress.update(len(part))
     for path, block in zip(paths, blocks, strict=True):
         rewards[rows[block.start : block.stop]] = _read(path, per_mode)

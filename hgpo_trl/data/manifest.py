@@ -1,6 +1,6 @@
 """What `manifest.json` says of a built data set: enough to build it again, and to see where every row went."""
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class StepCount(TypedDict):
@@ -20,7 +20,7 @@ class SourceManifest(TypedDict):
     rows_read: int
     steps: list[StepCount]  # in the order in which they ran
     kept: int
-    not_read: list[str]  # columns, and fields of messages, that look like content and are not read
+    not_read: NotRequired[list[str]]  # columns, and fields of messages, that look like content and are not read
 
 
 class TokenHistogram(TypedDict):

@@ -348,8 +348,8 @@ def run(
 def _summarise(output_dir: Path, manifest: Manifest) -> None:
     for name, source in manifest["sources"].items():
         print(f"  {name}: {source['kept']:,} of {source['rows_read']:,} rows")
-        if source["not_read"]:
-            print(f"    not read, though it looks like content: {', '.join(source['not_read'])}")
+        if not_read := source.get("not_read"):
+            print(f"    not read, though it looks like content: {', '.join(not_read)}")
         for step in source["steps"]:
             if step["dropped"]:
                 print(f"    {step['name']}: " + ", ".join(f"{n:,} {reason}" for reason, n in step["dropped"].items()))

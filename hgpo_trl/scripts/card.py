@@ -14,8 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.lora import is_adapter
+from hgpo_trl.errors import run_stage
 from hgpo_trl.model_card import write_model_card
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.training import check_finished
@@ -38,10 +37,6 @@ def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(CardArguments, prog="hgpo-trl card").parse_recipe(argv)
     folder = Path(args.model)
     check_finished("model", args.model)
-    if args.push_to_hub and not ((folder / "config.json").is_file() or is_adapter(args.model)):
-        raise UserError(
-            f"model={args.model!r} holds no model to push. Name the output_dir of a finished training stage."
-        )
     path = write_model_card(folder, report=args.report, hub_id=args.push_to_hub)
     print(f"Model card: {path}")
     if args.push_to_hub:

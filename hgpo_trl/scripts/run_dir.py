@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hgpo_trl.checkpoints import SEAL, fault, last_checkpoint
+from hgpo_trl.checkpoints import SEAL, agreed_step, checkpoint_faults, fault
 from hgpo_trl.errors import UserError
 from hgpo_trl.files import write_json
 
@@ -30,42 +31,64 @@ _FREE = {
 
 
 def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
-    """Everything that was configured, as JSON: {"stage": ..., field: value, ...}, and how many processes train."""
+    """Everything that was configured, as JSON: {"stage": ..., field: value, ...}, and how many processes train.
+
+    What JSON does not have, infinite numbers too, stands there as text.
+    """
     run: dict[str, Any] = {"stage": stage}
     for config in configs:
         if isinstance(config, TrainingArguments):
             run |= config.to_dict() | {"num_processes": config.world_size}
         else:
             run |= asdict(config)
-    return json.loads(json.dumps(run, default=str))
+    return json.loads(json.dumps(run, default=str), parse_constant=str)
 
 
 def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -> str | None:
     """Take `output_dir` for this run, before anything is loaded, and note there what is run (`run.json`).
 
+    Every process looks into its folder, which on several nodes need not be the same one, and all agree.
+
     Returns:
-        The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the last complete one of
-        `output_dir` if this very run has left it; None to start afresh. Torn ones that are passed over are named in the
-        log.
+        The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the newest of `output_dir` that is
+        whole for every process, if this very run has left it; None to start afresh. Torn ones that are passed over are
+        named in the log.
 
     Raises:
-        UserError: `output_dir` holds another run's checkpoints or model (the message lists what differs), or
-            `resume_from_checkpoint` names no folder or a torn checkpoint.
+        UserError: `output_dir` holds another run's checkpoints or model (the message lists what differs),
+            `resume_from_checkpoint` names no folder or a torn checkpoint, or no checkpoint is whole for all processes.
+            It is raised by every process.
     """
     directory = Path(str(training_args.output_dir))  # TrainingArguments has filled in a default
     run = describe_run(stage, *configs, training_args)
     requested = training_args.resume_from_checkpoint
     if requested in ("True", "true", True):
         requested = None  # what happens anyway
-    if requested is not None:
-        _check_requested(Path(requested))
-    _check_results(directory, run)
-    checkpoint, torn = (requested, {}) if requested else last_checkpoint(directory)
+    problem = None
+    try:
+        if requested is not None:
+            _check_requested(Path(requested))
+        if training_args.process_index == 0:  # which writes the record and the results
+            _check_results(directory, run)
+    except UserError as error:
+        problem = str(error)
+    found = checkpoint_faults(directory)
+    everyone: list[tuple[str | None, dict[int, str | None]]] = gather_object([(problem, found)])
+    for process, (of_process, _) in enumerate(everyone):
+        if of_process is not None:
+            where = "" if len(everyone) == 1 or problem == of_process else f"On process {process}: "
+            raise UserError(where + of_process)
+    step = None if requested else agreed_step([of_process for _, of_process in everyone])
     if training_args.process_index == 0:
         write_json(directory / RUN_FILE, run)
-        for path, what in torn.items():
-            logger.warning(f"{path} is torn and skipped: {what}.")
-    return checkpoint
+        for skipped in [] if requested else [other for other in found if step is None or other > step]:
+            what = found[skipped] or "it is not whole for all processes"
+            logger.warning(f"{_checkpoint(directory, skipped)} is torn and skipped: {what}.")
+    return requested if requested or step is None else _checkpoint(directory, step)
+
+
+def _checkpoint(directory: Path, step: int) -> str:
+    return str(directory / f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
 def _check_requested(checkpoint: Path) -> None:

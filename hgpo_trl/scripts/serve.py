@@ -13,11 +13,12 @@ from hgpo_trl.vllm_support import check_vllm_installed
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of vLLM's server with the reasoning parser and the decision bias."""
+    """The command line of vLLM's server with the reasoning parser, its split deltas and the decision bias."""
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
         *("--reasoning-parser-plugin", str(resources.files("hgpo_trl.serving").joinpath("vllm_reasoning.py"))),
         *("--reasoning-parser", "lhrm"),
+        *("--middleware", "hgpo_trl.serving.vllm_deltas.SplitDeltas"),
         *("--logits-processors", "hgpo_trl.serving.vllm_decision:DecisionBias"),
         *arguments,
     ]
