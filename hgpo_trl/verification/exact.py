@@ -46,7 +46,7 @@ _BASED = re.compile(r"(?P<digits>-?[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]*(?: [\w' -]*)?)")
 _NAMES = re.compile(r"\\text\{[^{}]+\}|[A-Za-z]{3,}[A-Za-z ]*")
 _SET = re.compile(  # or a matrix, or an inequality
-    r"\\(?:cup|cap|infty|begin|le|ge|ne|emptyset)(?![A-Za-z])|[<>]"
+    r"\\(?:cup|cap|in|infty|begin|le|ge|ne|emptyset)(?![A-Za-z])|[<>]"
 )
 _DENIAL = re.compile(
     r"\b(?:or|not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE
@@ -67,7 +67,7 @@ _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _MATRIX = re.compile(r"\\begin\{([pbv]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _RELATIONS = ("<", ">", "\\le", "\\ge")
-_UNCLEAR = re.compile(r"\\dots(?![A-Za-z])|[#?;\"&]|\\text\{[^{}]*\b(?:and|or|not|more|less|than|if)\b")
+_UNCLEAR = re.compile(r"[-+*/=<>^]$|\\dots(?![A-Za-z])|[#?;\"&]|\\text\{[^{}]*\b(?:and|or|not|more|less|than|if)\b")
 _WORKED = re.compile(r"^####\s*(\S.*?)\s*\Z", re.MULTILINE)
 
 
@@ -195,10 +195,18 @@ def _compare_lists(a: _List, b: _List) -> bool | None:
 
 
 def _compare_unordered(a: list[str], b: list[str]) -> bool | None:
-    table = [[_settle(x, y)[0] for y in b] for x in a]
-    if all(True in row for row in table) and all(True in column for column in zip(*table, strict=True)):
-        return True
-    return None if any(True not in row and None in row for row in table) else False
+    """Each entry has a partner of its own."""
+    left = list(b)
+    undecided = False
+    for x in a:
+        verdicts = [_settle(x, y)[0] for y in left]
+        if True in verdicts:
+            left.pop(verdicts.index(True))
+        elif None in verdicts:
+            undecided = True
+        else:
+            return False
+    return None if undecided else True
 
 
 def _all(verdicts: object) -> bool | None:
@@ -370,6 +378,7 @@ def _compare_matrices(a: list[list[str]], b: list[list[str]]) -> bool | None:
 
 
 def _compare_values(reference: str, answer: str) -> bool | None:
+    reference, answer = (text.replace(",", "") if _NUMBER.fullmatch(text) else text for text in (reference, answer))
     for text, other in ((reference, answer), (answer, reference)):
         if text.endswith("%") and not other.endswith("%"):
             parts = text[:-1]
@@ -449,7 +458,7 @@ def _settle_structure(reference: str, answer: str, a: bool, b: bool) -> tuple[bo
     if _DENIAL.search(answer) and not _DENIAL.search(reference):
         return False, "words"
     label, single = _LABEL.fullmatch(answer), _CHOICE.fullmatch(reference)
-    if label and not _LABEL.fullmatch(reference) and not re.search(r"\b[A-J][).:]", label[2]):
+    if label and (single or not _LABEL.fullmatch(reference)) and not re.search(r"\b[A-J][).:]", label[2]):
         return (single[1] == label[1], "words") if single else _settle(reference, normalise(label[2]))
     verdict = _compare_words(reference, answer)
     if verdict is not None:
@@ -470,7 +479,7 @@ def _settle_structure(reference: str, answer: str, a: bool, b: bool) -> tuple[bo
     intervals = _compare_intervals(reference, answer)
     if intervals is not None:
         return intervals[0], "lists"
-    lists = _items(reference), _items(answer)
+    lists = None if a else _items(reference), None if b else _items(answer)
     if lists[0] and lists[1]:
         return _compare_lists(lists[0], lists[1]), "lists"
     if len(_sides(reference)) > 1 or len(_sides(answer)) > 1:

@@ -30,7 +30,7 @@ _MATHS = re.compile(
     re.DOTALL,
 )
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(\w)(?![\w.,]))")
-_SENTENCE_END = re.compile(r"(?:(?<!\\)[.!?](?:\s+(?![^{}\n]{0,60}\})|$)|[。！？]|\n)")
+_SENTENCE_END = re.compile(r"((?<!\\)[.!?](?:\s+(?![^{}\n]{0,60}\})|$)|[。！？]|\n)")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
 _COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
 FUNCTION_NAMES = r"(?:arc)?(?:sin|cos|tan)h?|ln|log|exp|sqrt|mod|pi|max|min|gcd|lcm"
@@ -82,8 +82,9 @@ _CONCLUDE = {"so", "thus", "hence", "therefore", "then", "is", "are", "was", "we
 _EXPLAIN = {"because", "since", "that", "divided"}
 _TAKEN_BACK = {"no,", "wait", "actually", "sorry", "correction", "rather"}
 _FILLERS = {"be", "equal", "equals", "to", "the", "answer", "simply", "just", "="}
+_ANY = {"all", "any", "anything", "every", "everything", "no"}
 _UNDECIDED = {"or", "either", "maybe", "perhaps", "possibly"}
-_REFUTED = {"wrong", "false", "incorrect", "impossible"}
+_REFUTED = {"wrong", "false", "incorrect", "impossible", "excluded", "rejected", "fails"}
 _NEW_CLAIM = {*_CONCLUDE, *_EXPLAIN, "instead", "rather", "it", "we"} - {
     "be",
     "is",
@@ -97,14 +98,16 @@ _ALTERNATIVE = re.compile(
     r"\W*(?:(?:and|but)\s+)?(?:or|alternatively|otherwise|else|maybe|perhaps|possibly|also|another|if not|either)\b",
     re.IGNORECASE,
 )
-_RECONSIDERED = re.compile(r"\W*(?:no|wait|actually|sorry|correction|hmm|oops|i mean)\b(?=\W)", re.IGNORECASE)
+_RECONSIDERED = re.compile(
+    r"\W*(?:no|wait|actually|sorry|correction|hmm|oops|i mean|(?:just )?kidding|scratch that)\b(?=\W)", re.IGNORECASE
+)
 _UNSURE = re.compile(
     r"\b(?:or|alternatively|otherwise|maybe|perhaps|possibl[ey]|could|might|may|either|also|another|if not)\b",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
-    r"[\s$*)}]*(?:\\[)\]])?[\s$*]*(?:(?:is|was|are|would be|must be|seems)(?:n['’]t\b|\s+(?:not|wrong|incorrect|false|"
-    r"impossible|never|neither)\b)|(?:cannot|can['’]t) be\b|\?)",
+    r"[\s$*)}]*(?:\\[)\]])?[\s$*]*(?:(?:is|was|are|does|do|would be|must be|seems)"
+    r"(?:n['’]t\b|\s+(?:not|wrong|incorrect|false|impossible|never|neither)\b)|(?:cannot|can['’]t) be\b|fails\b|\?|\\pm(?![a-z])|\+|\^)",
     re.IGNORECASE,
 )
 _BETWEEN_BOXES = re.compile(
@@ -128,7 +131,7 @@ _YES_NO = re.compile(r"\W*(yes|no|true|false)\s*[,.;:!]\s+(.*)", re.IGNORECASE |
 _REFUTED_BEFORE = re.compile(
     r"(?:(?:\bnot|n['’]t) (?:true|correct|right|the case|so)"
     r"|\b(?:false|wrong|incorrect|doubt\w*|unlikely|impossible))"
-    r"(?: that)?(?: [\w$=]+){0,4}[\s$*]*$",
+    r"(?: that)?(?: [\w$='’]+){0,4}[\s$*]*$",
     re.IGNORECASE,
 )
 
@@ -208,11 +211,9 @@ def _last_words(text: str) -> list[str]:
 
 def _bounds(words: list[str]) -> bool:
     """Whether the words before a candidate say that it only bounds the result."""
-    return any(word in _RANGES for word in words[-2:]) or words[-2:] in (
-        ["up", "to"],
-        ["anything", "but"],
-        ["all", "but"],
-    )
+    if words[-1:] == ["but"] and not _ANY.isdisjoint(words):
+        return True
+    return words[-2:] in (["up", "to"], ["rule", "out"]) or not _RANGES.isdisjoint(words[-2:])
 
 
 def boxed(text: str) -> str | None:
@@ -344,7 +345,7 @@ def _candidates(sentence: str) -> tuple[list[_Candidate], list[str]]:
 
 def _denied(candidate: _Candidate) -> bool:
     """Whether the words before it say that it is not, or that it only bounds the result."""
-    if _bounds(candidate.before):
+    if _bounds(candidate.before) or _REFUTED_BEFORE.search(" ".join(candidate.before)):
         return True
     for word in reversed(candidate.before):
         if word in _DENIALS or word.endswith("n't"):
@@ -357,7 +358,11 @@ def _denied(candidate: _Candidate) -> bool:
 def _refuted(words: list[str]) -> bool:
     """Whether the words after a candidate take it back, or leave it open."""
     first, second = [*words, "", ""][:2]
-    denied = first == "cannot" or first.endswith("n't") or (first in ("is", "was", "are") and second in _DENIALS)
+    denied = (
+        first == "cannot"
+        or first.endswith("n't")
+        or (first in ("is", "was", "are", "does", "do") and second in _DENIALS)
+    )
     return denied or first == "or" or not _REFUTED.isdisjoint(words)
 
 
@@ -422,7 +427,10 @@ def _phrase(sentence: str) -> str:
 
 
 def _sentences(text: str) -> list[str]:
-    return [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip(f"{_IGNORED}-#_.")]
+    """Without questions, which state nothing."""
+    parts = [*_SENTENCE_END.split(text), ""]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [part for part, end in pairs if part.strip(f"{_IGNORED}-#_.") and not end.startswith("?")]
 
 
 def _conclusion(text: str) -> str:
