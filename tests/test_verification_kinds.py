@@ -92,6 +92,8 @@ DENIALS = (
      "$x \\neq {a}$", "x ≠ {a}",
     "The answer is at least {a}", "The answer is more than {a}.", "The answer is less than {a}",
      "The answer is {a} or more", "at most {a}",
+    "We can rule out {a}.", "{a} does not work.", "{a} fails", "Any number but {a}", "It isn't true that it's {a}", "is it {a}?",
+    "\\boxed{{{a}}} does not work", "\\boxed{{{a}}}\\pm 1", "The answer is {a}. Just kidding, it's 1234.", "{a} is excluded.",
     "{a}? no, 1234", "{a}, no wait, 1234", "{a}... actually 1234", "The answer is {a}. No, it is 1234.",
      "<answer>not {a}</answer>",
     "The answer is not \\boxed{{{a}}}.", "It isn't $\\boxed{{{a}}}$", "cannot be \\boxed{{{a}}}",
@@ -216,6 +218,7 @@ ORDERED: dict[str, tuple[list[str], list[str]]] = {  # reference: right answers,
     "f(1)=2, f(2)=4": (["f(2)=4, f(1)=2"], ["f(1)=4, f(2)=2"]),
     "mean=3, median=5": (["median=5, mean=3"], ["mean=5, median=3"]),
     "x=1 \\text{ or } x=-2": (["1, -2", "-2, 1", "x=-2 \\text{ or } x=1"], ["x=1", "1", "2, -1"]),
+    "1, 1, 2": (["2, 1, 1"], ["1, 2, 2", "1, 2"]),
     "x=5": (["5", "5=x", "x = 5"], ["y=5", "x=-5", "5x"]),
 }  # fmt: skip
 

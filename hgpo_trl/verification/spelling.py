@@ -25,7 +25,6 @@ _LATEX = [
     for pattern, replacement, mark in (  # the mark is part of whatever the pattern matches
         (r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", "", ""),
         (r"\\!\s*", "", "\\!"),
-        (r"\{,\}(?=\d{3})", ",", "{,}"),
         (r"(?<!\\)\\[,;: ]", " ", ""),
         (r"\\frac\s*([\da-z])\s*([\da-z])(?![\da-z])", r"\\frac{\1}{\2}", "frac"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", "frac"),
@@ -58,6 +57,7 @@ _LATEX = [
 _PLAIN = [
     (mark, re.compile(pattern), replacement)
     for pattern, replacement, mark in (
+        (r"\{,\}(?=\d{3})", ",", "{,}"),
         (r"~|\s+", " ", ""),
         (r"\$|°", "", ""),
         (r"(?<=[\d}]) ?\b(?:percent(?:age)?|per cent)\b", "%", "cent"),

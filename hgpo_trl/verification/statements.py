@@ -107,7 +107,8 @@ _UNSURE = re.compile(
 )
 _DENIED_AFTER = re.compile(
     r"[\s$*)}]*(?:\\[)\]])?[\s$*]*(?:(?:is|was|are|does|do|would be|must be|seems)"
-    r"(?:n['’]t\b|\s+(?:not|wrong|incorrect|false|impossible|never|neither)\b)|(?:cannot|can['’]t) be\b|fails\b|\?|\\pm(?![a-z])|\+|\^)",
+    r"(?:n['’]t\b|\s+(?:not|wrong|incorrect|false|impossible|never|neither)\b)"
+    r"|(?:cannot|can['’]t) be\b|fails\b|\?|\\pm(?![a-z])|\+|\^)",
     re.IGNORECASE,
 )
 _BETWEEN_BOXES = re.compile(

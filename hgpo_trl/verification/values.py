@@ -237,7 +237,7 @@ class _Arithmetic:
             case "+":
                 return self.sum([self(term) for term in tree[1:]])
             case "-":
-                return 0 - self(tree[1])  # not -z, which turns the sign of a zero and with it the branch of a root
+                return -self(tree[1])
             case "*":
                 return self(tree[1]) * self(tree[2])
             case "/":
@@ -301,7 +301,7 @@ class _Floats(_Arithmetic):
         return sum(terms)
 
     def power(self, base: complex, exponent: complex) -> complex:
-        return base**exponent
+        return (base + 0) ** exponent  # + 0 turns -0.0 into 0.0, which decides the branch of a root
 
     def factorial(self, value: complex) -> complex:
         if value.imag or value.real != int(value.real) or not 0 <= value.real <= 170:
@@ -311,7 +311,7 @@ class _Floats(_Arithmetic):
     def function(self, name: str, value: complex) -> complex:
         if name in ("cot", "sec", "csc"):
             raise _NotExactError
-        return getattr(cmath, name)(value)
+        return getattr(cmath, name)(value + 0)
 
     def constant(self, name: str) -> complex:
         return {"e": complex(math.e), "i": 1j, "pi": complex(math.pi)}[name]
