@@ -17,6 +17,7 @@ from hgpo_trl.data.adapters import adapt, generic
 from hgpo_trl.data.example import Drop
 from hgpo_trl.data_files import load_data
 from hgpo_trl.evaluation import GROUPS
+from hgpo_trl.verification import final_answer
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # of Qwen2.5-Math's evaluation
 CHOICE_INSTRUCTION = "Please reason step by step, and put the letter of your choice, alone, within \\boxed{}."
@@ -191,10 +192,10 @@ def _column(name: str, rows: Dataset, field: str) -> str:
 
 
 def _answer(answer: Any) -> Any:
-    """A list as text, which the verifier reads as its entries; of a worked answer what follows `####`."""
+    """A list as text, which the verifier reads as its entries; of a worked solution its final answer."""
     if isinstance(answer, list):
         return str([str(entry) for entry in answer])
-    return answer.rpartition("####")[2] if isinstance(answer, str) else answer
+    return final_answer(answer) if isinstance(answer, str) else answer
 
 
 def _choices(question: str, right: str, wrong: list[str]) -> tuple[str, str]:
