@@ -97,7 +97,8 @@ def compare(rows: list[dict[str, str]], per_query: int, queries: int, repeats: i
                 text = answer(rng, kind, words(other["answer"]), solutions)
                 cases.append((str(row["answer"]), text, kind, right and kind != "malformed"))
         if repeat < 0:
-            check_answers(["x+1"] * 8, [f"1+x+{i}y" for i in range(8)])  # starts the workers
+            floors = [f"\\lfloor x+{i} \\rfloor" for i in range(8)]
+            check_answers(floors, floors[::-1])  # starts the workers
         start = time.perf_counter()
         ours = check_answers([case[0] for case in cases], [case[1] for case in cases])
         middle = time.perf_counter()

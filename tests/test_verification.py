@@ -396,14 +396,21 @@ def test_a_server_that_does_not_start(tmp_path: Path) -> None:
 
 def test_from_many_threads() -> None:
     def work(i: int) -> list[bool | None]:
-        return check_answers(["\\lfloor x+1 \\rfloor"] * 3, [f"\\lfloor 1+x+{i} \\rfloor", "\\lfloor 1+x \\rfloor", f"\\lfloor x+{i} \\rfloor"])
+        return check_answers(
+            ["\\lfloor x+1 \\rfloor"] * 3,
+            [f"\\lfloor 1+x+{i} \\rfloor", "\\lfloor 1+x \\rfloor", f"\\lfloor x+{i} \\rfloor"],
+        )
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(work, range(8))) == [[i == 0, True, i == 1] for i in range(8)]
 
 
 def in_child(connection: Any) -> None:
-    connection.send(check_answers(["\\lfloor x+1 \\rfloor", "\\lfloor x+1 \\rfloor"], ["\\lfloor 1+x \\rfloor", "\\lfloor x \\rfloor"]))
+    connection.send(
+        check_answers(
+            ["\\lfloor x+1 \\rfloor", "\\lfloor x+1 \\rfloor"], ["\\lfloor 1+x \\rfloor", "\\lfloor x \\rfloor"]
+        )
+    )
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -434,7 +441,8 @@ def test_a_script_without_main_guard(tmp_path: Path) -> None:
         """
         from hgpo_trl.verification import check_answers
         print("started")
-        print(check_answers(["\\\\lfloor x+1 \\\\rfloor", "\\\\lfloor x+1 \\\\rfloor"], ["\\\\lfloor 1+x \\\\rfloor", "\\\\lfloor x \\\\rfloor"]))
+        print(check_answers(["\\\\lfloor x+1 \\\\rfloor", "\\\\lfloor x+1 \\\\rfloor"], ["\\\\lfloor 1+x \\\\rfloor",
+         "\\\\lfloor x \\\\rfloor"]))
         """,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "started\n[True, False]\n", "")
@@ -501,7 +509,8 @@ def test_values_are_sympys(expression: sympy.Expr) -> None:
 
 
 def test_most_expressions_are_evaluated() -> None:
-    for text in ("\\frac{3x^2+1}{y-2}", "\\sqrt{2}x", "2(x+y)", "\\frac{\\pi}{3}", "3\\sqrt[3]{x}", "4\\cdot 5 - 2", "\\sin x", "a_1",
+    for text in ("\\frac{3x^2+1}{y-2}", "\\sqrt{2}x", "2(x+y)", "\\frac{\\pi}{3}", "3\\sqrt[3]{x}", "4\\cdot 5 - 2",
+     "\\sin x", "a_1",
                  "\\log_2 3", "\\cos^2 2x", "5!", "\\binom{5}{2}", "0.\\overline{36}"):  # fmt: skip
         assert values.has_value(spelling.normalise(text)), text
     for text in ("1/2x", "x^12", "(1, 2)", "", "x^{2^{3}", "\\lfloor x \\rfloor", "\\sin^{-1} x"):

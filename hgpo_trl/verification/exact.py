@@ -9,15 +9,27 @@ from typing import NamedTuple
 
 from hgpo_trl.verification import values
 from hgpo_trl.verification.spelling import marks, normalise, split, tight
-from hgpo_trl.verification.statements import DOLLAR, MAX_STATEMENT, boxed, broken_off, in_words, is_expression, stated, stripped
+from hgpo_trl.verification.statements import (
+    DOLLAR,
+    MAX_STATEMENT,
+    boxed,
+    broken_off,
+    in_words,
+    is_expression,
+    stated,
+    stripped,
+)
 
 _MAX_DIGITS = 1_000  # of a fraction's parts; Python refuses to make an integer of more than 4,300
+_MAX_ROUNDED = 15  # characters: as many digits as floating point tells
 _ROUNDED = 6  # digits from which a decimal is taken for a rounded value
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
+_POWER = r"(?:\^\{?[23]\}?)?"
+_UNIT_WORDS = rf"\\text\{{(?![^{{}}]*\b(?:or|and|not|more|less|than|if|at)\b)[^{{}}\d]*\}}{_POWER}"
 _UNIT = (
-    r"(?:\\text\{(?![^{}]*\b(?:or|and|not|more|less|than|if|at)\b)[^{}\d]*\}(?:\^\{?\d\}?)?(?:/\\text\{[^{}\d]*\}(?:\^\{?\d\}?)?)?"
-    r"|[kmc]?m/(?:h|hr|s|min)|(?!or\b|and\b|not\b)(?:cm|mm|km|kg|ft|[a-z]{4,}(?: [a-z]{2,}){0,2}|day|USD|feet|mph)(?:\^\{?[23]\}?)?)?"
+    rf"(?:{_UNIT_WORDS}(?:/{_UNIT_WORDS})?|[kmc]?m/(?:h|hr|s|min)"
+    rf"|(?!or\b|and\b|not\b)(?:cm|mm|km|kg|ft|[a-z]{{4,}}(?: [a-z]{{2,}}){{0,2}}|day|USD|feet|mph){_POWER})?"
 )
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)(?P<value>{_DECIMAL})(?P<percent>%?){_UNIT}")
 _INTEGER = rf"-?\d{{1,{_MAX_DIGITS}}}"
@@ -30,13 +42,15 @@ _SLASH = re.compile(
 )
 _SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _NUMBERS_IN_A_ROW = re.compile(r"[-\d.,]+(?: [-\d.,]+)+")
-_BASED = re.compile(r"(?P<digits>[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
+_BASED = re.compile(r"(?P<digits>-?[0-9A-Fa-f]+)_\{?(?P<base>\d{1,2})\}?")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][A-Za-z' -]*(?: [\w' -]*)?)")
-_NAMES = re.compile(r"\\text\{[^{}\d]+\}|[A-Za-z]{3,}[A-Za-z ]*")
+_NAMES = re.compile(r"\\text\{[^{}]+\}|[A-Za-z]{3,}[A-Za-z ]*")
 _SET = re.compile(  # or a matrix, or an inequality
-    r"\\(?:cup|cap|infty|begin|le|ge|ne|emptyset)(?![A-Za-z])|[<>]"
+    r"\\(?:cup|cap|in|infty|begin|le|ge|ne|emptyset)(?![A-Za-z])|[<>]"
 )
-_DENIAL = re.compile(r"\b(?:or|not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"\b(?:or|not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE
+)
 _CHOICE = re.compile(r"(?:\\text\{)?\(?(?:\\text\{)?\(?(?:[Oo]ption |[Cc]hoice )?\(?([A-Z])\)?\}?\)?\}?")
 _LABEL = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\.|:)\}?\s*(.+)")
 _BRACKETS = (("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("\\{", "\\}"))
@@ -45,7 +59,7 @@ _NAME = re.compile(
     r"\\?[A-Za-z]+'?(?:_(?:\{\w+\}|\w))?'?(?:\^2)?|[A-Za-z](?:_(?:\{\w+\}|\w))?(?:\^\{-1\})?\([^()=]*\)"
     r"|\\angle ?[A-Z]+|\\(?:text|overline)\{[^{}]*\}|[|\[][A-Za-z]+[|\]]"
 )
-_TUPLE_NAME = re.compile(r"\(([A-Za-z_\d{}]+(?:, ?[A-Za-z_\d{}]+)+)\)")
+_TUPLE_NAME = re.compile(r"\(([A-Za-z_\d{}\\]+(?:, ?[A-Za-z_\d{}\\]+)+)\)")
 _IN = re.compile(r"(\\?[A-Za-z]+(?:_\w)?) ?\\in(?![A-Za-z]) ?(.+)")
 _VARIABLE = re.compile(r"\\[a-z]+|[A-Za-z](?:_(?:\{\w+\}|\w))?")
 _MODULUS = re.compile(r" ?\\pmod\{(\w+)\}$")
@@ -53,8 +67,8 @@ _APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 _MATRIX = re.compile(r"\\begin\{([pbv]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _SIGNS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _RELATIONS = ("<", ">", "\\le", "\\ge")
-_UNCLEAR = re.compile(r"\\dots(?![A-Za-z])|[#?;\"&]|\\text\{[^{}]*\b(?:and|or|not|more|less|than|if)\b")
-_GSM8K = re.compile(r"^####\s*(\S.*?)\s*\Z", re.MULTILINE)
+_UNCLEAR = re.compile(r"[-+*/=<>^]$|\\dots(?![A-Za-z])|[#?;\"&]|\\text\{[^{}]*\b(?:and|or|not|more|less|than|if)\b")
+_WORKED = re.compile(r"^####\s*(\S.*?)\s*\Z", re.MULTILINE)
 
 
 # --- numbers and words -------------------------------------------------------------------------------------------
@@ -181,10 +195,18 @@ def _compare_lists(a: _List, b: _List) -> bool | None:
 
 
 def _compare_unordered(a: list[str], b: list[str]) -> bool | None:
-    table = [[_settle(x, y)[0] for y in b] for x in a]
-    if all(True in row for row in table) and all(True in column for column in zip(*table, strict=True)):
-        return True
-    return None if any(True not in row and None in row for row in table) else False
+    """Each entry has a partner of its own."""
+    left = list(b)
+    undecided = False
+    for x in a:
+        verdicts = [_settle(x, y)[0] for y in left]
+        if True in verdicts:
+            left.pop(verdicts.index(True))
+        elif None in verdicts:
+            undecided = True
+        else:
+            return False
+    return None if undecided else True
 
 
 def _all(verdicts: object) -> bool | None:
@@ -218,7 +240,7 @@ def _compare_named(a: _List, b: _List) -> tuple[bool | None] | None:
             return (False,)
         return (_all(_settle(named[name], others[name])[0] for name in named),)
     names = named or others or {}
-    if len({name[0] for name in names}) == 1:  # x_1 and x_2 are two values of one unknown
+    if named is None and len({name[0] for name in names}) == 1:  # x_1 and x_2 are two values of one unknown
         return None
     values_ = [[*names.values()], b.items if named is not None else a.items]
     return (_all(_settle(x, y)[0] for x, y in zip(*values_, strict=True)),)
@@ -270,9 +292,9 @@ def _compare_equations(reference: str, answer: str) -> bool | None:
     if _TUPLE_NAME.fullmatch(left[0]) or _TUPLE_NAME.fullmatch(right[0]):
         a, b = _unfolded(left), _unfolded(right)
         return _compare_lists(a, b) if a and b else False
-    if _VARIABLE.fullmatch(left[0]) and _VARIABLE.fullmatch(right[0]):
-        if values.is_number(left[-1]) and values.is_number(right[-1]):
-            return False
+    named = _VARIABLE.fullmatch(left[0]) and _VARIABLE.fullmatch(right[0])
+    if named and values.is_number(left[-1]) and values.is_number(right[-1]):
+        return False
     if len(left) == len(right) == 2:
         return values.proportional(*(f"{side[0]}-({side[1]})" for side in (left, right))) or None
     return None
@@ -356,6 +378,7 @@ def _compare_matrices(a: list[list[str]], b: list[list[str]]) -> bool | None:
 
 
 def _compare_values(reference: str, answer: str) -> bool | None:
+    reference, answer = (text.replace(",", "") if _NUMBER.fullmatch(text) else text for text in (reference, answer))
     for text, other in ((reference, answer), (answer, reference)):
         if text.endswith("%") and not other.endswith("%"):
             parts = text[:-1]
@@ -364,14 +387,19 @@ def _compare_values(reference: str, answer: str) -> bool | None:
         if text.endswith("%"):
             return values.compare(reference[:-1], answer[:-1])
     verdict = values.compare(reference, answer)
-    if verdict is False:
-        for text, other in ((reference, answer), (answer, reference)):
-            match = _NUMBER.fullmatch(text)
-            if match and "." in match["value"] and values.is_number(other):
-                found = values.value(other)
-                decimal = Decimal(match["sign"] + match["value"].replace(",", ""))
-                return found is not None and not found.imag and len(text) < 16 and _rounds_to(decimal, Fraction(found.real))
+    if verdict is False and (_rounded(reference, answer) or _rounded(answer, reference)):
+        return True
     return verdict
+
+
+def _rounded(text: str, other: str) -> bool:
+    """Whether the one is a decimal that the other, an irrational number, rounds to."""
+    number = _NUMBER.fullmatch(text)
+    if not number or "." not in number["value"] or len(text) > _MAX_ROUNDED or not values.is_number(other):
+        return False
+    found = values.value(other)
+    decimal = Decimal(number["sign"] + number["value"].replace(",", ""))
+    return found is not None and not found.imag and _rounds_to(decimal, Fraction(found.real))
 
 
 def _without_modulus(text: str) -> tuple[str, str]:
@@ -380,7 +408,7 @@ def _without_modulus(text: str) -> tuple[str, str]:
 
 
 def _congruent(reference: str, answer: str) -> tuple[bool | None, str] | None:
-    """A residue, with or without its modulus and the name of what is congruent to it. None where there is no modulus."""
+    """A residue, with or without its modulus and the name of what is congruent to it; None without a modulus."""
     (left, modulus), (right, other) = _without_modulus(reference), _without_modulus(answer)
     if not modulus and not other:
         return None
@@ -388,12 +416,11 @@ def _congruent(reference: str, answer: str) -> tuple[bool | None, str] | None:
         return False, "values"
     left, right = left.replace("\\equiv", "="), right.replace("\\equiv", "=")
     verdict, rung = _settle(left, right)
-    if modulus and other and verdict is False and modulus.isdigit():
-        sides = _sides(left), _sides(right)
-        x, y = values.rational(sides[0][-1]), values.rational(sides[1][-1])
-        if x is not None and y is not None and tight(sides[0][0]) == tight(sides[1][0]) or len(sides[0]) == len(sides[1]) == 1:
-            same = x is not None and y is not None and int(modulus) > 0 and (x - y) % int(modulus) == 0
-            return same, "values"
+    if modulus and other and verdict is False and modulus.isdigit() and int(modulus):
+        a, b = _sides(left), _sides(right)
+        x, y = values.rational(a[-1]), values.rational(b[-1])
+        if x is not None and y is not None and [tight(side) for side in a[:-1]] == [tight(side) for side in b[:-1]]:
+            return (x - y) % int(modulus) == 0, "values"
     return verdict, rung
 
 
@@ -418,12 +445,10 @@ def _settle(reference: str, answer: str) -> tuple[bool | None, str]:
     a, b = _number(reference), _number(answer)
     if a and b:
         return _equal_numbers(a, b), "numbers"
-    return _settle_structure(reference, answer, a, b)
+    return _settle_structure(reference, answer, bool(a), bool(b))
 
 
-def _settle_structure(
-    reference: str, answer: str, a: _Number | None, b: _Number | None
-) -> tuple[bool | None, str]:
+def _settle_structure(reference: str, answer: str, a: bool, b: bool) -> tuple[bool | None, str]:
     based, other_based = _BASED.fullmatch(reference), _BASED.fullmatch(answer)
     if based and other_based:
         same = based["base"] == other_based["base"] and based["digits"].lstrip("0") == other_based["digits"].lstrip("0")
@@ -433,7 +458,7 @@ def _settle_structure(
     if _DENIAL.search(answer) and not _DENIAL.search(reference):
         return False, "words"
     label, single = _LABEL.fullmatch(answer), _CHOICE.fullmatch(reference)
-    if label and not _LABEL.fullmatch(reference) and not re.search(r"\b[A-J][).:]", label[2]):
+    if label and (single or not _LABEL.fullmatch(reference)) and not re.search(r"\b[A-J][).:]", label[2]):
         return (single[1] == label[1], "words") if single else _settle(reference, normalise(label[2]))
     verdict = _compare_words(reference, answer)
     if verdict is not None:
@@ -454,7 +479,7 @@ def _settle_structure(
     intervals = _compare_intervals(reference, answer)
     if intervals is not None:
         return intervals[0], "lists"
-    lists = _items(reference), _items(answer)
+    lists = None if a else _items(reference), None if b else _items(answer)
     if lists[0] and lists[1]:
         return _compare_lists(lists[0], lists[1]), "lists"
     if len(_sides(reference)) > 1 or len(_sides(answer)) > 1:
@@ -466,11 +491,13 @@ def _settle_structure(
             if listed and len(sides) == 2 and _NAME.fullmatch(sides[0]):
                 return _settle(reference if lists[0] else sides[-1], answer if lists[1] else sides[-1])
     several, one = (lists[0], answer) if lists[0] else (lists[1], reference)
-    if several and (values.has_value(one) or (several.opening == "" and several is lists[1])):
+    if several and (values.has_value(one.rstrip("%")) or (several.opening == "" and several is lists[1])):
         return _one_of_several(several, one), "lists"
-    for number, text in ((a, answer), (b, reference)):
-        if number and (_NAMES.fullmatch(text) or _SET.search(text) or _NUMBERS_IN_A_ROW.fullmatch(text)):
+    for number, text in ((reference, answer), (answer, reference)):
+        if (_SET.search(text) or _NAMES.fullmatch(text)) and values.has_value(number.rstrip("%")):
             return False, "words"
+        if _NUMBERS_IN_A_ROW.fullmatch(text):
+            return False, "numbers"
     ratios = split(reference, ":"), split(answer, ":")
     if ratios[0] and ratios[1] and len(ratios[0]) + len(ratios[1]) > 2:
         return _compare_ratios(ratios[0], ratios[1]), "values"
@@ -487,17 +514,20 @@ def _compare_ratios(a: list[str], b: list[str]) -> bool | None:
     return _all(values.compare(f"({x})({b[0]})", f"({y})({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
 
 
+def final_answer(reference: str) -> str:
+    """What follows `####` in the last line of a worked solution (GSM8K); any other reference as it is."""
+    worked = _WORKED.search(reference) if "####" in reference else None
+    return worked[1] if worked else reference
+
+
 @functools.lru_cache(maxsize=65_536)  # a query's reference answer is asked for N times a step, and again every epoch
 def expression(text: str) -> str:
     r"""A reference answer as one expression.
 
-    That is what follows `####` in the last line of a worked solution (GSM8K), what a box holds, or the entries of a list as
-    text ("['2', '3']"), separated by commas.
+    That is the final answer of a worked solution, what a box holds, or the entries of a list as text ("['2', '3']"),
+    separated by commas.
     """
-    bare = text.strip()
-    worked = _GSM8K.search(bare) if "####" in bare else None
-    if worked:
-        bare = worked[1]
+    bare = final_answer(text).strip()
     if bare.startswith("['") or bare.startswith('["'):
         try:
             entries = ast.literal_eval(bare)
@@ -512,30 +542,35 @@ def expression(text: str) -> str:
     return stripped(DOLLAR.sub("", bare))
 
 
+class _Reference(NamedTuple):
+    expression: str
+    number: _Number | None
+    normalised: str
+
+
 @functools.lru_cache(maxsize=65_536)
-def _normalised_reference(text: str) -> str:
-    return normalise(expression(text))
+def _reference(text: str) -> _Reference:
+    found = expression(text)
+    return _Reference(found, _number(found), normalise(found))
 
 
 def settle(reference: str, answer: str) -> tuple[bool | None, str]:
     """The verdict of the exact rungs on a whole answer, and the rung that gave it."""
-    bare = stripped(answer)
-    if bare in (stripped(reference), expression(reference)):
+    bare, expected = stripped(answer), _reference(reference)
+    if bare in (expected.expression, stripped(reference)):
         return True, "text"
-    if len(bare) <= MAX_STATEMENT:
-        number, other = _number(expression(reference)), _number(bare)
-        if number and other:
-            return _equal_numbers(number, other), "numbers"
-    if in_words(bare, expression(reference)):
+    if expected.number and len(bare) <= MAX_STATEMENT and (number := _number(bare)):
+        return _equal_numbers(expected.number, number), "numbers"
+    if in_words(bare, expected.expression):
         return True, "text"
     statement = stated(answer)
     if statement == "" or broken_off(answer):
         return False, "text"
-    if max(len(statement), len(reference)) > MAX_STATEMENT:
-        return None, "symbolic"
-    left, right = _normalised_reference(reference), normalise(statement)
-    verdict, rung = _settle(left, right)
-    if verdict is None and not (_is_clear(left) and _is_clear(right)):
+    if max(len(statement), len(expected.normalised)) > MAX_STATEMENT:
+        return False, "text"
+    normalised = normalise(statement)
+    verdict, rung = _settle(expected.normalised, normalised)
+    if verdict is None and not (_is_clear(expected.normalised) and _is_clear(normalised)):
         return False, "text"
     return verdict, rung if verdict is not None else "symbolic"
 

@@ -13,58 +13,65 @@ _COMMANDS = {
     **dict.fromkeys(("vec", "overrightarrow"), "\\vec"),
     **dict.fromkeys(("displaystyle", "textstyle", "degree", "limits", "rm", "bf"), " "),
     **dict.fromkeys(("quad", "qquad"), " "),
-    **dict.fromkeys(("leq", "leqslant"), "\\le"), **dict.fromkeys(("geq", "geqslant"), "\\ge"), "neq": "\\ne", "lt": "<",
+    **dict.fromkeys(("leq", "leqslant"), "\\le"), **dict.fromkeys(("geq", "geqslant"), "\\ge"), "neq": "\\ne",
+     "lt": "<",
     "gt": ">", "varnothing": "\\emptyset", **dict.fromkeys(("lor", "vee", "land"), ","), "dbinom": "\\binom",
     **dict.fromkeys(("ldots", "cdots", "dotsc"), "\\dots"), "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "lbrace": "\\{", "rbrace": "\\}", "bmod": "\\mod", "ast": "*", "colon": ":", "euro": "", "pounds": "",
     "infin": "\\infty", "bar": "\\overline", "simeq": "\\approx",
 }  # fmt: skip
 _LATEX = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", ""),
-        (r"\\!\s*", ""),
-        (r"\{,\}(?=\d{3})", ","),
-        (r"(?<!\\)\\[,;: ]", " "),
-        (r"\\frac\s*([\da-z])\s*([\da-z])(?![\da-z])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*([\da-z])\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\{[^{}]*\})\s*([\da-z])", r"\1{\2}"),
-        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-        (r"^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1}{\2}"),
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\text\s*\{\s*([^{}]*?)[\s.]*\}", r"\\text{\1}"),
-        (r"\\text\{~?([ei])\}", r"\1"),
-        (r"\\(?:text|vec)\s*\{([a-z])\}(?=\s*(?:[-+]|$))", r"\1"),
-        (r"\\text\{((?:arc)?(?:sin|cos|tan)h?|ln|log|exp)\}", r"\\\1"),
-        (r"\\text\{([-+]?[\d.,/]+)\}", r"\1"),
-        (r"\\text\{([-+]?[\d.,/]+) ([a-z][a-z ]*)\}", r"\1\\text{\2}"),
-        (r"\\text\{[\s,(]*(?:either|both)[\s,]*\}", ""),
-        (r"\\text\{[\s,(]*(?:and|or)(?:[\s,]+(?:maybe|perhaps|possibly|also))*[\s,]*\}", ", "),
-        (r"\s*\\text\{\s*(?:percent(?:age)?|per cent|\\?%)\s*\}", "%"),
-        (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", ""),
-        (r"\s*\(?\\(?:pmod|mod)\s*(?:\{\s*(\w+)\s*\}|(\w+))\)?|\s*\(\\text\{mod\}\s*(\w+)\)", r" \\pmod{\1\2\3}"),
-        (r"\\\{\s*\\\}", r"\\emptyset"),
-        (r"\+\\infty", r"\\infty"),
-        (r"\\([$%])", r"\1"),
+    (mark, re.compile(pattern), replacement)
+    for pattern, replacement, mark in (  # the mark is part of whatever the pattern matches
+        (r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", "", ""),
+        (r"\\!\s*", "", "\\!"),
+        (r"(?<!\\)\\[,;: ]", " ", ""),
+        (r"\\frac\s*([\da-z])\s*([\da-z])(?![\da-z])", r"\\frac{\1}{\2}", "frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", "frac"),
+        (r"\\frac\s*([\da-z])\s*\{", r"\\frac{\1}{", "frac"),
+        (r"(\\frac\{[^{}]*\})\s*([\da-z])", r"\1{\2}", "frac"),
+        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}", "over"),
+        (r"^([^{}]*)\\over(?![a-z])([^{}]*)$", r"\\frac{\1}{\2}", "over"),
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", "sqrt"),
+        (r"\\text\s*\{\s*([^{}]*?)[\s.]*\}", r"\\text{\1}", "text"),
+        (r"\\text\{~?([ei])\}", r"\1", "text"),
+        (r"\\text\s*\{([a-z])\}(?=\s*(?:[-+]|$))", r"\1", "text"),
+        (r"\\vec\s*\{([a-z])\}", r"\1", "vec"),
+        (r"\\text\{((?:arc)?(?:sin|cos|tan)h?|ln|log|exp)\}", r"\\\1", "text"),
+        (r"\\text\{([-+]?[\d.,/]+)\}", r"\1", "text"),
+        (r"\\text\{([-+]?[\d.,/]+) ([a-z][a-z ]*)\}", r"\1\\text{\2}", "text"),
+        (r"\\text\{[\s,(]*(?:either|both)[\s,]*\}", "", "text"),
+        (r"\\text\{[\s,(]*(?:and|or)(?:[\s,]+(?:maybe|perhaps|possibly|also))*[\s,]*\}", ", ", "text"),
+        (r"\s*\\text\{\s*(?:percent(?:age)?|per cent|\\?%)\s*\}", "%", "text"),
+        (r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "", "circ"),
+        (
+            r"\s*\(?\\(?:pmod|mod)\s*(?:\{\s*(\w+)\s*\}|(\w+))\)?|\s*\(\\text\{mod\}\s*(\w+)\)",
+            r" \\pmod{\1\2\3}",
+            "mod",
+        ),
+        (r"\\\{\s*\\\}", r"\\emptyset", "\\{"),
+        (r"\+\\infty", r"\\infty", "infty"),
+        (r"\\([$%])", r"\1", ""),
     )
 ]
 _PLAIN = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"~|\s+", " "),
-        (r"\$|°", ""),
-        (r"(?<=[\d}]) ?\b(?:percent(?:age)?|per cent|pct)\b| (?=%)", lambda match: "%" if match[0].strip() else ""),
-        (r" ?\(?\bmod (\w+)\)?", r" \\pmod{\1}"),
-        (r"\.{3,}", r"\\dots "),
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),
-        (rf"(?<![A-Za-z\\{{])(?={FUNCTION_NAMES})({FUNCTION_NAMES})(?=[\s(^_\d\\])", r"\\\1"),
-        (r" *,? +(?:and|or) +(?=[-\d\\(\[]|[A-Za-z] ?=)|(?<=^[A-Z]) (?:and|or) (?=[A-Z]$)", ", "),
-        (r"^(?:either|both) ", ""),
-        (r"(?<=[\d)\]}]) *; *", ", "),
-        (r"(?<![\d.,/])(\d+) (\d+)/(\d+)(?![\d/.])", r"\1\\frac{\2}{\3}"),
-        (r" (?![\w\\])|(?<![\w,]) |(?<=\d) (?=[A-Za-z\\])", ""),
+    (mark, re.compile(pattern), replacement)
+    for pattern, replacement, mark in (
+        (r"\{,\}(?=\d{3})", ",", "{,}"),
+        (r"~|\s+", " ", ""),
+        (r"\$|°", "", ""),
+        (r"(?<=[\d}]) ?\b(?:percent(?:age)?|per cent)\b", "%", "cent"),
+        (r" (?=%)", "", " %"),
+        (r" ?\(?\bmod (\w+)\)?", r" \\pmod{\1}", "mod"),
+        (r"\.{3,}", r"\\dots ", "..."),
+        (r"<=", r"\\le ", "<="),
+        (r">=", r"\\ge ", ">="),
+        (rf"(?<![A-Za-z\\{{])(?={FUNCTION_NAMES})({FUNCTION_NAMES})(?=[\s(^_\d\\])", r"\\\1", ""),
+        (r" *,? +(?:and|or) +(?=[-\d\\(\[]|[A-Za-z] ?=)|(?<=^[A-Z]) (?:and|or) (?=[A-Z]$)", ", ", " "),
+        (r"^(?:either|both) ", "", "either"),
+        (r"(?<=[\d)\]}]) *; *", ", ", ";"),
+        (r"(?<![\d.,/])(\d+) (\d+)/(\d+)(?![\d/.])", r"\1\\frac{\2}{\3}", "/"),
+        (r" (?![\w\\])|(?<![\w,]) |(?<=\d) (?=[A-Za-z\\])", "", ""),
     )
 ]
 _SINGLE = re.compile(r"(?<=[_^])\{(\w)\}")
@@ -79,10 +86,12 @@ def normalise(text: str) -> str:
     text = plain(text)
     if "\\" in text:
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), _FENCES.sub("", text))
-        for pattern, replacement in _LATEX:
+        for mark, pattern, replacement in _LATEX:
+            if mark in text:
+                text = pattern.sub(replacement, text)
+    for mark, pattern, replacement in _PLAIN:
+        if mark in text:
             text = pattern.sub(replacement, text)
-    for pattern, replacement in _PLAIN:
-        text = pattern.sub(replacement, text)
     text = stripped(text)
     while len(text) > 2 and (text[0], text[-1]) in (("(", ")"), ("{", "}")) and _enclosed(text):
         text = text[1:-1].strip()

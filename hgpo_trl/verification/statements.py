@@ -1,9 +1,9 @@
 """What an answer states: the one expression, or the words, that it gives as its result.
 
 In order: the content of `<answer>` tags, the last box, an answer that is an expression as a whole, what follows "the
-answer is", else the last sentence with mathematics in it. Prose is read in terms of its candidates, the stretches of
-mathematics between its words: one is what the answer states, several that are joined by "or", "and" and commas are a list,
-and where one is denied, or several stand beside each other in another way, the answer states nothing.
+answer is", else the last sentence with mathematics in it. Prose is read by its candidates, the stretches of mathematics
+between its words: one is what the answer states, several that are joined by "or", "and" and commas are a list, and
+where one is denied, or several stand beside each other in another way, the answer states nothing.
 """
 
 import re
@@ -30,7 +30,7 @@ _MATHS = re.compile(
     re.DOTALL,
 )
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(\w)(?![\w.,]))")
-_SENTENCE_END = re.compile(r"(?:(?<!\\)[.!?](?:\s+(?![^{}\n]{0,60}\})|$)|[。！？]|\n)")
+_SENTENCE_END = re.compile(r"((?<!\\)[.!?](?:\s+(?![^{}\n]{0,60}\})|$)|[。！？]|\n)")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
 _COMMAND = re.compile(r"\\[A-Za-z]+(\s*\{[^{}]*\})?")  # of LaTeX, with what it applies to
 FUNCTION_NAMES = r"(?:arc)?(?:sin|cos|tan)h?|ln|log|exp|sqrt|mod|pi|max|min|gcd|lcm"
@@ -43,39 +43,74 @@ DOLLAR = re.compile(r"(?<!\\)\$")
 ANY_DOLLAR = re.compile(r"\\?\$")
 
 # Words that decide which candidate of a sentence counts
-_JOINTS = {"or", "and", "maybe", "perhaps", "possibly", "probably", "also", "else", "alternatively", "otherwise", "either",
+_JOINTS = {"or", "and", "maybe", "perhaps", "possibly", "probably", "also", "else", "alternatively", "otherwise",
+ "either",
            "both", "nor", "even", "vs", "versus", "&", "/", "|"}  # fmt: skip
-_DENIALS = {"not", "no", "never", "cannot", "neither", "nor", "except", "without", "wrong", "false", "incorrect", "impossible"}
-_RANGES = {"than", "least", "most", "between", "from", "above", "below", "exceeds", "exceed", "beyond", "within", "under"}
+_DENIALS = {
+    "not",
+    "no",
+    "never",
+    "cannot",
+    "neither",
+    "nor",
+    "except",
+    "without",
+    "wrong",
+    "false",
+    "incorrect",
+    "impossible",
+    "\\ne",
+    "\\neq",
+}
+_RANGES = {
+    "than",
+    "least",
+    "most",
+    "between",
+    "from",
+    "above",
+    "below",
+    "exceeds",
+    "exceed",
+    "beyond",
+    "within",
+    "under",
+}
 _CONCLUDE = {"so", "thus", "hence", "therefore", "then", "is", "are", "was", "were", "be", "equals", "equal", "get",
              "gets", "gives", "give", "makes", "make", "have", "has", "obtain", "obtains", "yields", "leaves", "but",
              "being", "becomes", "remains", "it's", "that's"}  # fmt: skip
 _EXPLAIN = {"because", "since", "that", "divided"}
 _TAKEN_BACK = {"no,", "wait", "actually", "sorry", "correction", "rather"}
-_REFUTED = {"wrong", "false", "incorrect", "impossible"}
-_NEW_CLAIM = {*_CONCLUDE, *_EXPLAIN, "instead", "rather", "it", "we"} - {"be", "is", "are", "was", "were", "equal", "have"}
+_FILLERS = {"be", "equal", "equals", "to", "the", "answer", "simply", "just", "="}
+_ANY = {"all", "any", "anything", "every", "everything", "no"}
+_UNDECIDED = {"or", "either", "maybe", "perhaps", "possibly"}
+_REFUTED = {"wrong", "false", "incorrect", "impossible", "excluded", "rejected", "fails"}
+_NEW_CLAIM = {*_CONCLUDE, *_EXPLAIN, "instead", "rather", "it", "we"} - {
+    "be",
+    "is",
+    "are",
+    "was",
+    "were",
+    "equal",
+    "have",
+}
 _ALTERNATIVE = re.compile(
     r"\W*(?:(?:and|but)\s+)?(?:or|alternatively|otherwise|else|maybe|perhaps|possibly|also|another|if not|either)\b",
     re.IGNORECASE,
 )
-_RECONSIDERED = re.compile(r"\W*(?:no|wait|actually|sorry|correction|hmm|oops|i mean)\b(?=\W)", re.IGNORECASE)
+_RECONSIDERED = re.compile(
+    r"\W*(?:no|wait|actually|sorry|correction|hmm|oops|i mean|(?:just )?kidding|scratch that)\b(?=\W)", re.IGNORECASE
+)
 _UNSURE = re.compile(
     r"\b(?:or|alternatively|otherwise|maybe|perhaps|possibl[ey]|could|might|may|either|also|another|if not)\b",
     re.IGNORECASE,
 )
-_DENIED_BEFORE = re.compile(
-    r"(?:(?:\bnot|n['’]t|\bnever|\bcannot|\bneither|\bnor|≠|\\neq?)\s*(?:be|equals?(?: to)?|the answer|simply|just)?"
-    r"|\b(?:not|n['’]t) (?:true|correct|right|the case|so) that\b[^.\n]{0,80}|\b(?:false|wrong|incorrect) that\b[^.\n]{0,80}"
-    r"|\b(?:more|less|greater|fewer|larger|smaller|other|rather) than|\bat (?:least|most)|\bbetween)"
-    r"[\s$*:({]*(?:\\[(\[])?[\s{]*$",
-    re.IGNORECASE,
-)
 _DENIED_AFTER = re.compile(
-    r"[\s$*)}]*(?:\\[)\]])?[\s$*]*(?:(?:is|was|are|would be|must be|seems)(?:n['’]t\b|\s+(?:not|wrong|incorrect|false|"
-    r"impossible|never|neither)\b)|(?:cannot|can['’]t) be\b|\?)",
+    r"[\s$*)}]*(?:\\[)\]])?[\s$*]*(?:(?:is|was|are|does|do|would be|must be|seems)"
+    r"(?:n['’]t\b|\s+(?:not|wrong|incorrect|false|impossible|never|neither)\b)"
+    r"|(?:cannot|can['’]t) be\b|fails\b|\?|\\pm(?![a-z])|\+|\^)",
     re.IGNORECASE,
 )
-_OR_BEFORE = re.compile(r"(?:^|[\s,$])(?:or|either|maybe|perhaps|possibly)(?:\s+\w+){0,2}[\s$*:(]*(?:\\[(\[])?\s*$", re.IGNORECASE)
 _BETWEEN_BOXES = re.compile(
     r"[\s$*.;,)\\(\]\[]*(?:,|;|/|&|\b(?:and|or|maybe|perhaps|possibly|alternatively|otherwise|either|else|also)\b"
     r"(?:[^.\n\\$]{0,60})?)[\s$*(\\\[]*",
@@ -87,15 +122,17 @@ _OR_AFTER = re.compile(
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
-    r"\b(?:option|choice)\s+\(?([A-J])\)?(?![\w'])|^\W*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)", re.IGNORECASE
+    r"\b(?:option|choice)\s+\(?([A-J])\)?(?![\w'])|^\W*\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)",
+    re.IGNORECASE,
 )
 _LABEL = re.compile(r"(?<!\w)\(?[A-J][.):](?=\s)")
 _LABELLED = re.compile(r"\(?[A-J][.):]\s+[^\n]{1,100}")
 _YES_NO = re.compile(r"\W*(yes|no|true|false)\s*[,.;:!]\s+(.*)", re.IGNORECASE | re.DOTALL)
 
 _REFUTED_BEFORE = re.compile(
-    r"(?:\b(?:not|n't) (?:true|correct|right|the case|so)|\bfalse|\bwrong|\bincorrect|\bdoubt\w*|\bunlikely|\bimpossible)"
-    r"(?: that)?(?: \w+){0,2}\s*$",
+    r"(?:(?:\bnot|n['’]t) (?:true|correct|right|the case|so)"
+    r"|\b(?:false|wrong|incorrect|doubt\w*|unlikely|impossible))"
+    r"(?: that)?(?: [\w$='’]+){0,4}[\s$*]*$",
     re.IGNORECASE,
 )
 
@@ -103,7 +140,8 @@ _CHARACTERS = str.maketrans(
     {
         "−": "-", "–": "-", "‐": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "÷": "/", "∞": "\\infty ",
         "π": "\\pi ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "±": "\\pm ", "∅": "\\emptyset ",
-        "∪": "\\cup ", "∈": "\\in ", "∠": "\\angle ", "²": "^{2}", "³": "^{3}", "½": "\\frac{1}{2}", "⅓": "\\frac{1}{3}",
+        "∪": "\\cup ", "∈": "\\in ", "∠": "\\angle ", "²": "^{2}", "³": "^{3}", "½": "\\frac{1}{2}",
+         "⅓": "\\frac{1}{3}",
         "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}", "⅕": "\\frac{1}{5}", "⅛": "\\frac{1}{8}",
         "⅙": "\\frac{1}{6}", "⅖": "\\frac{2}{5}", "⅗": "\\frac{3}{5}", "⅘": "\\frac{4}{5}", "⅚": "\\frac{5}{6}",
         "⅜": "\\frac{3}{8}", "⅝": "\\frac{5}{8}", "⅞": "\\frac{7}{8}",
@@ -163,21 +201,41 @@ def _last_boxes(text: str) -> list[_Box]:
     return boxes
 
 
+def _last_words(text: str) -> list[str]:
+    """The last words before a box, without the mathematics that it begins; empty where a sentence has ended."""
+    words = text.rstrip("$*([{\\ \n").replace("’", "'").rsplit(None, 5)[-5:]
+    ends = max(
+        (i for i, word in enumerate(words) if word.endswith((".", "!", "?", ":")) or word.lower() == "no,"), default=-1
+    )
+    return [word.strip("$*,;:()[]{}").lower() for word in words[ends + 1 :]]
+
+
+def _bounds(words: list[str]) -> bool:
+    """Whether the words before a candidate say that it only bounds the result."""
+    if words[-1:] == ["but"] and not _ANY.isdisjoint(words):
+        return True
+    return words[-2:] in (["up", "to"], ["rule", "out"]) or not _RANGES.isdisjoint(words[-2:])
+
+
 def boxed(text: str) -> str | None:
     """What the last box holds, and what is joined to it by a comma, "and" or "or"; nothing where it is denied."""
     boxes = _last_boxes(text)
     if not boxes:
         return None
     last = boxes[-1]
-    before, after = text[max(0, boxes[-1].start - 120) : last.start], text[last.end : last.end + 120]
-    if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
+    before, after = text[max(0, last.start - 100) : last.start], text[last.end : last.end + 120]
+    if _DENIED_AFTER.match(after) or (" that " in before and _REFUTED_BEFORE.search(before)):
+        return ""
+    words = _last_words(before)
+    denied = next((word for word in reversed(words) if word not in _FILLERS), "")
+    if denied in _DENIALS or denied.endswith("n't") or _bounds(words):
         return ""
     contents = [last.content]
     for earlier, later in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _BETWEEN_BOXES.fullmatch(text[earlier.end : later.start]):
             break
         contents.insert(0, earlier.content)
-    if len(contents) == 1 and _OR_BEFORE.search(before):
+    if len(contents) == 1 and _UNDECIDED.intersection(words[-2:]):
         return ""
     other = _OR_AFTER.match(after)
     if other:
@@ -267,13 +325,13 @@ def _candidates(sentence: str) -> tuple[list[_Candidate], list[str]]:
         if depth > 0 or mathematical or letter or (operator and (run or _MATHEMATICAL.search(following))):
             if run and depth <= 0 and run[-1].rstrip("*").endswith((",", ";", "?", ":")):
                 finish()
-            run.append(token.strip("*_\"`"))
+            run.append(token.strip('*_"`'))
             depth += sum(token.count(b) for b in "([{") - sum(token.count(b) for b in ")]}")
             continue
         finish()
         depth = 0
         comma = comma or token in (",", ";")
-        word = token.strip("*_\"`()[],;:.!?").lower()
+        word = token.strip('*_"`()[],;:.!?').lower()
         if word == "no" and token.lower() != "no":
             word = "no,"  # that takes back what stands before it
         if token[:1] in ",;" or (token[-1:] in ",;" and not found):
@@ -288,7 +346,7 @@ def _candidates(sentence: str) -> tuple[list[_Candidate], list[str]]:
 
 def _denied(candidate: _Candidate) -> bool:
     """Whether the words before it say that it is not, or that it only bounds the result."""
-    if any(word in _RANGES for word in candidate.before[-2:]) or candidate.before[-2:] in (["up", "to"], ["anything", "but"], ["all", "but"]):
+    if _bounds(candidate.before) or _REFUTED_BEFORE.search(" ".join(candidate.before)):
         return True
     for word in reversed(candidate.before):
         if word in _DENIALS or word.endswith("n't"):
@@ -298,11 +356,28 @@ def _denied(candidate: _Candidate) -> bool:
     return False
 
 
+def _refuted(words: list[str]) -> bool:
+    """Whether the words after a candidate take it back, or leave it open."""
+    first, second = [*words, "", ""][:2]
+    denied = (
+        first == "cannot"
+        or first.endswith("n't")
+        or (first in ("is", "was", "are", "does", "do") and second in _DENIALS)
+    )
+    return denied or first == "or" or not _REFUTED.isdisjoint(words)
+
+
 def _joined(candidate: _Candidate) -> bool:
     """Whether it continues a list."""
     words = candidate.before
-    return words == ["to"] or (not words and candidate.comma) or (
-        bool(words) and any(word in _JOINTS for word in words) and all(word in _JOINTS or i < 2 for i, word in enumerate(words))
+    return (
+        words == ["to"]
+        or (not words and candidate.comma)
+        or (
+            bool(words)
+            and any(word in _JOINTS for word in words)
+            and all(word in _JOINTS or i < 2 for i, word in enumerate(words))
+        )
     )
 
 
@@ -311,9 +386,7 @@ def _read(sentence: str, *, anchored: bool) -> str | None:
     candidates, tail = _candidates(sentence)
     if not candidates:
         return None
-    if tail[:1] == ["or"] or _REFUTED.intersection(tail) or (tail and (tail[0] in ("cannot",) or tail[0].endswith("n't"))) or (
-        len(tail) > 1 and tail[0] in ("is", "was", "are") and (tail[1] in _DENIALS)
-    ):  # fmt: skip
+    if _refuted(tail):
         return ""
     groups: list[list[_Candidate]] = []
     for candidate in candidates:
@@ -327,15 +400,12 @@ def _read(sentence: str, *, anchored: bool) -> str | None:
     if len(kept) > 1 and not (anchored and not candidates[0].before):
         last = max((i for i, group in enumerate(kept) if i == 0 or _CONCLUDE.intersection(group[0].before)), default=0)
         kept = kept[last:]
-    hedged = any(_JOINTS.intersection(candidate.before) for group in kept for candidate in group[1:]) or any(
-        _JOINTS.intersection(group[0].before) for group in kept[1:]
-    )
     if any("or" in group[0].before or _TAKEN_BACK.intersection(group[0].before) for group in groups[1:]):
         return ""
     if len(kept) > 1:
         words = kept[1][0].before
         explained = _EXPLAIN.intersection(words) or "to" in words[:-1]
-        if hedged or not explained or any(len(group) > 1 for group in kept[1:]):
+        if not explained or any(len(group) > 1 or _JOINTS.intersection(group[0].before) for group in kept[1:]):
             return ""
     return ", ".join(candidate.text for candidate in kept[0])
 
@@ -358,7 +428,10 @@ def _phrase(sentence: str) -> str:
 
 
 def _sentences(text: str) -> list[str]:
-    return [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip(f"{_IGNORED}-#_.")]
+    """Without questions, which state nothing."""
+    parts = [*_SENTENCE_END.split(text), ""]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [part for part, end in pairs if part.strip(f"{_IGNORED}-#_.") and not end.startswith("?")]
 
 
 def _conclusion(text: str) -> str:

@@ -1,7 +1,6 @@
 """The last rung: math-verify, which may take any time it likes."""
 
 import functools
-import threading
 
 from hgpo_trl.verification.exact import expression
 from hgpo_trl.verification.statements import ANY_DOLLAR, MAX_EXPRESSION, stated

@@ -18,7 +18,7 @@ from hgpo_trl.verification.statements import MAX_EXPRESSION
 _MAX_BITS = 200_000  # of an exact numerator or denominator
 _MAX_EXPONENT_BITS = 2_000  # of an exponent in floating point; a tower such as 9^{9^{9^9}} is beyond it
 _PRECISION = 192  # bits
-_MAX_PRECISION = 50_000
+_MAX_PRECISION = 100_000
 _MAX_DEPTH = 60
 
 _MIXED = re.compile(r"(?<![\d.}^])(\d+)\\frac\{(\d+)\}\{(\d+)\}")
@@ -29,8 +29,8 @@ _CONSTANTS = {"e": "e", "i": "i", "\\pi": "pi"}
 _PAIRS = {"(": ")", "{": "}", "[": "]"}
 _GREEK = {
     f"\\{name}" for name in (
-        "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
-        "omega Delta Omega"
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi "
+        "psi omega Delta Omega"
     ).split()
 }  # fmt: skip
 FUNCTIONS = {
@@ -43,11 +43,11 @@ _FUNCTION = {f"\\{name}": function for name, function in FUNCTIONS.items()}
 _Tree = tuple  # an operator and its operands, each a tree, or a leaf: ("number", text), ("letter", name), ("pi",)
 
 
-class _NotExact(ArithmeticError):
+class _NotExactError(ArithmeticError):
     """The value is irrational."""
 
 
-class _TooLarge(ArithmeticError):
+class _TooLargeError(ArithmeticError):
     """The value has more digits than can be computed."""
 
 
@@ -76,7 +76,7 @@ class _Parser:
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             raise ValueError("nested too deep")
-        terms = []
+        terms: list[_Tree] = []
         while not terms or self.next() in ("+", "-"):
             negative = self.next() == "-"
             if self.next() in ("+", "-"):
@@ -169,9 +169,9 @@ class _Parser:
         if token in _CONSTANTS:
             return (_CONSTANTS[token],)
         if token == "\\frac":
-            return ("/", self.group("{"), self.group("{"))
+            return ("/", self.argument(), self.argument())
         if token == "\\binom":
-            return ("binomial", self.group("{"), self.group("{"))
+            return ("binomial", self.argument(), self.argument())
         if token == "\\sqrt":
             degree = self.group("[") if self.next() == "[" else ("number", "2")
             return ("root", self.argument(), degree)
@@ -237,7 +237,7 @@ class _Arithmetic:
             case "+":
                 return self.sum([self(term) for term in tree[1:]])
             case "-":
-                return 0 - self(tree[1])  # not -z, which turns the sign of a zero and with it the branch of a root
+                return -self(tree[1])
             case "*":
                 return self(tree[1]) * self(tree[2])
             case "/":
@@ -301,17 +301,17 @@ class _Floats(_Arithmetic):
         return sum(terms)
 
     def power(self, base: complex, exponent: complex) -> complex:
-        return base**exponent
+        return (base + 0) ** exponent  # + 0 turns -0.0 into 0.0, which decides the branch of a root
 
     def factorial(self, value: complex) -> complex:
         if value.imag or value.real != int(value.real) or not 0 <= value.real <= 170:
-            raise _NotExact
+            raise _NotExactError
         return complex(math.factorial(int(value.real)))
 
     def function(self, name: str, value: complex) -> complex:
         if name in ("cot", "sec", "csc"):
-            raise _NotExact
-        return getattr(cmath, name)(value)
+            raise _NotExactError
+        return getattr(cmath, name)(value + 0)
 
     def constant(self, name: str) -> complex:
         return {"e": complex(math.e), "i": 1j, "pi": complex(math.pi)}[name]
@@ -328,31 +328,31 @@ class _Fractions(_Arithmetic):
             return self.power(_exact_root(base, exponent.denominator), Fraction(exponent.numerator))
         bits = max(abs(base.numerator).bit_length(), base.denominator.bit_length())
         if bits > 1 and bits * abs(exponent.numerator) > _MAX_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return base**exponent.numerator
 
     def factorial(self, value: Fraction) -> Fraction:
         if value.denominator != 1 or value < 0:
-            raise _NotExact
+            raise _NotExactError
         if value > 10_000:
-            raise _TooLarge
+            raise _TooLargeError
         return Fraction(math.factorial(value.numerator))
 
     def function(self, name: str, value: Fraction) -> Fraction:
-        raise _NotExact
+        raise _NotExactError
 
     def constant(self, name: str) -> Fraction:
-        raise _NotExact
+        raise _NotExactError
 
 
 def _exact_root(value: Fraction, degree: int) -> Fraction:
     if value < 0 or not 2 <= degree <= 64:
-        raise _NotExact
+        raise _NotExactError
     parts = []
     for part in (value.numerator, value.denominator):
         root = math.isqrt(part) if degree == 2 else _integer_root(part, degree)
         if root**degree != part:
-            raise _NotExact
+            raise _NotExactError
         parts.append(root)
     return Fraction(*parts)
 
@@ -394,19 +394,19 @@ class _LongFloats(_Arithmetic):
 
     def power(self, base: Any, exponent: Any) -> Any:
         if exponent and self.context.mag(exponent) > _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         if base and abs(self.context.mag(base)) > 1 << _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return self.context.power(base, exponent)
 
     def factorial(self, value: Any) -> Any:
         if value and self.context.mag(value) > _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return self.context.factorial(value)
 
     def function(self, name: str, value: Any) -> Any:
         if name != "log" and value and self.context.mag(value) > _MAX_EXPONENT_BITS:
-            raise _TooLarge
+            raise _TooLargeError
         return getattr(self.context, name)(value)
 
     def constant(self, name: str) -> Any:
@@ -486,7 +486,7 @@ def _same_at(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | No
         pass
     try:
         return _same_in_digits(a, b, letter)
-    except _TooLarge:
+    except _TooLargeError:
         return False
     except _ERRORS:
         return None
@@ -494,12 +494,12 @@ def _same_at(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | No
 
 def _same_in_digits(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | None:
     """A difference that shrinks as the precision grows is none."""
-    floats = _LongFloats(letter, _PRECISION)
-    if not all(map(floats.context.isfinite, (floats(a), floats(b)))):
+    first = _LongFloats(letter, _PRECISION), _LongFloats(letter, _PRECISION)
+    if not all(floats.context.isfinite(floats(tree)) for floats, tree in zip(first, (a, b), strict=True)):
         return None
-    precision = _PRECISION + 2 * floats.spread
+    precision = _PRECISION + max(floats.spread for floats in first)
     if precision > _MAX_PRECISION:
-        raise _TooLarge
+        raise _TooLargeError
     gaps = []
     for bits in (precision, 2 * precision):
         floats = _LongFloats(letter, bits)
@@ -536,7 +536,8 @@ def compare(reference: str, answer: str) -> bool | None:
         if same and _real_at(a, _negative) and _real_at(b, _negative):
             same = _same_at(a, b, _negative)
     if same is False and bool(letters) != bool(others) and not _far_apart(a, b, _one):
-        return False if _same_at(a, b, _one) is False else None
+        in_sum = any(node[0] == "+" for node in _nodes(a if letters else b))
+        return False if in_sum or _same_at(a, b, _one) is False else None
     return same
 
 
