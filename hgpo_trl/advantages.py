@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from hgpo_trl.errors import UserError
+
 ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed")
 TIES = ("all", "first")
 INTRA_SCOPES = ("mode", "all")
@@ -24,16 +26,16 @@ TIE_TOLERANCE = 1e-6  # relative: rewards come in float32, whose rounding must n
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+        raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def check_coefficients(alpha: float, margin: float, discount: float) -> None:
     """Raise ValueError unless α and δ are finite and γ lies in (0, 1]."""
     for name, value in (("alpha", alpha), ("margin", margin)):
         if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number; got {value}.")
+            raise UserError(f"{name} must be a finite number; got {value}.")
     if not 0.0 < discount <= 1.0:
-        raise ValueError(f"discount must lie in (0, 1]; got {discount}.")
+        raise UserError(f"discount must lie in (0, 1]; got {discount}.")
 
 
 def assign_rewards(

@@ -42,7 +42,7 @@ def best_responses(
     Args:
         samples, has_answer: see `fit_to_imitate`. A query without a response that is fit is left out.
         margin: δ, what a no-think response is given on top of its reward, as in Eq. 8; 0 is the paper's baseline.
-        seed: of the lot that decides between equals.
+        seed: of the random choice between equals.
 
     Returns:
         `prompt_id` and `completion`.
@@ -61,9 +61,9 @@ def preference_pairs(
     Args:
         samples, has_answer: see `fit_to_imitate`. A query is left out whose winner would not be fit, or one of whose
             modes has no sample with a reward.
-        margin: δ, what no-think is given on top of its mean, as in Eq. 8, where equality is its, too; 0 is the paper's
-            baseline.
-        seed: of the lot that decides between equals within a mode and, without a margin, between the modes.
+        margin: δ, what no-think is given on top of its mean; equality then goes to no-think, as in Eq. 8. 0 is the
+            paper's baseline.
+        seed: of the random choice between equals: within a mode and, without a margin, between the modes.
 
     Returns:
         `prompt_id`, `chosen`, `rejected`.
@@ -87,7 +87,7 @@ _DECIMALS = 9  # what rounding alone sets apart is equal
 
 
 def _ranked(rows: pd.DataFrame, by: str, seed: int, *, highest: bool) -> pd.DataFrame:
-    """Of every query the row with the highest or the lowest value, by lot among equals; sorted by query."""
+    """The row with the highest or the lowest value of every query, a random one of equals; sorted by query."""
     shuffled = rows.sample(frac=1.0, random_state=seed).assign(**{by: lambda table: table[by].round(_DECIMALS)})
     return shuffled.sort_values([PROMPT_ID, by], ascending=[True, not highest], kind="stable").drop_duplicates(
         PROMPT_ID

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from hgpo_trl.data.adapters import adapt, generic
 from hgpo_trl.data.example import Drop
 from hgpo_trl.data_files import load_data
+from hgpo_trl.errors import UserError
 from hgpo_trl.evaluation import GROUPS
 from hgpo_trl.verification import final_answer
 
@@ -99,7 +100,7 @@ def load_benchmark(name: str, data_dir: str | None = None) -> Dataset:
         data_dir: folder with a local copy, as `local_copy` finds it; None: the hub.
 
     Raises:
-        ValueError: there is no such copy, the hub does not give it, a column is missing, or a row lacks question or
+        UserError: there is no such copy, the hub does not give it, a column is missing, or a row lacks question or
             answer.
     """
     benchmark = BENCHMARKS[name]
@@ -114,7 +115,7 @@ def local_copy(name: str, data_dir: str) -> Path:
     """The file of a benchmark in a folder: NAME or NAME_test (the same for `copies`), .json, .jsonl or .parquet.
 
     Raises:
-        ValueError: the folder or the file is not there; names every file that was looked for.
+        UserError: the folder or the file is not there; names every file that was looked for.
     """
     folder = Path(data_dir)
     stems = [f"{stem}{test}" for stem in (name, *BENCHMARKS[name].copies) for test in ("", "_test")]
@@ -123,7 +124,7 @@ def local_copy(name: str, data_dir: str) -> Path:
         if (folder / file).is_file():
             return folder / file
     what = "holds none of" if folder.is_dir() else "is not a folder with one of"
-    raise ValueError(
+    raise UserError(
         f"data={name!r}: data_dir={data_dir!r} {what} {', '.join(looked_for)}. Put a copy of "
         f"{BENCHMARKS[name].hub} there, or leave data_dir out to load it from the hub."
     )
@@ -133,7 +134,7 @@ def _from_hub(name: str, benchmark: Benchmark) -> Dataset:
     try:
         return load_dataset(benchmark.hub, benchmark.subset, split=benchmark.split)
     except Exception as error:  # of datasets, huggingface_hub or httpx: they have no base in common
-        raise ValueError(
+        raise UserError(
             f"data={name!r}: {benchmark.hub} cannot be loaded from the hub: {type(error).__name__}: {error}. Check the "
             "network (with HF_HUB_OFFLINE=1 only what the cache holds is found) and your access to it (hf auth "
             "login, where its terms have to be accepted), or give a folder with a local copy as data_dir."
@@ -144,13 +145,13 @@ def as_prompts(name: str, rows: Dataset) -> Dataset:
     """A benchmark's own rows, in their order, in the form that `load_benchmark` describes.
 
     Raises:
-        ValueError: a column is missing, or a row lacks question, answer or a choice.
+        UserError: a column is missing, or a row lacks question, answer or a choice.
     """
     benchmark = BENCHMARKS[name]
     columns = {field: _column(name, rows, field) for field in ("prompt", "answer")}
     groups = {field: _first(rows, benchmark.fields.get(field, ())) for field in GROUPS}
     if missing := [column for column in benchmark.wrong if column not in rows.column_names]:
-        raise ValueError(f"data={name!r} has no column {missing[0]!r}; its columns are {sorted(rows.column_names)}.")
+        raise UserError(f"data={name!r} has no column {missing[0]!r}; its columns are {sorted(rows.column_names)}.")
     reader = generic({"prompt": "prompt", "reference": "answer"}, domain=name)
     prompts, answers = [], []
     for number, row in enumerate(tqdm(rows, desc=name, unit="row")):
@@ -173,8 +174,8 @@ def as_prompts(name: str, rows: Dataset) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "answer": answers, **labels})
 
 
-def _cannot_be_asked(name: str, number: int, reason: str) -> ValueError:
-    return ValueError(f"data={name!r}: row {number} cannot be asked: {reason}. Fix or remove it in your copy.")
+def _cannot_be_asked(name: str, number: int, reason: str) -> UserError:
+    return UserError(f"data={name!r}: row {number} cannot be asked: {reason}. Fix or remove it in your copy.")
 
 
 def _first(rows: Dataset, names: tuple[str, ...]) -> str | None:
@@ -184,7 +185,7 @@ def _first(rows: Dataset, names: tuple[str, ...]) -> str | None:
 def _column(name: str, rows: Dataset, field: str) -> str:
     names = BENCHMARKS[name].fields[field]
     if (found := _first(rows, names)) is None:
-        raise ValueError(
+        raise UserError(
             f"data={name!r} has no column {' or '.join(names)} for its {field}; its columns are "
             f"{sorted(rows.column_names)}. Rename the one that holds it."
         )

@@ -16,6 +16,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -38,8 +39,8 @@ _PADS = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<|end_of_text|>", "<pad>
 _OPENING = re.compile(r"(?:<think>\s*(?:</think>\s*)?|</think>\s*)?\Z")
 _EMPTY_TRACE = re.compile(r"<think>\s*</think>\s*")  # as some templates write into earlier turns
 _REMEDY = (
-    "Write one whose generation prompt takes thinking_mode (auto, think, no_think) and ends with the mode's tag, or "
-    "remove the tokenizer's own (chat_template.jinja) to have turns in plain text."
+    "Name one with chat_template_path whose generation prompt takes thinking_mode (auto, think, no_think) and ends "
+    "with the mode's tag; or remove the tokenizer's own (chat_template.jinja) to have turns in plain text."
 )
 
 
@@ -88,6 +89,17 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = stop
     # Padding with the stop token would let a collator that masks by id mask the end of the response too.
     tokenizer.pad_token = next((pad for pad in pads if pad and pad != stop and _has(tokenizer, pad)), stop)
+
+
+def read_template(path: str) -> str:
+    """The template that a recipe names with `chat_template_path`; UserError unless it is a Jinja file."""
+    file = Path(path)
+    if file.suffix not in (".jinja", ".j2") or not file.is_file():
+        raise UserError(
+            f"chat_template_path={path!r} is not a file that ends in .jinja. Name one; a model's own template is kept "
+            "without being named."
+        )
+    return file.read_text(encoding="utf-8")
 
 
 def has_thinking_modes(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import GRPOConfig
 
-from hgpo_trl.errors import UserError
+from hgpo_trl.errors import UnsupportedError, UserError
 from hgpo_trl.files import whole_file
 from hgpo_trl.rows import EXAMPLES, KINDS, PROMPTS, FaultyRow, Renderer, excerpt, open_row
 
@@ -317,7 +317,7 @@ def check_columns(name: str, dataset: Any) -> None:
 
     Raises:
         UserError: not a data set, no `prompt` column, no rows, or a column `response`.
-        NotImplementedError: it has images.
+        UnsupportedError: it has images.
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise UserError(f"{name} must be a datasets.Dataset or IterableDataset; got {type(dataset).__name__}.")
@@ -334,7 +334,7 @@ def check_columns(name: str, dataset: Any) -> None:
             "Rename or remove it."
         )
     if "image" in first or "images" in first:
-        raise NotImplementedError(f"{name} has images; HGPOTrainer trains text-only models. Remove the column.")
+        raise UnsupportedError(f"{name} has images; HGPOTrainer trains text-only models. Remove the column.")
 
 
 def check_dataset(
@@ -350,7 +350,7 @@ def check_dataset(
 
     Raises:
         UserError: see `check_columns` and `check_rows`.
-        NotImplementedError: the data has images.
+        UnsupportedError: the data has images.
     """
     check_columns(name, dataset)
     if not isinstance(dataset, Dataset):

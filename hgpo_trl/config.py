@@ -60,7 +60,7 @@ class HGPOConfig(GRPOConfig):
             better when lower. Only for `thinking_ratio` it must be given.
 
     Raises:
-        ValueError: at construction, naming the field, its value and the remedy.
+        UserError: at construction, naming the field, its value and the remedy.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW (paper: 1e-6)."})
@@ -142,28 +142,28 @@ class HGPOConfig(GRPOConfig):
         if self.num_generations_eval is not None:
             _check_group_size("num_generations_eval", self.num_generations_eval, minimum=2)
         if self.max_completion_length is None or self.max_completion_length < 2:
-            raise ValueError(
+            raise UserError(
                 f"max_completion_length must be at least 2, the decision token and one more; got "
                 f"{self.max_completion_length}."
             )
         if not 0.0 <= self.off_mode_warning <= 1.0:
-            raise ValueError(f"off_mode_warning must lie between 0 and 1; got {self.off_mode_warning}.")
+            raise UserError(f"off_mode_warning must lie between 0 and 1; got {self.off_mode_warning}.")
         for name in ("no_think_cap", "no_think_max_tokens"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
+                raise UserError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
         if self.eval_margin is not None and not 0.0 <= self.eval_margin < float("inf"):
-            raise ValueError(
+            raise UserError(
                 f"eval_margin must be a finite number of at least 0, or null for margin; got {self.eval_margin}."
             )
         if self.eval_token_budget is not None and not 0.0 < self.eval_token_budget < float("inf"):
-            raise ValueError(
+            raise UserError(
                 f"eval_token_budget must be a finite number of tokens above 0, or null for no budget; got "
                 f"{self.eval_token_budget}."
             )
         if self.load_best_model_at_end or self.save_strategy == "best":
             if self.eval_strategy == "no":
-                raise ValueError(
+                raise UserError(
                     "load_best_model_at_end and save_strategy=best choose a checkpoint by evaluations, but "
                     "eval_strategy is no. Set eval_strategy and eval_data, or do without the best checkpoint."
                 )
@@ -172,12 +172,12 @@ class HGPOConfig(GRPOConfig):
             self.greater_is_better = _direction(self.metric_for_best_model, self.greater_is_better)
         check_weights(self.reward_weights)
         if self.scale_rewards not in ("group", True):
-            raise ValueError(
+            raise UserError(
                 f"scale_rewards={self.scale_rewards!r} has no effect under HGPO, whose `estimator` normalises. Leave "
                 "scale_rewards at its default; estimator=rloo subtracts a baseline without dividing by the std."
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
+            raise UserError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r} normalises each reward function "
                 "before the sum, but HGPO compares the modes' raw mean rewards plus the margin. Use sum_then_normalize."
             )
@@ -186,12 +186,12 @@ class HGPOConfig(GRPOConfig):
         except ValueError as error:
             if "must be divisible by num_generations" not in str(error):
                 raise
-            raise ValueError(self._groups_do_not_come_out()) from None
+            raise UserError(self._groups_do_not_come_out()) from None
         if self.lazy_thinking:
             self._check_lazy_thinking()
         forced = {"thinking_mode", "enable_thinking"} & set(self.chat_template_kwargs or {})
         if forced:
-            raise ValueError(
+            raise UserError(
                 f"chat_template_kwargs sets {' and '.join(sorted(forced))}, but HGPO itself forces each response's "
                 "mode. Leave it out."
             )
@@ -202,21 +202,21 @@ class HGPOConfig(GRPOConfig):
             ("mask_truncated_completions", "it would leave out think responses that are the decision token alone"),
         ):
             if value := getattr(self, name):
-                raise ValueError(f"lazy_thinking does not go with {name}={value}: {why}. Turn one of them off.")
+                raise UserError(f"lazy_thinking does not go with {name}={value}: {why}. Turn one of them off.")
         if any(not 0.0 <= weight <= 1.0 for weight in self.reward_weights or []):
-            raise ValueError(
+            raise UserError(
                 f"lazy_thinking needs rewards whose weighted sum lies between 0 and 1; reward_weights is "
                 f"{self.reward_weights}. Give weights between 0 and 1, or set lazy_thinking=false."
             )
         if self.use_vllm and (self.vllm_mode == "server" or self.vllm_tensor_parallel_size > 1):
-            raise ValueError(
+            raise UserError(
                 "lazy_thinking needs processes that sample different numbers of responses; vLLM does so with "
                 f"vllm_mode=colocate and vllm_tensor_parallel_size=1, not with {self.vllm_mode} and "
                 f"{self.vllm_tensor_parallel_size}. Change them, or set lazy_thinking=false."
             )
         rows = self.per_device_train_batch_size * cast(int, self.steps_per_generation)
         if 2 * rows <= cast(int, self.num_generations):
-            raise ValueError(
+            raise UserError(
                 f"lazy_thinking needs both modes in every process: more than half of num_generations="
                 f"{self.num_generations} rows in its part of a rollout, but per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} x steps_per_generation={self.steps_per_generation} = {rows}. "
@@ -258,7 +258,7 @@ def _direction(metric: str, given: bool | None) -> bool | None:
 
 def _check_group_size(name: str, value: int | None, minimum: int) -> None:
     if value is None or value < minimum or value % 2:
-        raise ValueError(
+        raise UserError(
             f"{name} must be even and at least {minimum}, so that each mode gets half of a query's samples; "
             f"got {value}."
         )

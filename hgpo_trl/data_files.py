@@ -26,12 +26,12 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
         split: split to take; a single local file has only "train".
 
     Raises:
-        ValueError: the name looks like a path and nothing is there, the file type is unknown, there are no rows, or
+        UserError: the name looks like a path and nothing is there, the file type is unknown, there are no rows, or
             rows cannot be read: the message names the first one of JSON lines that differs from those before it.
     """
     path = Path(name)
     if path.is_file() and path.suffix not in _BUILDERS:
-        raise ValueError(f"{field}={name!r}: file type {path.suffix!r} is not one of {', '.join(_BUILDERS)}.")
+        raise UserError(f"{field}={name!r}: file type {path.suffix!r} is not one of {', '.join(_BUILDERS)}.")
     try:
         if path.is_file():
             return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
@@ -46,9 +46,9 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
     except (StopIteration, ValueError) as error:  # datasets' ways of saying that there are no rows
         if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
             raise
-        raise ValueError(f"{field}={name!r} has no rows. Give it at least one.") from None
+        raise UserError(f"{field}={name!r} has no rows. Give it at least one.") from None
     if path.suffix in _BUILDERS or looks_like_path(name):
-        raise ValueError(
+        raise UserError(
             f"{field}={name!r}: there is no such file or folder. Build it with `hgpo-trl data`, or fix the path."
         )
     return load_dataset(name, split=split)

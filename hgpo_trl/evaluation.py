@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import read_decision
+from hgpo_trl.errors import UserError
 from hgpo_trl.generate import batches, complete, end_tokens, padded, render, sampling_config, until_end
 from hgpo_trl.hybrid_accuracy import (
     Table,
@@ -190,7 +191,7 @@ def score_samples(
         reward_weights: one per reward function, as in training; None is 1 each.
 
     Raises:
-        ValueError: a reward function returns something else than one finite number or None per sample, or the weights
+        UserError: a reward function returns something else than one finite number or None per sample, or the weights
             do not fit (`check_weights`).
     """
     check_weights(reward_weights, len(reward_funcs))
@@ -234,7 +235,7 @@ def _by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, _Arrays]:
     """The samples in order, and as arrays.
 
     Raises:
-        ValueError: there are none, or not as many of every prompt in each mode.
+        UserError: there are none, or not as many of every prompt in each mode.
     """
     samples = samples.assign(mode=pd.Categorical(samples["mode"], [mode.value for mode in MODES], ordered=True))
     samples = samples.sort_values([PROMPT_ID, "mode", "sample"])
@@ -243,7 +244,7 @@ def _by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, _Arrays]:
     if counts.nunique() != 1:
         places: list[Any] = [counts.idxmin(), counts.idxmax()] if len(counts) else []
         found = ", ".join(f"prompt {prompt} has {counts[prompt, mode]} in mode {mode}" for prompt, mode in places)
-        raise ValueError(
+        raise UserError(
             f"samples: every prompt needs as many samples as the others in each mode; {found or 'there are none'}. "
             "Keep all rows of samples.parquet: a sample without a score has the reward NaN."
         )
@@ -296,7 +297,7 @@ def report_on(
         What `report.json` holds: see docs/evaluation.md.
 
     Raises:
-        ValueError: a level, subject or domain is neither a number nor text, or samples are missing.
+        UserError: a level, subject or domain is neither a number nor text, or samples are missing.
     """
     samples, arrays = _by_prompt(samples)
     curve = {}

@@ -31,7 +31,7 @@ def expand_path(field: str, text: str) -> str:
     Raises:
         UserError: the path names a variable that is not set.
     """
-    name, equals, path = text.rpartition("=")
+    name, equals, path = ("", "", text) if text.startswith("~") else text.partition("=")
     if path.startswith("~"):
         text = f"{name}{equals}{os.path.expanduser(path)}"  # noqa: PTH111 (a Path would change other text)
     if re.search(r"\s", text) or not ("/" in text or _VARIABLE.fullmatch(text)):

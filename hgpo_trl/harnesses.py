@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import write_atomically
 from hgpo_trl.generate import AUTO, Generation, HybridModel
 from hgpo_trl.modes import MODES, Mode
@@ -121,10 +122,10 @@ def read_prompts(tool: str, path: Path) -> dict[str, Row]:
     """A tool's own file of prompts, by the name of each: JSON lines (`.gz` or not) or a JSON list.
 
     Raises:
-        ValueError: there is no such file, it is not JSON, it lacks a field of the tool, or names a prompt twice.
+        UserError: there is no such file, it is not JSON, it lacks a field of the tool, or names a prompt twice.
     """
     if not path.is_file():
-        raise ValueError(f"prompts={str(path)!r}: there is no such file. Name the file of prompts that {tool} has.")
+        raise UserError(f"prompts={str(path)!r}: there is no such file. Name the file of prompts that {tool} has.")
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rows = _parse(path, content.decode("utf-8"))
     harness = HARNESSES[tool]
@@ -132,33 +133,33 @@ def read_prompts(tool: str, path: Path) -> dict[str, Row]:
     for number, row in enumerate(rows):
         missing = [field for field in harness.fields if field not in row]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"prompts={str(path)!r}: entry {number} has no field {missing[0]!r}, which {tool} has; it has "
                 f"{', '.join(row) or 'none'}. Name {tool}'s own file of prompts (docs/harnesses.md says which)."
             )
         for field in harness.fields:
             if not isinstance(row[field], str) or not row[field].strip():
-                raise ValueError(f"prompts={str(path)!r}: entry {number}: {field} must be a text; got {row[field]!r}.")
+                raise UserError(f"prompts={str(path)!r}: entry {number}: {field} must be a text; got {row[field]!r}.")
         key = str(number if harness.key is None else row[harness.key])
         if key in found:
-            raise ValueError(f"prompts={str(path)!r}: {harness.key} {key!r} is there twice. Remove one of them.")
+            raise UserError(f"prompts={str(path)!r}: {harness.key} {key!r} is there twice. Remove one of them.")
         found[key] = row
     if not found:
-        raise ValueError(f"prompts={str(path)!r} has no entries. Give it at least one.")
+        raise UserError(f"prompts={str(path)!r} has no entries. Give it at least one.")
     return found
 
 
 def _parse(path: Path, text: str) -> list[Row]:
-    """A JSON list, or JSON lines; ValueError unless it holds objects."""
+    """A JSON list, or JSON lines; UserError unless it holds objects."""
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"prompts={str(path)!r} is neither a JSON list nor JSON lines: {error}.") from None
+        raise UserError(f"prompts={str(path)!r} is neither a JSON list nor JSON lines: {error}.") from None
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"prompts={str(path)!r}: every entry must be an object with fields.")
+        raise UserError(f"prompts={str(path)!r}: every entry must be an object with fields.")
     return rows
 
 
@@ -324,18 +325,18 @@ def _cancel(futures: Iterable[Future]) -> None:
 
 
 def check_server(client: Any, base_url: str, model: str) -> None:
-    """ValueError unless the server is there, has the model, and takes modes apart."""
+    """UserError unless the server is there, has the model, and takes modes apart."""
     from openai import APIConnectionError, NotFoundError
 
     try:
         names = [entry.id for entry in client.models.list()]
     except (APIConnectionError, NotFoundError) as error:
-        raise ValueError(
+        raise UserError(
             f"base_url={base_url!r}: no such server answers there ({error}). Start one with `hgpo-trl serve`; the "
             "address ends with /v1."
         ) from error
     if model not in names:
-        raise ValueError(f"model={model!r}: the server at {base_url} has {', '.join(names)}. Name one of these.")
+        raise UserError(f"model={model!r}: the server at {base_url} has {', '.join(names)}. Name one of these.")
     probe = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": "?"}],
@@ -345,7 +346,7 @@ def check_server(client: Any, base_url: str, model: str) -> None:
     )
     message = probe.choices[0].message
     if (message.content or "").strip() in [mode.open_tag for mode in MODES]:
-        raise ValueError(
+        raise UserError(
             f"base_url={base_url!r}: the server leaves reasoning and answer in one text (its first token is "
             f"{message.content!r}). Start it with `hgpo-trl serve --model {model}`."
         )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hgpo_trl.decision import OFF_MODE
+from hgpo_trl.errors import UserError
 
 Array = NDArray[np.float64]
 Table = dict[str, Array]
@@ -323,7 +324,7 @@ def group_labels(name: str, values: Iterable[Any]) -> list[Label | None]:
         name: of the column, for the message.
 
     Raises:
-        ValueError: a value is neither a finite number nor text; names the column and the value.
+        UserError: a value is neither a finite number nor text; names the column and the value.
     """
     return [_label(name, value) for value in values]
 
@@ -343,7 +344,7 @@ def _label(name: str, value: Any) -> Label | None:
                 return None
             if math.isfinite(number):
                 return int(number) if number.is_integer() else number
-    raise ValueError(
+    raise UserError(
         f"{name}: {value!r} is {type(value).__name__}; to group by it, the column must hold finite numbers or text. "
         "Rename or remove the column, or make numbers or text of its values."
     )

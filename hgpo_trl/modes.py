@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import AddedToken
 
+from hgpo_trl.errors import UserError
+
 if TYPE_CHECKING:  # only what has to do with models needs them, and they take seconds to import
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -135,22 +137,22 @@ def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
     """Write a response in its mode's format; the inverse of `split_response` for text without tags.
 
     Raises:
-        ValueError: `mode` is unknown, a part contains a tag, `answer` is blank, or no-think is given `reasoning`, also
+        UserError: `mode` is unknown, a part contains a tag, `answer` is blank, or no-think is given `reasoning`, also
             inside `answer` (see `split_response`).
     """
     mode = Mode(mode)
     answer, reasoning = answer.strip(), reasoning.strip()
     for name, part in (("answer", answer), ("reasoning", reasoning)):
         if tag := _TAG.search(part):
-            raise ValueError(f"{name} contains the tag {tag.group()}: take it apart with split_response() first.")
+            raise UserError(f"{name} contains the tag {tag.group()}: take it apart with split_response() first.")
     if not answer:
-        raise ValueError("answer is blank: a response needs an answer; drop the example.")
+        raise UserError("answer is blank: a response needs an answer; drop the example.")
     if mode is Mode.THINK:
         return f"{mode.open_tag}\n{reasoning}\n{mode.close_tag}\n\n{answer}"
     if reasoning:
-        raise ValueError(f"reasoning was given for mode {mode}: leave it empty, or use mode {Mode.THINK}.")
+        raise UserError(f"reasoning was given for mode {mode}: leave it empty, or use mode {Mode.THINK}.")
     if mark := trace_mark(answer):
-        raise ValueError(f"answer contains {mark}, a reasoning trace, in mode {mode}: use mode {Mode.THINK}.")
+        raise UserError(f"answer contains {mark}, a reasoning trace, in mode {mode}: use mode {Mode.THINK}.")
     return f"{mode.open_tag}\n{answer}\n{mode.close_tag}"
 
 
@@ -179,7 +181,7 @@ def mode_tokens(tokenizer: "PreTrainedTokenizerBase") -> ModeTokens:
     """Look up the four tags in a tokenizer: the check to make at start-up.
 
     Raises:
-        ValueError: a tag is not exactly one token wherever it stands, is the unknown token, is registered as special,
+        UserError: a tag is not exactly one token wherever it stands, is the unknown token, is registered as special,
             does not survive decoding, or shares its id with another tag. The message names the tag and the remedy.
     """
     vocab = tokenizer.get_vocab()
@@ -188,10 +190,10 @@ def mode_tokens(tokenizer: "PreTrainedTokenizerBase") -> ModeTokens:
         token_id = vocab.get(tag)
         if token_id is None or token_id == tokenizer.unk_token_id:
             alone = tokenizer.encode(tag, add_special_tokens=False)
-            raise ValueError(f"The tag {tag} is not a token of the tokenizer, it is encoded as {alone}. {_ADD}")
+            raise UserError(f"The tag {tag} is not a token of the tokenizer, it is encoded as {alone}. {_ADD}")
         if token_id in ids:
             other = TAGS[ids.index(token_id)]
-            raise ValueError(f"The tags {other} and {tag} share the token id {token_id}: give each its own token.")
+            raise UserError(f"The tags {other} and {tag} share the token id {token_id}: give each its own token.")
         ids.append(token_id)
     for tag, token_id in zip(TAGS, ids, strict=True):
         _check_tag(tokenizer, tag, token_id)
@@ -199,25 +201,25 @@ def mode_tokens(tokenizer: "PreTrainedTokenizerBase") -> ModeTokens:
 
 
 def _check_tag(tokenizer: "PreTrainedTokenizerBase", tag: str, token_id: int) -> None:
-    """ValueError if a tag of the vocabulary is special, or is split or lost somewhere (see `mode_tokens`)."""
+    """UserError if a tag of the vocabulary is special, or is split or lost somewhere (see `mode_tokens`)."""
     _refuse_special(tokenizer, tag)
     # A word of the plain vocabulary may be found alone and yet be split, or lost, next to other text.
     for text in (tag, f"a {tag} b", f"\n{tag}\n", f"a{tag}b"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         if ids.count(token_id) != 1 or (text == tag and len(ids) != 1):
-            raise ValueError(f"The tag {tag} is not one token in {text!r}, which is encoded as {ids}. {_ADD}")
+            raise UserError(f"The tag {tag} is not one token in {text!r}, which is encoded as {ids}. {_ADD}")
         if tag not in (decoded := tokenizer.decode(ids, skip_special_tokens=True)):
-            raise ValueError(
+            raise UserError(
                 f"The tag {tag} does not survive decoding, {text!r} comes back as {decoded!r}: "
                 "correct the tokenizer's decoder."
             )
 
 
 def _refuse_special(tokenizer: "PreTrainedTokenizerBase", tag: str) -> None:
-    """ValueError if a tag is registered as a special token."""
+    """UserError if a tag is registered as a special token."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if tag in special.union(tokenizer.all_special_tokens):
-        raise ValueError(
+        raise UserError(
             f"The tag {tag} is a special token and would vanish in decoding with skip_special_tokens=True: "
             're-register it as an ordinary added token ("special": false in tokenizer.json and '
             "tokenizer_config.json, not among extra_special_tokens)."
@@ -231,7 +233,7 @@ def check_embeddings(model: "PreTrainedModel", tokens: ModeTokens) -> None:
     """Check that a model has a row for every tag in its input and, if it has one, its output embedding.
 
     Raises:
-        ValueError: a row is missing; the message names the tag, its id and the remedy.
+        UserError: a row is missing; the message names the tag, its id and the remedy.
     """
     for name, module in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
         if module is None:
@@ -239,7 +241,7 @@ def check_embeddings(model: "PreTrainedModel", tokens: ModeTokens) -> None:
         rows = _rows(module)
         for tag, token_id in zip(TAGS, astuple(tokens), strict=True):
             if token_id >= rows:
-                raise ValueError(
+                raise UserError(
                     f"The tag {tag} has id {token_id}, but the model's {name} embedding has only {rows} rows. {_ADD}"
                 )
 
@@ -257,7 +259,7 @@ def add_mode_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
         The number of tags added to the tokenizer.
 
     Raises:
-        ValueError: a tag is registered as a special token (nothing is changed then), or `mode_tokens` finds a fault.
+        UserError: a tag is registered as a special token (nothing is changed then), or `mode_tokens` finds a fault.
     """
     for tag in TAGS:
         _refuse_special(tokenizer, tag)

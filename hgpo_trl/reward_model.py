@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.integrations import deepspeed
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.modes import Response, completion_text
 from hgpo_trl.rewards import has_answer
 
@@ -46,7 +47,7 @@ class RewardModel:
         center, scale: in units of the raw score.
 
     Raises:
-        ValueError: the model has another number of labels, or (when they are loaded) lacks weights.
+        UserError: the model has another number of labels, or (when they are loaded) lacks weights.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class RewardModel:
         self.squash, self.center, self.scale = squash, center, scale
         config = AutoConfig.from_pretrained(name)
         if config.num_labels != 1:
-            raise ValueError(
+            raise UserError(
                 f"reward_model={name!r} has num_labels={config.num_labels}; a reward model has 1. Name a "
                 "sequence-classification model that gives one score."
             )
@@ -84,7 +85,7 @@ class RewardModel:
             )
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(
+            raise UserError(
                 f"reward_model={self.name!r} lacks weights, {', '.join(missing)}, which would be random. Name a model "
                 "that was trained to give scores."
             )
@@ -131,7 +132,7 @@ class RewardModel:
         """Token ids of a conversation; the beginning goes where it is longer than the model's positions.
 
         Raises:
-            ValueError: the chat template is missing or refuses the conversation.
+            UserError: the chat template is missing or refuses the conversation.
         """
         if self.tokenizer.chat_template is not None:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -140,7 +141,7 @@ class RewardModel:
         elif isinstance(prompt, str):
             ids = self.tokenizer(prompt + answer)["input_ids"]
         else:
-            raise ValueError(
+            raise UserError(
                 f"reward_model={self.name!r} has no chat template, but the prompts are conversations. Save one with "
                 "its tokenizer, or give prompts as plain text."
             )
@@ -156,7 +157,7 @@ class RewardModel:
             return str(self.tokenizer.apply_chat_template(simple, tokenize=False))
         except TemplateError as error:
             roles = ", ".join(str(message["role"]) for message in messages)
-            raise ValueError(
+            raise UserError(
                 f"The chat template of reward_model={self.name!r} refuses a conversation of {roles}: {error}. Use "
                 "another reward model, or prompts that it takes."
             ) from error

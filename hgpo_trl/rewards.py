@@ -154,13 +154,13 @@ def check_bounded(rewards: Tensor, weights: Tensor, names: list[str]) -> None:
         names: of the functions.
 
     Raises:
-        ValueError: a reward lies outside [0, 1], or the weights of the functions that score the same response add up to
+        UserError: a reward lies outside [0, 1], or the weights of the functions that score the same response add up to
             more than 1.
     """
     outside = (rewards < 0) | (rewards > 1)  # False for NaN
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
-        raise ValueError(
+        raise UserError(
             f"lazy_thinking needs rewards between 0 and 1, but {names[column]!r} gave {rewards[row, column]:.6g}. "
             "Rescale it (reward_model_squash=true does that for the reward model), or set lazy_thinking=false."
         )
@@ -169,7 +169,7 @@ def check_bounded(rewards: Tensor, weights: Tensor, names: list[str]) -> None:
     if totals.max() > 1 + 1e-6:
         row = int(totals.argmax())
         together = " and ".join(name for name, has in zip(names, scored[row].tolist(), strict=True) if has)
-        raise ValueError(
+        raise UserError(
             f"lazy_thinking needs a sum of rewards of at most 1, but {together} score the same response and their "
             f"reward_weights add up to {totals[row]:.6g}. Lower reward_weights, or set lazy_thinking=false."
         )
@@ -195,7 +195,7 @@ def checked(reward_func: Any) -> Any:
     Rows whose `response` is None are not shown to it and get 0; it is not called where no row is left.
 
     Raises (when called):
-        ValueError: it returns something else than one number or None per completion.
+        UserError: it returns something else than one number or None per completion.
     """
     if is_model(reward_func):
         return reward_func
@@ -214,9 +214,9 @@ def checked(reward_func: Any) -> Any:
         try:
             values = [math.nan if reward is None else math.fsum((reward,)) for reward in rewards]
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"The reward function {name!r} returned {_short(rewards)} ({error}): {rule}.") from error
+            raise UserError(f"The reward function {name!r} returned {_short(rewards)} ({error}): {rule}.") from error
         if len(values) != sum(kept):
-            raise ValueError(
+            raise UserError(
                 f"The reward function {name!r} returned {len(values)} rewards for {sum(kept)} completions: {rule}."
             )
         remaining = iter(values)
@@ -307,19 +307,19 @@ def load_reward(name: str) -> Callable | str:
     """A reward function by "package.module.function" or "path/to/file.py:function"; else a reward model's id or path.
 
     Raises:
-        ValueError: the file, the module or the function does not exist, or no function is named.
+        UserError: the file, the module or the function does not exist, or no function is named.
     """
     if name.endswith(".py"):
-        raise ValueError(f"reward_funcs: {name!r} names a file but no function in it: write {name}:function.")
+        raise UserError(f"reward_funcs: {name!r} names a file but no function in it: write {name}:function.")
     source, separator, function = name.rpartition(":" if ".py:" in name else ".")
     if ("/" in name and ".py:" not in name) or Path(name).exists():
         return name
     if not separator:
-        raise ValueError(
+        raise UserError(
             f"reward_funcs: {name!r} is neither a function (package.module.function or path/to/file.py:function) nor a "
             "reward model's id or path."
         )
     module = load_module(source)
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"reward_funcs: {name!r}: {source} has no function {function!r}.")
+        raise UserError(f"reward_funcs: {name!r}: {source} has no function {function!r}.")
     return getattr(module, function)

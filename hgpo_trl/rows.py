@@ -339,13 +339,16 @@ def _check_messages(messages: Any) -> None:
             raise FaultyRow("not_text", f"{excerpt(content)} ({type(content).__name__})")
 
 
+_PART_TYPES = ("text", "image", "image_url", "audio", "input_audio", "video")
+
+
 def _are_parts(text: str) -> bool:
     """Whether a text is a list of parts in JSON, which `datasets` makes of them where the first rows hold text."""
     try:
         parts = json.loads(text)
     except ValueError:
         return False
-    return all(isinstance(part, dict) and "type" in part for part in parts)
+    return all(isinstance(part, dict) and part.get("type") in _PART_TYPES for part in parts)
 
 
 def _kind_of_part(part: Any) -> str:

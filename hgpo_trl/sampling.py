@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hgpo_trl import vllm_sampling
+from hgpo_trl.errors import UserError
 from hgpo_trl.evaluation import render, sample_both_modes
 from hgpo_trl.modes import check_embeddings, mode_tokens
 
@@ -19,9 +20,9 @@ Sampler = Callable[..., pd.DataFrame]
 
 
 def check_backend(field: str, backend: str) -> None:
-    """ValueError, with the field's name, unless there is such a backend."""
+    """UserError, with the field's name, unless there is such a backend."""
     if backend not in BACKENDS:
-        raise ValueError(f"{field} must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+        raise UserError(f"{field} must be one of {', '.join(BACKENDS)}; got {backend!r}.")
 
 
 def default_device() -> torch.device:
@@ -53,7 +54,7 @@ def loaded_sampler(
         tensor_parallel_size, gpu_memory_utilization: vllm: GPUs that share the model, and its share of their memory.
 
     Raises:
-        ValueError: the model lacks rows for the tags, or, with vLLM, positions for the longest prompt and response.
+        UserError: the model lacks rows for the tags, or, with vLLM, positions for the longest prompt and response.
     """
     tokens = mode_tokens(tokenizer)
     if backend == "transformers":

@@ -31,6 +31,7 @@ from hgpo_trl.advantages import assign_rewards, compute_advantages, decided_with
 from hgpo_trl.checks import check_dataset
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.decision import Decision, read_decision
+from hgpo_trl.errors import UnsupportedError, UserError
 from hgpo_trl.generate import set_generation_config
 from hgpo_trl.hybrid_accuracy import figures
 from hgpo_trl.lora import prepare_wrapped
@@ -105,9 +106,9 @@ class HGPOTrainer(GRPOTrainer):
         args: `HGPOConfig`.
 
     Raises:
-        ValueError: the tokenizer, the data or an argument does not fit; checked before a model is loaded where
+        UserError: the tokenizer, the data or an argument does not fit; checked before a model is loaded where
             possible.
-        NotImplementedError: `tools`, `environment_factory`, `rollout_func` or images are asked for.
+        UnsupportedError: `tools`, `environment_factory`, `rollout_func` or images are asked for.
     """
 
     args: HGPOConfig
@@ -146,7 +147,7 @@ class HGPOTrainer(GRPOTrainer):
             raise TypeError(f"args must be an HGPOConfig; got {type(args).__name__}.")
         for name in ("tools", "environment_factory", "rollout_func"):
             if kwargs.get(name):
-                raise NotImplementedError(
+                raise UnsupportedError(
                     f"{name} is not supported by HGPOTrainer: both modes of a query are sampled in a single turn. "
                     "Leave it unset, or use TRL's GRPOTrainer."
                 )
@@ -156,18 +157,18 @@ class HGPOTrainer(GRPOTrainer):
                 source, truncation_side="left", padding_side="left", trust_remote_code=args.trust_remote_code
             )
         if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"processing_class must be a tokenizer; got {type(processing_class).__name__}. "
                 "HGPOTrainer trains text-only models."
             )
         for name in ("response_template", "response_schema"):
             if getattr(processing_class, name, None) is not None:
-                raise ValueError(
+                raise UserError(
                     f"processing_class.{name} is set: TRL would take the mode tags out of the completions before the "
                     f"rewards see them. Set processing_class.{name} = None."
                 )
         if args.beta != 0.0 and is_fsdp_enabled() and os.environ.get("FSDP_VERSION") == "2":
-            raise ValueError(
+            raise UserError(
                 f"beta={args.beta} needs a reference model, but with fsdp_cpu_ram_efficient_loading: true TRL leaves "
                 "its weights random on every process but the first. Set that to false in the accelerate config, or "
                 "beta to 0."
@@ -186,7 +187,7 @@ class HGPOTrainer(GRPOTrainer):
             check_weights(args.reward_weights, len(listed))
             models = [func if isinstance(func, str) else type(func).__name__ for func in listed if is_model(func)]
             if args.lazy_thinking and models:
-                raise ValueError(
+                raise UserError(
                     f"lazy_thinking needs rewards between 0 and 1, but the scores of {' and '.join(models)} have no "
                     "bounds. Name it as reward_model, which squashes them, or set lazy_thinking=false."
                 )
@@ -255,7 +256,7 @@ class HGPOTrainer(GRPOTrainer):
         """
         if images is not None or multimodal_fields:
             fields = ", ".join(["images"] * (images is not None) + list(multimodal_fields))
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"HGPOTrainer trains text-only models; this batch has {fields}. A tokenizer that returns more than "
                 "input_ids and attention_mask can be told not to (tokenizer.model_input_names)."
             )
@@ -268,7 +269,7 @@ class HGPOTrainer(GRPOTrainer):
         log_probs: list[list[float | None]] = [[None] for _ in decisions]
 
         def sample(rows: list[int], spare: Sequence[int] = ()) -> None:
-            """Of a process without rows the spare ones: all take part, which ZeRO-3 and FSDP need."""
+            """Sample for the rows, or for the spare ones where there are none: ZeRO-3 and FSDP need all processes."""
             forced = [[*prompt_ids[i], decisions[i]] for i in rows or spare]
             with self._naming_a_server_that_fails():
                 sampled, sampled_log_probs = generate(forced, None, {}, per_mode, has_tool_images)
@@ -378,7 +379,7 @@ class HGPOTrainer(GRPOTrainer):
             super()._log_completion_extra(column, values)
             return
         if len(values) != sum(self._shown):
-            raise ValueError(
+            raise UserError(
                 f"log_extra({column!r}) got {len(values)} values for {sum(self._shown)} completions: under "
                 "lazy_thinking it takes one per completion, in one call."
             )
@@ -555,8 +556,8 @@ class HGPOTrainer(GRPOTrainer):
         """TRL's, with `hgpo_trl.hybrid_accuracy.figures` of the whole data set under `{prefix}_hgpo/`.
 
         Every prompt counts once. Where the last batch does not come out even over the processes, it is filled up with
-        the data set's first prompts; these are left out. Only of a stream the end is not known. A figure without a
-        value is None.
+        the data set's first prompts; these are left out. A stream's length is not known, so there they count. A figure
+        without a value is None.
         """
         self._evaluated = []
         self._to_evaluate = len(cast(Dataset, dataloader.dataset)) if has_length(dataloader.dataset) else math.inf
@@ -690,8 +691,8 @@ def _prepare_vllm(args: HGPOConfig, model: str) -> None:
     """Check what vLLM needs before the model is loaded.
 
     Raises:
-        ImportError: vLLM is missing or of an unsupported version.
-        ConnectionError, ValueError: the server does not answer, or serves another model.
+        MissingPackageError: vLLM is missing or of an unsupported version.
+        ServerError, UserError: the server does not answer, or serves another model.
     """
     check_vllm_installed("use_vllm=true")
     if args.vllm_mode == "colocate":
@@ -708,12 +709,12 @@ def check_evaluation(args: HGPOConfig, eval_dataset: Any) -> None:
             several.
 
     Raises:
-        ValueError: `eval_strategy` without prompts, or a `metric_for_best_model` that is not among the figures.
+        UserError: `eval_strategy` without prompts, or a `metric_for_best_model` that is not among the figures.
     """
     if args.eval_strategy == "no":
         return
     if eval_dataset is None:
-        raise ValueError(
+        raise UserError(
             f"eval_strategy={IntervalStrategy(args.eval_strategy).value} needs prompts to evaluate on. Set "
             'eval_data (of HGPOTrainer: eval_dataset), or eval_strategy to "no".'
         )
@@ -728,7 +729,7 @@ def check_evaluation(args: HGPOConfig, eval_dataset: Any) -> None:
         budget = " (accuracy_at_budget needs eval_token_budget)" if args.eval_token_budget is None else ""
         nearest = difflib.get_close_matches(metric, valid, n=1, cutoff=0.5)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(
+        raise UserError(
             f"metric_for_best_model={args.metric_for_best_model!r} is none of the evaluation's figures{budget}.{hint} "
             f"There are {', '.join(valid)}."
         )

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.decision import OFF_MODE
+from hgpo_trl.errors import UserError
 from hgpo_trl.evaluation import FirstToken, Generated, samples_table
 from hgpo_trl.generate import end_tokens, render
 from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
@@ -40,7 +41,7 @@ def running_engine(
         gpu_memory_utilization: the engine's share of each GPU's memory.
 
     Raises:
-        ValueError: the model has too few positions for the longest prompt and its response.
+        UserError: the model has too few positions for the longest prompt and its response.
     """
     from vllm import LLM, EngineArgs
 
@@ -50,7 +51,7 @@ def running_engine(
     needed = longest_prompt + max_new_tokens
     available = EngineArgs(model=model, dtype=weights_dtype).create_model_config().max_model_len
     if needed > available:
-        raise ValueError(
+        raise UserError(
             f"max_new_tokens={max_new_tokens} and the longest prompt of {longest_prompt} tokens need {needed} "
             f"positions, but the model {model!r} has {available} (max_position_embeddings). Lower max_new_tokens, drop "
             "the longest prompts, or set backend to transformers, which does not check it."

@@ -16,6 +16,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING
 
+from hgpo_trl.errors import MissingPackageError, ServerError, UserError
+
 _T = TypeVar("_T")
 
 SUPPORTED = SpecifierSet(">=0.22,<0.32")  # what TRL 1.16 supports; the extra `vllm` asks for the same
@@ -28,14 +30,14 @@ def check_vllm_installed(field: str) -> None:
         field: the setting that asks for vLLM, for the message.
 
     Raises:
-        ImportError: vLLM is not installed, or its version is outside `SUPPORTED`.
+        MissingPackageError: vLLM is not installed, or its version is outside `SUPPORTED`.
     """
     remedy = f"Install one of the versions {SUPPORTED} (pip install 'hgpo-trl[vllm]'), or change {field}."
     if find_spec("vllm") is None:
-        raise ImportError(f"{field} needs vLLM, which is not installed. {remedy}")
+        raise MissingPackageError(f"{field} needs vLLM, which is not installed. {remedy}")
     found = _installed_version()
     if found is not None and not SUPPORTED.contains(Version(found).base_version):
-        raise ImportError(f"{field} needs vLLM, but the installed version {found} is not supported. {remedy}")
+        raise MissingPackageError(f"{field} needs vLLM, but the installed version {found} is not supported. {remedy}")
 
 
 def _installed_version() -> str | None:
@@ -57,8 +59,8 @@ def check_server(url: str, model: str, timeout: float) -> None:
         timeout: seconds to wait for an answer (`vllm_server_timeout`).
 
     Raises:
-        ConnectionError: no server answers in time.
-        ValueError: the server serves another model.
+        ServerError: no server answers in time.
+        UserError: the server serves another model.
     """
     started = time.monotonic()
     while True:
@@ -68,7 +70,7 @@ def check_server(url: str, model: str, timeout: float) -> None:
             break
         except OSError as error:
             if time.monotonic() - started >= timeout:
-                raise ConnectionError(
+                raise ServerError(
                     f"vllm_mode=server, but no vLLM server answers at {url} after {timeout:g} seconds "
                     f"(vllm_server_timeout): {error}. Start one (recipes/vllm_server.sh does both), name another with "
                     "vllm_server_base_url, or use vllm_mode=colocate."
@@ -76,7 +78,7 @@ def check_server(url: str, model: str, timeout: float) -> None:
             time.sleep(min(2.0, timeout))
     names = {name for entry in served for name in (entry["id"], entry.get("root")) if name}
     if Path(model).name not in {Path(name).name for name in names}:
-        raise ValueError(
+        raise UserError(
             f"The vLLM server at {url} serves {' or '.join(sorted(names))}, but the model to train is {model}. Restart "
             "it with that model, or name another server with vllm_server_base_url."
         )

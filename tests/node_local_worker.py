@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from run_logs import log_of
+from workers import end
 
 from hgpo_trl.errors import UserError
 from hgpo_trl.scripts import hft
@@ -30,13 +32,11 @@ def main() -> None:
         hft.main([*fields, "--output_dir", "run"])
         PartialState().wait_for_everyone()
 
-    def losses() -> list[dict[str, Any]]:
-        state = json.loads(Path("run/trainer_state.json").read_text(encoding="utf-8"))
-        return [entry for entry in state["log_history"] if "loss" in entry]
+    def end() -> tuple[list[dict[str, Any]], bytes]:
+        return log_of(Path("run")), Path("run/model.safetensors").read_bytes()
 
     run()
-    whole = losses() if process == "0" else []
-    weights = Path("run/model.safetensors").read_bytes() if process == "0" else b""
+    whole = end() if process == "0" else None
     try:
         run()
     except UserError as error:
@@ -46,12 +46,11 @@ def main() -> None:
     PartialState().wait_for_everyone()
     run()
     if process == "0":
-        found["same"] = losses() == whole and Path("run/model.safetensors").read_bytes() == weights
+        found["same"] = end() == whole
     Path(folder, f"{process}.json").write_text(json.dumps(found), encoding="utf-8")
     PartialState().wait_for_everyone()
 
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # a busy machine may abort a gloo thread that is still there when the interpreter is taken down
+    end()

@@ -19,13 +19,14 @@ from tokenizers_zoo import (
     tiny_qwen2,
     word_level,
 )
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import is_chat_template_stop_token_trained, qwen3_chat_template
 
-from hgpo_trl.chat_template import build_chat_template, has_thinking_modes, set_chat_template
+from hgpo_trl.chat_template import build_chat_template, has_thinking_modes, read_template, set_chat_template
 from hgpo_trl.errors import UserError
 from hgpo_trl.modes import MODES, add_mode_tokens, format_response, mode_tokens
+from hgpo_trl.scripts import hft
 
 
 def ready(build):
@@ -581,6 +582,51 @@ def test_sft_in_a_models_own_turns_trains_on_exactly_the_response(tmp_path):
     assert tokenizer.decode(trained) == f"{THINK}<｜end▁of▁sentence｜>"
     before = ids(tokenizer, TURNS, add_generation_prompt=True)
     assert batch["input_ids"][0].tolist()[: len(before)] == before
+
+
+@pytest.fixture
+def r1_model(tmp_path):
+    """An instruct model of one layer with turns of its own, without tags."""
+    tokenizer = instruct(R1)
+    tokenizer.save_pretrained(tmp_path / "r1")
+    tiny_qwen2(len(tokenizer)).save_pretrained(tmp_path / "r1")
+    return str(tmp_path / "r1")
+
+
+def _hft(model, tmp_path, *more):
+    rows = [{"prompt": TURNS, "completion": [assistant(response)]} for response in (THINK, NO_THINK)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    paths = [
+        "--model_name_or_path",
+        model,
+        "--train_data",
+        f"{tmp_path}/data.parquet",
+        "--output_dir",
+        f"{tmp_path}/hft",
+    ]
+    run = ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    hft.main([*paths, *run, *more])
+    return AutoTokenizer.from_pretrained(tmp_path / "hft"), GenerationConfig.from_pretrained(tmp_path / "hft")
+
+
+def test_hft_keeps_the_turns_of_an_instruct_model(r1_model, tmp_path):
+    tokenizer, generation = _hft(r1_model, tmp_path)
+    assert prompt(tokenizer, TURNS, thinking_mode="think") == prompt(hybrid(R1), TURNS, thinking_mode="think")
+    assert tokenizer.eos_token == "<｜end▁of▁sentence｜>"
+    assert tokenizer.eos_token_id in generation.eos_token_id
+    assert generation.pad_token_id == tokenizer.pad_token_id
+
+
+def test_hft_puts_the_modes_around_a_template_that_is_named(r1_model, tmp_path):
+    (tmp_path / "mine.jinja").write_text(MISTRAL, encoding="utf-8")
+    tokenizer, _ = _hft(r1_model, tmp_path, "--chat_template_path", f"{tmp_path}/mine.jinja")
+    assert prompt(tokenizer, [user("Hi")], thinking_mode="no_think") == "<bos>[INST] Hi [/INST]<no_think>"
+
+
+@pytest.mark.parametrize("path", ["nowhere.jinja", "org/another-model"])
+def test_a_template_that_is_not_there(path):
+    with pytest.raises(UserError, match=f"chat_template_path='{path}' is not a file"):
+        read_template(path)
 
 
 def test_sft_on_messages_trains_on_exactly_the_final_response(chatml, tmp_path):

@@ -138,6 +138,10 @@ def test_good_rows(row: Row, renderer: Renderer) -> None:
     assert kind_of({"prompt": row["prompt"]}, renderer) is None
 
 
+def test_a_text_may_be_json(renderer: Renderer) -> None:
+    assert kind_of({"prompt": user('[{"type": "sum", "of": [2, 3]}]')}, renderer) is None
+
+
 @pytest.mark.parametrize(("row", "kind"), FAULTY, ids=lambda value: str(value)[-60:])
 def test_kinds_of_faults(row: Row, kind: str, renderer: Renderer) -> None:
     assert kind_of(row, renderer) == kind

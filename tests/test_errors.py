@@ -55,7 +55,7 @@ def test_a_fault_inside_the_package_keeps_its_traceback() -> None:
 def test_every_entry_ends_alike(entry: str, more: str, words: str, tmp_path: Path) -> None:
     """The command line is read, or the stage has begun."""
     command = [*ENTRIES[entry], "--evaluations", "a=nowhere", "--output_dir", str(tmp_path), more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     own, _, launcher = done.stderr.partition("Traceback")
     (message,) = (line for line in own.splitlines() if line.startswith("hgpo-trl report: error: "))
     assert words in message
@@ -71,7 +71,7 @@ def test_of_several_processes_one_says_it_and_all_end(ranks: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command = [*launch, "tests/refusing_worker.py", f"--ranks={ranks}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("hgpo-trl hgpo: error: margin=x is no number. Give one.") == 1
     assert 'raise UserError("margin' not in done.stderr, "a traceback"

@@ -676,6 +676,7 @@ def test_a_model_without_tags_is_refused(
     plain = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
     plain.chat_template = tokenizer.chat_template
     plain.save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(
         ValueError, match=r"model=.*is no hybrid model: The tag <think> is not a token.*add_mode_tokens.*hft"
     ):

@@ -507,6 +507,10 @@ def test_home_and_variables_in_paths(
     assert values["reward_funcs"] == [f"{tmp_path}/r.py:f"]
     assert values["model_init_kwargs"] == {"cache_dir": f"{tmp_path}/c"}
     assert values["eval_data"] == f"{tmp_path}/e"
+    (args,) = parse(
+        "data", "classifier", "--output", "o.safetensors", "--reasoning", "~/q.jsonl=text", "--other", "$SCRATCH/x=y"
+    )
+    assert (args.reasoning, args.other) == ([f"{tmp_path}/q.jsonl=text"], ["/scratch/x=y"])
     (args,) = parse("report", "--evaluations", "a=~/eval", "--output_dir", "~")
     assert (args.evaluations, args.output_dir) == ([f"a={tmp_path}/eval"], str(tmp_path))
     (args,) = parse("data", "hft", "--config", recipe("sources: [{path: ~/d.jsonl}]\noutput_dir: $SCRATCH\n"))
@@ -579,7 +583,7 @@ def test_libraries_see_the_recipes_environment(entry: list[str], recipe: Callabl
     before = {name: value for name, value in os.environ.items() if name not in env}
     done = subprocess.run(
         [sys.executable, *entry, "--config", path],
-        cwd=ROOT, env=before | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=before | {"HOME": str(tmp_path)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout, done.stderr[-3000:]
     assert json.loads(done.stdout) == [f"{tmp_path}/cache", True, 1, "7"]

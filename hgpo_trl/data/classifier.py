@@ -27,6 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from hgpo_trl.data.example import Drop, Example, Step
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import write_atomically
 from hgpo_trl.modes import Mode
 
@@ -102,11 +103,11 @@ class ReasoningQueryClassifier:
         """Read a file of `save`; without a path the one that comes with the package.
 
         Raises:
-            ValueError: there is no such file, it is no classifier, or one for other features.
+            UserError: there is no such file, it is no classifier, or one for other features.
         """
         found = Path(str(files("hgpo_trl.data") / _SHIPPED)) if path is None else Path(path)
         if not found.is_file():
-            raise ValueError(
+            raise UserError(
                 f"reasoning_classifier={str(path)!r}: there is no such file. Train it with `hgpo-trl data classifier`."
             )
         try:
@@ -114,11 +115,11 @@ class ReasoningQueryClassifier:
                 about = json.loads((file.metadata() or {})["classifier"])
                 weights = file.get_tensor("weights")
         except (SafetensorError, KeyError) as error:
-            raise ValueError(
+            raise UserError(
                 f"reasoning_classifier={str(path)!r} is no file of `hgpo-trl data classifier`: {error}"
             ) from None
         if about.pop("features") != FEATURES:
-            raise ValueError(f"reasoning_classifier={str(path)!r} was trained with other features: train it again.")
+            raise UserError(f"reasoning_classifier={str(path)!r} was trained with other features: train it again.")
         return cls(weights, about.pop("bias"), about.pop("threshold"), about)
 
 
@@ -130,11 +131,11 @@ def no_reasoning_queries(classifier: ReasoningQueryClassifier, threshold: float 
         threshold: probability from which on an example is dropped; None for the classifier's own.
 
     Raises:
-        ValueError: the threshold does not lie in (0, 1].
+        UserError: the threshold does not lie in (0, 1].
     """
     limit = classifier.threshold if threshold is None else threshold
     if not 0.0 < limit <= 1.0:
-        raise ValueError(f"threshold must lie in (0, 1]; got {limit}.")
+        raise UserError(f"threshold must lie in (0, 1]; got {limit}.")
     return partial(_no_reasoning_queries, classifier, limit)
 
 

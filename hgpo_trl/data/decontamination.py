@@ -7,6 +7,7 @@ import xxhash
 
 from hgpo_trl.data.example import Drop, Example
 from hgpo_trl.data.text import BRACKETS, tokens
+from hgpo_trl.errors import UserError
 
 
 class Decontaminator:
@@ -27,14 +28,14 @@ class Decontaminator:
         threshold: share of a question's n-grams.
 
     Raises:
-        ValueError: n is not positive, the threshold does not lie in (0, 1], or a benchmark has no questions.
+        UserError: n is not positive, the threshold does not lie in (0, 1], or a benchmark has no questions.
     """
 
     def __init__(self, benchmarks: Mapping[str, Iterable[str]], n: int = 8, threshold: float = 0.5) -> None:
         if n < 1:
-            raise ValueError(f"n must be at least 1; got {n}.")
+            raise UserError(f"n must be at least 1; got {n}.")
         if not 0.0 < threshold <= 1.0:
-            raise ValueError(f"threshold must lie in (0, 1]; got {threshold}.")
+            raise UserError(f"threshold must lie in (0, 1]; got {threshold}.")
         self.n, self.threshold = n, threshold
         self._rows: list[tuple[str, int]] = []  # benchmark and row of each question
         self._sizes: list[int] = []  # its n-grams
@@ -48,7 +49,7 @@ class Decontaminator:
                 self._rows.append((name, row))
                 self._sizes.append(len(grams))
             if len(self._rows) == before:
-                raise ValueError(f"benchmarks: {name!r} has no questions.")
+                raise UserError(f"benchmarks: {name!r} has no questions.")
         self._index = {gram: tuple(questions) for gram, questions in index.items()}
 
     def __call__(self, examples: Sequence[Example]) -> list[Drop | None]:

@@ -16,6 +16,7 @@ from scipy.sparse.csgraph import connected_components
 
 from hgpo_trl.data.example import Example
 from hgpo_trl.data.text import SIGNS, tokens
+from hgpo_trl.errors import UserError
 
 _SHINGLE = 2  # words
 _NEAR_FROM = 32  # tokens
@@ -48,7 +49,7 @@ def dedup_keys(
         [n, 1 + bands].
 
     Raises:
-        ValueError: the threshold does not lie in (0, 1), or num_perm is below 2.
+        UserError: the threshold does not lie in (0, 1), or num_perm is below 2.
     """
     bands, rows = _bands(num_perm, threshold) if near else (0, 0)
     keys = np.empty((len(examples), 1 + bands), dtype=np.uint64)
@@ -76,7 +77,7 @@ def dedup_keys(
 def _bands(num_perm: int, threshold: float) -> tuple[int, int]:
     """Number of bands and of rows in each with the fewest wrong decisions around the threshold."""
     if not 0.0 < threshold < 1.0:
-        raise ValueError(f"threshold must lie between 0 and 1; got {threshold}.")
+        raise UserError(f"threshold must lie between 0 and 1; got {threshold}.")
     if num_perm < 2:
         raise ValueError(f"num_perm must be at least 2; got {num_perm}.")
     index = MinHashLSH(threshold=threshold, num_perm=num_perm)

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from hgpo_trl.advantages import assign_rewards, tied_modes
 from hgpo_trl.checks import check_dataset
 from hgpo_trl.data.example import Drop
+from hgpo_trl.errors import UserError
 from hgpo_trl.evaluation import PROMPT_ID, score_samples
 from hgpo_trl.files import nan_to_null, write_atomically
 from hgpo_trl.modes import MODES, mode_tokens
@@ -61,19 +62,19 @@ class DifficultyArguments:
 
     def __post_init__(self) -> None:
         if self.difficulty_samples_per_mode < 2:
-            raise ValueError(
+            raise UserError(
                 "difficulty_samples_per_mode must be at least 2, or no mode can vary; "
                 f"got {self.difficulty_samples_per_mode}."
             )
         if self.difficulty_max_new_tokens < 2:
-            raise ValueError(
+            raise UserError(
                 "difficulty_max_new_tokens must be at least 2, the decision token and one more; "
                 f"got {self.difficulty_max_new_tokens}."
             )
         if not 0.0 <= self.difficulty_margin < math.inf:
-            raise ValueError(f"difficulty_margin must be a finite number of at least 0; got {self.difficulty_margin}.")
+            raise UserError(f"difficulty_margin must be a finite number of at least 0; got {self.difficulty_margin}.")
         if self.difficulty_batch_size < 1:
-            raise ValueError(f"difficulty_batch_size must be at least 1; got {self.difficulty_batch_size}.")
+            raise UserError(f"difficulty_batch_size must be at least 1; got {self.difficulty_batch_size}.")
         check_backend("difficulty_backend", self.difficulty_backend)
 
 
@@ -81,8 +82,8 @@ def check_model(args: DifficultyArguments) -> None:
     """Check what `measure` needs, before hours of other work. Without a `difficulty_model` nothing is needed.
 
     Raises:
-        ValueError: there is no such model, it is a LoRA adapter, or its tokenizer lacks the tags.
-        ImportError: vLLM is asked for and not installed.
+        UserError: there is no such model, it is a LoRA adapter, or its tokenizer lacks the tags.
+        MissingPackageError: vLLM is asked for and not installed.
     """
     if args.difficulty_model is None:
         return
@@ -92,7 +93,7 @@ def check_model(args: DifficultyArguments) -> None:
     try:
         mode_tokens(AutoTokenizer.from_pretrained(args.difficulty_model))
     except ValueError as error:
-        raise ValueError(f"difficulty_model={args.difficulty_model!r}: {error}") from None
+        raise UserError(f"difficulty_model={args.difficulty_model!r}: {error}") from None
 
 
 def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_]:
@@ -112,12 +113,12 @@ def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_
         `[Q]`.
 
     Raises:
-        ValueError: `rewards` is not `[Q, 2, k]`, or `margin` is negative or not finite.
+        UserError: `rewards` is not `[Q, 2, k]`, or `margin` is negative or not finite.
     """
     if rewards.ndim != 3 or rewards.shape[1] != len(MODES) or rewards.shape[2] == 0:
         raise ValueError(f"rewards must have the shape [Q, 2, k] with k of at least 1; got {list(rewards.shape)}.")
     if not 0.0 <= margin < math.inf:
-        raise ValueError(f"margin must be a finite number of at least 0; got {margin}.")
+        raise UserError(f"margin must be a finite number of at least 0; got {margin}.")
     if len(rewards) == 0:
         return np.zeros(0, dtype=bool)
     as_tensor = torch.from_numpy(rewards)
@@ -166,10 +167,10 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
         `[Q, 2, k]`, axis 1 in the order of `MODES`; NaN throughout for a prompt without a reference answer.
 
     Raises:
-        ValueError: the model or its tokenizer lacks the tags, or vLLM positions for the longest prompt.
+        UserError: the model or its tokenizer lacks the tags, or vLLM positions for the longest prompt.
     """
     if args.difficulty_model is None:
-        raise ValueError("difficulty_model is null: name the model whose pass rates are to be measured.")
+        raise UserError("difficulty_model is null: name the model whose pass rates are to be measured.")
     per_mode = args.difficulty_samples_per_mode
     rewards = np.full((len(prompts), len(MODES), per_mode), np.nan)
     rows = [i for i, answer in enumerate(prompts["answer"]) if answer is not None and str(answer).strip()]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from hgpo_trl.data.example import Drop, Example, Step
+from hgpo_trl.errors import UserError
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.rows import FaultyRow, Renderer, as_trained, open_row
 from hgpo_trl.verification import check_answers
@@ -46,11 +47,11 @@ def quality(*, min_reasoning: int = 40, max_line_repeats: int = 20) -> Step:
         max_line_repeats: how often a line may be repeated in any case.
 
     Raises:
-        ValueError: a number is negative.
+        UserError: a number is negative.
     """
     for name, value in (("min_reasoning", min_reasoning), ("max_line_repeats", max_line_repeats)):
         if value < 0:
-            raise ValueError(f"{name} must be at least 0; got {value}.")
+            raise UserError(f"{name} must be at least 0; got {value}.")
     return partial(_quality, min_reasoning, max_line_repeats)
 
 
@@ -142,12 +143,12 @@ def language(wanted: Collection[str]) -> Step:
         wanted: codes of ISO 639, as "en", "de", "zh".
 
     Raises:
-        ValueError: no language is wanted, or py3langid does not know one.
+        UserError: no language is wanted, or py3langid does not know one.
     """
     known = set(_identifier().labels)
     if not wanted or not known.issuperset(wanted):
         unknown = sorted(set(wanted) - known)
-        raise ValueError(f"languages={unknown or list(wanted)!r}: give codes of {', '.join(sorted(known))}.")
+        raise UserError(f"languages={unknown or list(wanted)!r}: give codes of {', '.join(sorted(known))}.")
     return partial(_language, frozenset(wanted))
 
 
@@ -195,12 +196,12 @@ def token_limit(tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | N
         max_tokens: of prompt and response; None drops nothing.
 
     Raises:
-        ValueError: there is a limit but no tokenizer, or the limit is not positive.
+        UserError: there is a limit but no tokenizer, or the limit is not positive.
     """
     if max_tokens is not None and tokenizer is None:
-        raise ValueError(f"max_tokens={max_tokens} needs a tokenizer to count with.")
+        raise UserError(f"max_tokens={max_tokens} needs a tokenizer to count with.")
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1; got {max_tokens}.")
+        raise UserError(f"max_tokens must be at least 1; got {max_tokens}.")
     return partial(_token_limit, tokenizer, max_tokens)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hgpo_trl.errors import UserError
+
 AXES = ("mode", "domain", "source")
 Cell = tuple[str, str, str]  # of a row: its value on each of AXES
 
@@ -34,7 +36,7 @@ def quotas(
         `[C]`.
 
     Raises:
-        ValueError: an axis's shares do not sum to 1, are negative, name what has no rows or leave out what has, or the
+        UserError: an axis's shares do not sum to 1, are negative, name what has no rows or leave out what has, or the
             shares of several axes exclude each other.
     """
     groups = [_groups(axis, wanted, cells, counts) for axis, wanted in shares.items() if wanted]
@@ -51,7 +53,7 @@ def quotas(
         if worst < _TOLERANCE:
             break
     else:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(f'{axis}_shares' for axis in shares if shares[axis])} cannot hold together: the rows that "
             f"are there are {_listing(cells, counts)}. Change a share, or add a source."
         )
@@ -63,9 +65,9 @@ def quotas(
 
 
 def check_shares(field: str, shares: Mapping[str, float]) -> None:
-    """ValueError if the shares are negative or do not sum to 1."""
+    """UserError if the shares are negative or do not sum to 1."""
     if any(share < 0 for share in shares.values()) or not abs(sum(shares.values()) - 1) <= 1e-6:
-        raise ValueError(f"{field}={dict(shares)!r}: shares must not be negative and must sum to 1.")
+        raise UserError(f"{field}={dict(shares)!r}: shares must not be negative and must sum to 1.")
 
 
 def _groups(
@@ -77,9 +79,9 @@ def _groups(
     present = {value for value, count in zip(values, counts, strict=True) if count}
     check_shares(field, wanted)
     if absent := [value for value, share in wanted.items() if share > 0 and value not in present]:
-        raise ValueError(f"{field} asks for {absent[0]!r}, of which no row is left; there are {sorted(present)}.")
+        raise UserError(f"{field} asks for {absent[0]!r}, of which no row is left; there are {sorted(present)}.")
     if forgotten := sorted(present - set(wanted)):
-        raise ValueError(f"{field} leaves out {forgotten[0]!r}. Give it a share, 0 to drop it.")
+        raise UserError(f"{field} leaves out {forgotten[0]!r}. Give it a share, 0 to drop it.")
     members = np.array([[float(value == name) for value in values] for name in wanted])
     return members, np.array(list(wanted.values()), dtype=np.float64)
 

@@ -42,6 +42,7 @@ from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
 from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
 from hgpo_trl.data.sources import Source, Unit, read_unit
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import whole_file, write_json
 from hgpo_trl.modes import format_response
 
@@ -286,7 +287,7 @@ def make_chunks(build: Build, work: Path, units: Sequence[Unit], num_processes: 
     """Make every chunk that is not there yet.
 
     Raises:
-        ValueError: a file cannot be read; OSError: it cannot be written; RuntimeError: a worker was killed.
+        UserError: a file cannot be read; OSError: it cannot be written; RuntimeError: a worker was killed.
     """
     missing = [(number, unit) for number, unit in enumerate(units) if not _Chunk(work, number).done.is_file()]
     done = len(units) - len(missing)
@@ -625,14 +626,14 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
         recipe: all that decides what comes out.
 
     Raises:
-        ValueError: the folder holds a build of another recipe or of other files, complete or not, or something else.
+        UserError: the folder holds a build of another recipe or of other files, complete or not, or something else.
     """
     remedy = "Choose another output_dir, or remove this one."
     manifest, plan = output_dir / MANIFEST, output_dir / WORK / "plan.json"
     if manifest.is_file():
         content: Any = json.loads(manifest.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "recipe" not in content:
-            raise ValueError(f"output_dir={str(output_dir)!r} has a {MANIFEST} that is not of a build. {remedy}")
+            raise UserError(f"output_dir={str(output_dir)!r} has a {MANIFEST} that is not of a build. {remedy}")
         _check_same(f"output_dir={str(output_dir)!r} holds another data set", content["recipe"], recipe, remedy)
         shutil.rmtree(output_dir / WORK, ignore_errors=True)  # if it was killed at the very end
         return cast(Manifest, content)
@@ -642,13 +643,13 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
         what = f"output_dir={str(output_dir)!r} holds the beginning of another build"
         _check_same(what, before["recipe"], recipe, remedy)
         if before["units"] != wanted["units"]:
-            raise ValueError(f"{what}: the sources' files have changed since. {remedy}")
+            raise UserError(f"{what}: the sources' files have changed since. {remedy}")
     elif (output_dir / "data").exists():
-        raise ValueError(f"output_dir={str(output_dir)!r} has a folder `data` that is not of a build. {remedy}")
+        raise UserError(f"output_dir={str(output_dir)!r} has a folder `data` that is not of a build. {remedy}")
     try:
         write_json(plan, wanted)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"output_dir={str(output_dir)!r} cannot be written: {error.strerror}. Choose another."
         ) from error
     return None
@@ -659,7 +660,7 @@ def _check_same(what: str, before: dict[str, Any], now: dict[str, Any], remedy: 
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise ValueError(f"{what}. Changed: {listing}. {remedy}")
+        raise UserError(f"{what}. Changed: {listing}. {remedy}")
 
 
 def build_dataset(
@@ -681,7 +682,7 @@ def build_dataset(
         finish: the last word on rows that are otherwise done.
 
     Raises:
-        ValueError: a file cannot be read, the shares cannot be had, no row is left, or another process builds here.
+        UserError: a file cannot be read, the shares cannot be had, no row is left, or another process builds here.
         OSError: no room to write; RuntimeError: a worker was killed. What is done stays, in both cases.
     """
     work = output_dir / WORK
@@ -689,7 +690,7 @@ def build_dataset(
         with FileLock(work / "lock", timeout=0):
             manifest = _build(build, units, output_dir, work, recipe, num_processes, finish)
     except Timeout:
-        raise ValueError(
+        raise UserError(
             f"output_dir={str(output_dir)!r}: another process builds there. Wait for it, or choose another output_dir."
         ) from None
     shutil.rmtree(work)
@@ -725,7 +726,7 @@ def _build(
     kept = fate.kept
     sources = _source_manifests(build, work, units, rows, exact, fate)
     if not kept.any():
-        raise ValueError(_explain_nothing_left(sources))
+        raise UserError(_explain_nothing_left(sources))
     _write_removed(work, output_dir / REMOVED, rows, first, exact, fate)
     values = {axis: [cell[place] for cell in rows.cells] for place, axis in enumerate(AXES)}
     per_cell = np.bincount(rows.cell[kept], minlength=len(rows.cells))

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from hgpo_trl.data.example import Drop
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import looks_like_path
 
 UNIT_BYTES = 16 * 2**20  # of JSON lines
@@ -78,26 +79,26 @@ def parse_entries(field: str, entries: Sequence[Any], kind: type) -> list[Any]:
     """Entries of a recipe's list as instances of a dataclass whose first field is `path`.
 
     Raises:
-        ValueError: an entry is no mapping, has an unknown key, lacks `path`, or a value has the wrong type.
+        UserError: an entry is no mapping, has an unknown key, lacks `path`, or a value has the wrong type.
     """
     names = [entry.name for entry in fields(kind)]
     parsed: list[Any] = []
     for index, entry in enumerate(entries):
         where = f"{field}[{index}]"
         if not isinstance(entry, Mapping):
-            raise ValueError(f"{where}={entry!r} must be a mapping with the keys {', '.join(names)}.")
+            raise UserError(f"{where}={entry!r} must be a mapping with the keys {', '.join(names)}.")
         for key in entry:
             if key not in names:
                 nearest = get_close_matches(str(key), names, n=1, cutoff=0.5)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; the keys are {', '.join(names)}."
-                raise ValueError(f"{where} has the unknown key {key!r}{hint}")
+                raise UserError(f"{where} has the unknown key {key!r}{hint}")
         if not entry.get("path"):
-            raise ValueError(f"{where}={dict(entry)!r} lacks `path`: a file, a folder, or an id on the hub.")
+            raise UserError(f"{where}={dict(entry)!r} lacks `path`: a file, a folder, or an id on the hub.")
         try:
             parsed.append(TypeAdapter(kind).validate_python(dict(entry)))
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{where} ({entry['path']}): {problems}") from None
+            raise UserError(f"{where} ({entry['path']}): {problems}") from None
     return parsed
 
 
@@ -127,31 +128,31 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
         pattern: glob of files within the folder or repository to take instead.
 
     Raises:
-        ValueError: there is nothing there, no such split, or a file is of a type that cannot be read.
+        UserError: there is nothing there, no such split, or a file is of a type that cannot be read.
     """
     path = Path(name)
     if path.is_file():
         found = [str(path)]
     elif not path.is_dir() and (looks_like_path(name) or _suffix(name) in _TYPES):
-        raise ValueError(f"{where}={name!r}: there is no such file or folder. Fix the path.")
+        raise UserError(f"{where}={name!r}: there is no such file or folder. Fix the path.")
     elif pattern is not None:
         base = str(path) if path.is_dir() else f"hf://datasets/{name}"
         with _explaining(where, name):
             fs, root = fsspec.core.url_to_fs(f"{base}/{pattern}")
             found = [cast(str, fs.unstrip_protocol(match)) if not path.is_dir() else match for match in fs.glob(root)]
         if not found:
-            raise ValueError(f"{where}={name!r}: no file there matches {pattern!r}.")
+            raise UserError(f"{where}={name!r}: no file there matches {pattern!r}.")
     else:
         from datasets import load_dataset_builder  # takes seconds to import, and workers do without
 
         with _explaining(where, name):
             data_files = load_dataset_builder(name, subset).config.data_files or {}
         if split not in data_files:
-            raise ValueError(f"{where}={name!r} has no split {split!r}; its splits are {sorted(map(str, data_files))}.")
+            raise UserError(f"{where}={name!r} has no split {split!r}; its splits are {sorted(map(str, data_files))}.")
         found = [str(file) for file in data_files[split]]
     for file in found:
         if _suffix(file) not in _TYPES:
-            raise ValueError(
+            raise UserError(
                 f"{where}={name!r}: {file} is not of a type that can be read: {', '.join(_TYPES)}, the first two "
                 f"also compressed ({', '.join(_COMPRESSIONS)})."
             )
@@ -165,7 +166,7 @@ def _explaining(where: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # of datasets, huggingface_hub or httpx: they have no base in common
         found = "the folder" if Path(name).is_dir() else "there is no such file or folder, and the hub"
-        raise ValueError(
+        raise UserError(
             f"{where}={name!r}: {found} cannot be read: {type(error).__name__}: {error}. Fix the path or the subset, "
             "or check the network and your access to the hub."
         ) from error
@@ -185,7 +186,7 @@ def split_into_units(source: int, path: str) -> list[Unit]:
     """A file in units of about `UNIT_BYTES` or `UNIT_ROWS`.
 
     Raises:
-        ValueError: a parquet file is broken.
+        UserError: a parquet file is broken.
     """
     if _suffix(path) == ".parquet":
         return _row_groups(source, path)
@@ -204,7 +205,7 @@ def _row_groups(source: int, path: str) -> list[Unit]:
             metadata = pq.ParquetFile(file).metadata
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     except _READ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+        raise UserError(f"{path} cannot be read as parquet: {error}") from None
     units, start, rows = [], 0, 0
     for group, size in enumerate(sizes):
         if rows and rows + size > UNIT_ROWS:
@@ -243,7 +244,7 @@ def read_unit(unit: Unit, max_row_bytes: int) -> Iterator[tuple[str, Row | Drop]
         max_row_bytes: longest row that is decoded.
 
     Raises:
-        ValueError: a file that is one JSON list is broken, or a compressed file or a row group is.
+        UserError: a file that is one JSON list is broken, or a compressed file or a row group is.
     """
     name = PurePosixPath(unit.path).name
     try:
@@ -256,7 +257,7 @@ def read_unit(unit: Unit, max_row_bytes: int) -> Iterator[tuple[str, Row | Drop]
             else:
                 yield from _lines(file, unit, name, max_row_bytes)
     except _READ_ERRORS as error:
-        raise ValueError(f"{unit.path} cannot be read: {error}") from error
+        raise UserError(f"{unit.path} cannot be read: {error}") from error
 
 
 def _lines(file: IO[bytes], unit: Unit, name: str, max_row_bytes: int) -> Iterator[tuple[str, Row | Drop]]:

@@ -23,7 +23,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_quantization_
 from hgpo_trl.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
 from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, without_dropped
 from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import run_stage
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.evaluation import PROMPT_ID
 from hgpo_trl.files import whole_file
 from hgpo_trl.generate import set_generation_config
@@ -54,38 +54,36 @@ class BaselineArguments:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.margin):
-            raise ValueError(f"margin must be a finite number; got {self.margin}.")
+            raise UserError(f"margin must be a finite number; got {self.margin}.")
 
 
 def _load_samples(args: BaselineArguments) -> tuple[pd.DataFrame, Dataset]:
     """The scored samples, and train_data, whose first rows are their prompts.
 
     Raises:
-        ValueError: there are none, they have no scores, or they are of another data set.
+        UserError: there are none, they have no scores, or they are of another data set.
     """
     folder = Path(args.samples)
     remedy = f"Run `hgpo-trl evaluate --data {args.train_data} --output_dir {args.samples}` with the HFT model."
     for name in ("report.json", RECORD, SAMPLES):
         if not (folder / name).is_file():
-            raise ValueError(f"samples={args.samples!r}: there is no {name} in it. {remedy}")
+            raise UserError(f"samples={args.samples!r}: there is no {name} in it. {remedy}")
     sampled = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"]
     if sampled != args.train_data:
-        raise ValueError(
-            f"samples={args.samples!r} are of {sampled!r}, not of train_data={args.train_data!r}. {remedy}"
-        )
+        raise UserError(f"samples={args.samples!r} are of {sampled!r}, not of train_data={args.train_data!r}. {remedy}")
     samples = pd.read_parquet(folder / SAMPLES)
     if missing := [name for name in COLUMNS if name not in samples]:
-        raise ValueError(f"samples={args.samples!r}: {SAMPLES} lacks the column {missing[0]}. {remedy}")
+        raise UserError(f"samples={args.samples!r}: {SAMPLES} lacks the column {missing[0]}. {remedy}")
     queries = load_data("train_data", args.train_data, args.train_split)
     queries = without_dropped(queries, dropped_rows_file(folder, "data"))
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if record["num_prompts"] > len(queries):
-        raise ValueError(
+        raise UserError(
             f"samples={args.samples!r} are of {record['num_prompts']} prompts, but train_data has only "
             f"{len(queries)} rows. Name the data set and the split that were sampled."
         )
     if record["prompts"] != prompts_hash(queries["prompt"][: record["num_prompts"]]):
-        raise ValueError(
+        raise UserError(
             f"samples={args.samples!r} are not of the prompts that train_data={args.train_data!r} has in "
             f"train_split={args.train_split!r}: another split was sampled, or the data has been built anew. {remedy}"
         )
@@ -100,7 +98,7 @@ def _build(
     answers: Sequence[Any] = queries["answer"] if "answer" in queries.column_names else [None] * len(queries)
     chosen = choose(samples, [has_answer(answer) for answer in answers], args.margin, training_args.seed)
     if not len(chosen):
-        raise ValueError(
+        raise UserError(
             f"samples={args.samples!r}: no query has a response that is well-formed and not wrong. Train the model "
             "further in Stage I, or draw more samples (samples_per_mode)."
         )

@@ -20,6 +20,7 @@ from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
 from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_unit, split_into_units
+from hgpo_trl.errors import UserError
 from hgpo_trl.files import looks_like_path
 
 DEDUPLICATIONS = ("near", "exact", "none")
@@ -70,22 +71,22 @@ class BuilderArguments:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("sources is empty. Name at least one: {path: data.jsonl, fields: {prompt: question}}.")
+            raise UserError("sources is empty. Name at least one: {path: data.jsonl, fields: {prompt: question}}.")
         for name in ("max_tokens", "max_rows", "rows_per_shard", "max_row_bytes", "num_processes"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise UserError(f"{name} must be at least 1; got {value}.")
         if self.max_tokens is not None and self.tokenizer is None:
-            raise ValueError(f"max_tokens={self.max_tokens} needs a tokenizer to count with: set `tokenizer`.")
+            raise UserError(f"max_tokens={self.max_tokens} needs a tokenizer to count with: set `tokenizer`.")
         if self.deduplicate not in DEDUPLICATIONS:
-            raise ValueError(f"deduplicate must be one of {', '.join(DEDUPLICATIONS)}; got {self.deduplicate!r}.")
+            raise UserError(f"deduplicate must be one of {', '.join(DEDUPLICATIONS)}; got {self.deduplicate!r}.")
         if not 0.0 < self.dedup_threshold < 1.0:
-            raise ValueError(
+            raise UserError(
                 f"dedup_threshold must lie between 0 and 1; got {self.dedup_threshold}. For 1 set deduplicate: exact."
             )
         if not 0.0 < self.decontamination_threshold <= 1.0:
-            raise ValueError(f"decontamination_threshold must lie in (0, 1]; got {self.decontamination_threshold}.")
+            raise UserError(f"decontamination_threshold must lie in (0, 1]; got {self.decontamination_threshold}.")
         if self.decontamination_ngram < 1:
-            raise ValueError(f"decontamination_ngram must be at least 1; got {self.decontamination_ngram}.")
+            raise UserError(f"decontamination_ngram must be at least 1; got {self.decontamination_ngram}.")
         for axis, shares in self.shares().items():
             if shares:
                 check_shares(f"{axis}_shares", shares)
@@ -119,7 +120,7 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
     """The sources with their adapters.
 
     Raises:
-        ValueError: an entry is malformed, an adapter is unknown, or two sources have the same name.
+        UserError: an entry is malformed, an adapter is unknown, or two sources have the same name.
     """
     resolved = []
     for index, source in enumerate(parse_entries("sources", sources, Source)):
@@ -127,27 +128,27 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
         name = source.adapter or (source.path if source.path in ADAPTERS else "generic")
         if name == "generic":
             if not source.fields:
-                raise ValueError(
+                raise UserError(
                     f"{where} needs `fields`, our names to its columns, as {{prompt: question, answer: text}}: there "
                     f"is no adapter for it. Adapters: {', '.join(sorted(ADAPTERS))}."
                 )
             try:
                 adapter = generic(source.fields, mode=source.mode, domain=source.domain or "general")
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+                raise UserError(f"{where}: {error}") from None
         elif name in ADAPTERS:
             adapter = ADAPTERS[name]
             if given := [key for key in ("fields", "mode", "domain") if getattr(source, key) is not None]:
-                raise ValueError(
+                raise UserError(
                     f"{where} has both an adapter and `{given[0]}`, which the adapter knows. Drop it, or set adapter: "
                     "generic. (Only some domains: rows, as {maths: 1000}.)"
                 )
         else:
             nearest = get_close_matches(name, ADAPTERS, n=1, cutoff=0.4)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-            raise ValueError(f"{where}: there is no adapter {name!r}{hint} They are {', '.join(sorted(ADAPTERS))}.")
+            raise UserError(f"{where}: there is no adapter {name!r}{hint} They are {', '.join(sorted(ADAPTERS))}.")
         if stage == "hft" and adapter.stage == "hgpo":
-            raise ValueError(
+            raise UserError(
                 f"{where} has prompts alone, and Stage I needs responses. {adapter.note} Use it in `data hgpo`, or add "
                 "responses of a model and read them as generic."
             )
@@ -156,18 +157,18 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
             and name == "generic"
             and not (source.fields or {}).keys() & {"answer", "response", "messages"}
         ):
-            raise ValueError(
+            raise UserError(
                 f"{where}: fields={source.fields!r} give prompts alone, and Stage I needs responses. Add answer (and "
                 "reasoning), response or messages."
             )
         if isinstance(source.rows, dict) and name == "generic" and "domain" not in (source.fields or {}):
             unknown = next((domain for domain in source.rows if domain != adapter.domain), None)
             if unknown is not None:
-                raise ValueError(f"{where}: rows names the domain {unknown!r}; all its rows are {adapter.domain!r}.")
+                raise UserError(f"{where}: rows names the domain {unknown!r}; all its rows are {adapter.domain!r}.")
         resolved.append((source, replace(adapter, licence=source.licence or adapter.licence)))
     labels = [source.label for source, _ in resolved]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise ValueError(f"sources: {twice!r} is there twice. Give each its own `name`.")
+        raise UserError(f"sources: {twice!r} is there twice. Give each its own `name`.")
     return resolved
 
 
@@ -175,7 +176,7 @@ def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit
     """All units of all sources, in order, after a look at each source's first rows.
 
     Raises:
-        ValueError: a source has no file that can be read, no rows, or rows without what its adapter needs.
+        UserError: a source has no file that can be read, no rows, or rows without what its adapter needs.
     """
     units: list[Unit] = []
     for index, (source, adapter) in enumerate(sources):
@@ -184,14 +185,14 @@ def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit
         files = list_files(where, source.path, subset, split, source.files or adapter.files)
         mine = [unit for file in files for unit in split_into_units(index, file)]
         if not mine:
-            raise ValueError(f"{where}={source.path!r} has no rows. Give it at least one, or drop it.")
+            raise UserError(f"{where}={source.path!r} has no rows. Give it at least one, or drop it.")
         _look_at(f"sources[{index}]", source, adapter, mine[0], max_row_bytes)
         units += mine
     return units
 
 
 def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_bytes: int) -> None:
-    """ValueError if none of the first rows has a column that is needed."""
+    """UserError if none of the first rows has a column that is needed."""
     rows = [row for _, row in islice(read_unit(unit, max_row_bytes), _SAMPLE_ROWS) if isinstance(row, dict)]
     if not rows:
         return  # broken lines are counted; if all are, no row is left in the end
@@ -210,7 +211,7 @@ def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_b
     columns = sorted({column for row in rows for column in row})
     nearest = get_close_matches(wanted, columns, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-    raise ValueError(
+    raise UserError(
         f"{where} ({source.path}): none of the first rows has {wanted!r}{hint} The columns are {columns}. "
         "Set `fields` to the columns that there are."
     )
@@ -252,7 +253,7 @@ def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
                 text = row.get(benchmark.field) if isinstance(row, dict) else None
                 if not isinstance(text, str):
                     columns = sorted(row) if isinstance(row, dict) else row.reason
-                    raise ValueError(
+                    raise UserError(
                         f"{where} ({benchmark.path}): row {place} has no text in {benchmark.field!r}; there is "
                         f"{columns}. Set `field` to its column of questions."
                     )
@@ -260,7 +261,7 @@ def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
 
 
 def decontaminator(args: BuilderArguments) -> Decontaminator | None:
-    """The step against the recipe's benchmarks, None where there are none; ValueError if one cannot be read."""
+    """The step against the recipe's benchmarks, None where there are none; UserError if one cannot be read."""
     benchmarks = parse_entries("decontamination", args.decontamination, Benchmark)
     if not benchmarks:
         return None
@@ -275,11 +276,11 @@ def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
     if name is None:
         return None
     if looks_like_path(name) and not Path(name).is_dir():
-        raise ValueError(f"tokenizer={name!r}: there is no such folder. Fix the path.")
+        raise UserError(f"tokenizer={name!r}: there is no such folder. Fix the path.")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer={name!r} cannot be loaded: {error}") from error
+        raise UserError(f"tokenizer={name!r} cannot be loaded: {error}") from error
 
 
 def common_steps(args: BuilderArguments) -> list[tuple[str, Step]]:
@@ -311,7 +312,7 @@ def run(
     sources = resolve(args.sources, stage)
     labels = [source.label for source, _ in sources]
     if unknown := [label for label in args.source_shares or () if label not in labels]:
-        raise ValueError(f"source_shares names {unknown[0]!r}; the sources are {', '.join(labels)}.")
+        raise UserError(f"source_shares names {unknown[0]!r}; the sources are {', '.join(labels)}.")
     units = plan(sources, args.max_row_bytes)
     sources, not_read = settle(sources, units, args.max_row_bytes)
     recipe = {key: value for key, value in asdict(args).items() if key not in _FREE}

@@ -16,7 +16,7 @@ import numpy as np
 
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, precision_and_recall, seed_kinds, train
 from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import run_stage
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.files import write_json
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -43,16 +43,16 @@ class DataClassifierArguments:
     def __post_init__(self) -> None:
         for name in ("held_out", "threshold"):
             if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie between 0 and 1; got {getattr(self, name)}.")
+                raise UserError(f"{name} must lie between 0 and 1; got {getattr(self, name)}.")
         for name in ("reasoning", "other", "test_reasoning", "test_other"):
             for source in getattr(self, name):
                 path, separator, columns = source.rpartition("=")
                 if not (path and separator and all(columns.split("+"))):
-                    raise ValueError(f"{name}: {source!r} is not FILE=COLUMN.")
+                    raise UserError(f"{name}: {source!r} is not FILE=COLUMN.")
         if not (self.reasoning and self.other):
-            raise ValueError("reasoning and other must each name at least one source.")
+            raise UserError("reasoning and other must each name at least one source.")
         if not self.output.endswith(".safetensors"):
-            raise ValueError(f"output must end in .safetensors; got {self.output!r}.")
+            raise UserError(f"output must end in .safetensors; got {self.output!r}.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,22 +79,22 @@ def _read(field_name: str, sources: Sequence[str]) -> dict[str, list[str]]:
     """Texts by the name of their file; blank ones are left out.
 
     Raises:
-        ValueError: there is no such file or column, two files have the same name, or there is no text.
+        UserError: there is no such file or column, two files have the same name, or there is no text.
     """
     texts: dict[str, list[str]] = {}
     for source in sources:
         path, _, columns = source.rpartition("=")
         data, names, name = load_data(field_name, path), columns.split("+"), Path(path).stem
         if missing := [column for column in names if column not in data.column_names]:
-            raise ValueError(
+            raise UserError(
                 f"{field_name}: {path} has no column {missing[0]!r}; it has {', '.join(data.column_names)}."
             )
         if name in texts:
-            raise ValueError(f"{field_name}: two files are named {name}.")
+            raise UserError(f"{field_name}: two files are named {name}.")
         rows = zip(*(data[column] for column in names), strict=True)
         texts[name] = [text for row in rows if (text := "\n".join(str(part or "") for part in row).strip())]
         if not texts[name]:
-            raise ValueError(f"{field_name}: {source} holds no text.")
+            raise UserError(f"{field_name}: {source} holds no text.")
     return texts
 
 
@@ -110,7 +110,7 @@ def _split(
         count = max(round(share * len(distinct)), 1)
         held[name], kept[name] = distinct[:count], distinct[count:]
         if not kept[name]:
-            raise ValueError(f"{field_name}: {name} has too few texts to hold some out.")
+            raise UserError(f"{field_name}: {name} has too few texts to hold some out.")
     return kept, held
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import verified_answers
-from hgpo_trl.errors import run_stage
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.modes import Mode
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -44,9 +44,9 @@ class HFTDataArguments(BuilderArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if unknown := [mode for mode in self.mode_shares or () if mode not in list(Mode)]:
-            raise ValueError(f"mode_shares names {unknown[0]!r}; the modes are {', '.join(Mode)}.")
+            raise UserError(f"mode_shares names {unknown[0]!r}; the modes are {', '.join(Mode)}.")
         if self.reasoning_threshold is not None and not 0.0 < self.reasoning_threshold < 1.0:
-            raise ValueError(f"reasoning_threshold must lie between 0 and 1; got {self.reasoning_threshold}.")
+            raise UserError(f"reasoning_threshold must lie between 0 and 1; got {self.reasoning_threshold}.")
 
     def shares(self) -> dict[str, dict[str, float]]:
         return {"mode": self.mode_shares or {}, **super().shares()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from hgpo_trl.errors import run_stage
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.tasks.embedded import (
     build_model,
@@ -53,19 +53,19 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.hgpo_tasks is not None:
             if not self.hgpo_tasks:
-                raise ValueError("hgpo_tasks is empty; name at least one of tasks, or leave it out for all of them.")
+                raise UserError("hgpo_tasks is empty; name at least one of tasks, or leave it out for all of them.")
             if foreign := [name for name in self.hgpo_tasks if name not in self.tasks]:
-                raise ValueError(f"hgpo_tasks: {foreign[0]!r} is none of tasks={self.tasks}.")
+                raise UserError(f"hgpo_tasks: {foreign[0]!r} is none of tasks={self.tasks}.")
             if len(set(self.hgpo_tasks)) < len(self.hgpo_tasks):
-                raise ValueError(f"hgpo_tasks={self.hgpo_tasks} names a task twice; each has an equal share anyway.")
+                raise UserError(f"hgpo_tasks={self.hgpo_tasks} names a task twice; each has an equal share anyway.")
         for name in ("num_hft", "num_hgpo", "num_eval"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("think_share", "held_out_fraction"):
             if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie between 0 and 1; got {getattr(self, name)}.")
+                raise UserError(f"{name} must lie between 0 and 1; got {getattr(self, name)}.")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}.")
+            raise UserError(f"hidden_size={self.hidden_size} must be divisible by num_heads={self.num_heads}.")
 
 
 def main(argv: Sequence[str]) -> None:

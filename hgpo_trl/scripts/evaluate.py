@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
 from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, model_positions, without_dropped
 from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import run_stage
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
 from hgpo_trl.files import nan_to_null, write_json
 from hgpo_trl.generate import AUTO, check_settings, render
@@ -102,32 +102,32 @@ class EvaluateArguments:
         for name in ("num_prompts", "samples_per_mode", "batch_size", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise UserError(f"{name} must be at least 1; got {value}.")
         check_settings(AUTO, 0.0, self.max_new_tokens, self.temperature, self.top_p)
         if not 0.0 <= self.margin < math.inf:
-            raise ValueError(f"margin must be a finite number of at least 0; got {self.margin}.")
+            raise UserError(f"margin must be a finite number of at least 0; got {self.margin}.")
         price = self.price_per_million_tokens
         if price is not None and not 0.0 <= price < math.inf:
-            raise ValueError(f"price_per_million_tokens must be a finite number of at least 0; got {price}.")
+            raise UserError(f"price_per_million_tokens must be a finite number of at least 0; got {price}.")
         check_backend("backend", self.backend)
         if self.data_dir is not None and self.data not in BENCHMARKS:
-            raise ValueError(
+            raise UserError(
                 f"data_dir={self.data_dir!r} holds copies of benchmarks, but data={self.data!r} is none of "
                 f"{', '.join(BENCHMARKS)}. Give the file itself as data, and leave data_dir out."
             )
         if self.data in BENCHMARKS and self.split != "train":
-            raise ValueError(
+            raise UserError(
                 f"split={self.split!r}: the benchmark data={self.data!r} has its own split. Leave split out, or give "
                 f"the data set itself as data ({BENCHMARKS[self.data].hub})."
             )
         if self.decision_bias != SWEEP and not (
             isinstance(self.decision_bias, int | float) and math.isfinite(self.decision_bias)
         ):
-            raise ValueError(f"decision_bias must be a finite number or {SWEEP}; got {self.decision_bias!r}.")
+            raise UserError(f"decision_bias must be a finite number or {SWEEP}; got {self.decision_bias!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ValueError(f"gpu_memory_utilization must lie in (0, 1]; got {self.gpu_memory_utilization}.")
+            raise UserError(f"gpu_memory_utilization must lie in (0, 1]; got {self.gpu_memory_utilization}.")
         if self.tensor_parallel_size > 1 and self.backend != "vllm":
-            raise ValueError(
+            raise UserError(
                 f"tensor_parallel_size={self.tensor_parallel_size} needs vLLM, but backend is {self.backend}. "
                 "Set backend to vllm, or tensor_parallel_size to 1."
             )
@@ -136,7 +136,7 @@ class EvaluateArguments:
 def _load_function(name: str) -> Callable:
     reward = load_reward(name)
     if isinstance(reward, str):
-        raise ValueError(
+        raise UserError(
             f"reward_funcs: {name!r} is a reward model; evaluation takes functions only. Name a function "
             "(package.module.function or file.py:function) there, and a reward model as reward_model."
         )
@@ -149,7 +149,7 @@ def _try_rewards(rewards: Sequence[Callable], dataset: Dataset) -> None:
     try:
         score_samples(response, dataset.select([0]), rewards)
     except TypeError as error:  # a column that the function takes is not there
-        raise ValueError(f"reward_funcs: {error}. The columns of data are {dataset.column_names}.") from error
+        raise UserError(f"reward_funcs: {error}. The columns of data are {dataset.column_names}.") from error
 
 
 def _load(args: EvaluateArguments) -> Dataset:
@@ -180,7 +180,7 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
     """Take `output_dir` for these samples, and note there what they are drawn from and how.
 
     Raises:
-        ValueError: it holds samples of another model, of other prompts or settings, or of an unknown run; or there are
+        UserError: it holds samples of another model, of other prompts or settings, or of an unknown run; or there are
             none to `rescore`.
     """
     output_dir = Path(args.output_dir)
@@ -196,7 +196,7 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
         run["batch_size"] = args.batch_size
     if args.rescore:
         if not (output_dir / SAMPLES).is_file():
-            raise ValueError(
+            raise UserError(
                 f"rescore: there is no {output_dir / SAMPLES}, so there is nothing to score again. Name the output_dir "
                 "of a finished evaluation, or leave rescore out to sample what is missing."
             )
@@ -250,13 +250,13 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ValueError: there is no such model, or it has no mode tags.
+        UserError: there is no such model, or it has no mode tags.
     """
     tokenizer = tokenizer_of("model", args.model)
     try:
         mode_tokens(tokenizer)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"model={args.model!r} is no hybrid model: {error} Evaluate one that went through `hgpo-trl hft`."
         ) from None
     return tokenizer

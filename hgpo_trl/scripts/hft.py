@@ -70,14 +70,15 @@ def fine_tune(
 ) -> None:
     """Give a model the mode tags and the chat template, if it has none, train it on responses, and save it."""
     tokenizer = load_tokenizer(training_args, model_args)
+    training_args.chat_template_path = None  # TRL would put it in the place of the one with the modes
+    if not has_thinking_modes(tokenizer):
+        set_chat_template(tokenizer)
     model = create_model_from_path(
         str(model_args.model_name_or_path),  # there is one: load_tokenizer has looked
         quantization_config=get_quantization_config(model_args),
         **model_init_kwargs(training_args, model_args),
     )
     add_mode_tokens(tokenizer, model)
-    if not has_thinking_modes(tokenizer):
-        set_chat_template(tokenizer)
     set_generation_config(model, tokenizer)
 
     trainer = SFTTrainer(

@@ -16,7 +16,7 @@ from trl import ModelConfig, get_quantization_config
 from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, rollout_positions
 from hgpo_trl.config import HGPOConfig
 from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import run_stage
+from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.rows import Renderer
@@ -46,7 +46,7 @@ class HGPOArguments:
 
     def __post_init__(self) -> None:
         if self.eval_prompts is not None and self.eval_prompts < 1:
-            raise ValueError(f"eval_prompts must be at least 1, or null for all of eval_data; got {self.eval_prompts}.")
+            raise UserError(f"eval_prompts must be at least 1, or null for all of eval_data; got {self.eval_prompts}.")
 
 
 def main(argv: Sequence[str]) -> None:

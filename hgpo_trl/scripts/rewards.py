@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from hgpo_trl.errors import UserError
 from hgpo_trl.reward_model import RewardModel
 from hgpo_trl.rewards import accuracy_reward, has_answer
 from hgpo_trl.scripts.training import check_model_path
@@ -36,11 +37,11 @@ class RewardArguments:
 
     def __post_init__(self) -> None:
         if self.reward_model_batch_size < 1:
-            raise ValueError(f"reward_model_batch_size must be at least 1; got {self.reward_model_batch_size}.")
+            raise UserError(f"reward_model_batch_size must be at least 1; got {self.reward_model_batch_size}.")
         if not math.isfinite(self.reward_model_center):
-            raise ValueError(f"reward_model_center must be a finite number; got {self.reward_model_center}.")
+            raise UserError(f"reward_model_center must be a finite number; got {self.reward_model_center}.")
         if not 0.0 < self.reward_model_scale < math.inf:
-            raise ValueError(f"reward_model_scale must be a finite number above 0; got {self.reward_model_scale}.")
+            raise UserError(f"reward_model_scale must be a finite number above 0; got {self.reward_model_scale}.")
 
     def build_reward_model(self, device: torch.device, prompt: Any) -> RewardModel | None:
         """The reward model, if one is named; its weights are loaded when it scores.
@@ -49,7 +50,7 @@ class RewardArguments:
             prompt: one of those to be scored, for a look at whether the chat template takes it.
 
         Raises:
-            ValueError: see `RewardModel`, or the path does not exist.
+            UserError: see `RewardModel`, or the path does not exist.
         """
         if self.reward_model is None:
             return None
@@ -67,13 +68,13 @@ class RewardArguments:
 
 
 def check_answers_are_there(name: str, dataset: Dataset, rewards: Sequence[Any], args: RewardArguments) -> None:
-    """ValueError if rows have no `answer` and nothing but the rule scores them."""
+    """UserError if rows have no `answer` and nothing but the rule scores them."""
     if args.reward_model is not None or list(rewards) != [accuracy_reward]:
         return
     answers = dataset["answer"] if "answer" in dataset.column_names else [None] * len(dataset)
     missing = sum(not has_answer(answer) for answer in answers)
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{name}: {missing} of {len(dataset)} rows have no `answer`, without which accuracy_reward cannot score "
             "them. Name a reward_model that does (allenai/Llama-3.1-Tulu-3-8B-RM in the paper), name reward_funcs of "
             "your own, or remove these rows."

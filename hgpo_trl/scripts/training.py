@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig, get_peft_config
 
+from hgpo_trl.chat_template import read_template
 from hgpo_trl.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.checks import model_positions
 from hgpo_trl.errors import UserError
@@ -93,14 +94,15 @@ def _unfinished(folder: Path) -> str | None:
         return "there is no config.json in it"
     if not (folder / RUN_FILE).is_file():
         return None
-    weights = sorted(folder.glob("adapter_model*" if config == ADAPTER_CONFIG else "*model*.safetensors"))
+    stem = "adapter_model" if config == ADAPTER_CONFIG else "model"
+    weights = sorted(path for path in folder.glob(f"*{stem}*") if path.suffix in (".safetensors", ".bin"))
     if not weights:
         return "there are no weights in it"
     for index in folder.glob("*.safetensors.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(shards - {path.name for path in weights}):
             return f"{missing[0]} is missing"
-    for path in weights:
+    for path in (path for path in weights if path.suffix == ".safetensors"):
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -145,14 +147,17 @@ def lora_config(
 
 
 def load_tokenizer(training_args: TrainingConfig, model_args: ModelConfig, **kwargs: Any) -> Any:
-    """The tokenizer of a recipe's model."""
-    return tokenizer_of(
+    """The tokenizer of a recipe's model, with the chat template that the recipe names, if it does."""
+    tokenizer = tokenizer_of(
         "model_name_or_path",
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
         **kwargs,
     )
+    if isinstance(training_args, SFTConfig) and training_args.chat_template_path is not None:
+        tokenizer.chat_template = read_template(training_args.chat_template_path)
+    return tokenizer
 
 
 def recipe_positions(training_args: TrainingConfig, model_args: ModelConfig) -> int | None:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from hgpo_trl.chat_template import set_chat_template
+from hgpo_trl.errors import UserError
 from hgpo_trl.imports import load_module
 from hgpo_trl.modes import Mode, add_mode_tokens, format_response
 
@@ -45,17 +46,17 @@ def load_task(name: str) -> ModuleType:
     """Import a task by module name ("hgpo_trl.tasks.chain_sum") or by path ("examples/my_task.py").
 
     Raises:
-        ValueError: there is no such module or file, it lacks one of the three names, or its weights are no weights.
+        UserError: there is no such module or file, it lacks one of the three names, or its weights are no weights.
     """
     task = load_module(name)
     missing = [attribute for attribute in ("LEVELS", "VOCABULARY", "sample") if not hasattr(task, attribute)]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"tasks: {name!r} lacks {', '.join(missing)}; hgpo_trl/tasks/embedded.py says what a task needs."
         )
     levels = task.LEVELS
     if not isinstance(levels, dict) or not levels or not all(isinstance(w, int) and w > 0 for w in levels.values()):
-        raise ValueError(
+        raise UserError(
             f"tasks: {name!r}: LEVELS must map at least one level to a whole number above 0; got {levels!r}."
         )
     return task
@@ -70,14 +71,14 @@ def load_tasks(names: Sequence[str]) -> list[ModuleType]:
     """Import tasks.
 
     Raises:
-        ValueError: there is none, `load_task` refuses one, or two have the same domain.
+        UserError: there is none, `load_task` refuses one, or two have the same domain.
     """
     if not names:
-        raise ValueError("tasks is empty; name at least one task.")
+        raise UserError("tasks is empty; name at least one task.")
     tasks = [load_task(name) for name in names]
     domains = [domain_of(task) for task in tasks]
     if twice := [domain for domain in domains if domains.count(domain) > 1]:
-        raise ValueError(
+        raise UserError(
             f"tasks={list(names)}: two have the domain {twice[0]!r}. Name each task once; a domain is called after the "
             "task's file, so of two files with one name rename one."
         )
@@ -91,9 +92,9 @@ def is_held_out(prompt: str, fraction: float) -> bool:
 
 
 def _check_words(query: Query, vocabulary: Set[str]) -> None:
-    """ValueError if a query uses a word that would become `<unk>`."""
+    """UserError if a query uses a word that would become `<unk>`."""
     if unknown := set(f"{query.prompt} {query.reasoning} {query.answer}".split()) - vocabulary:
-        raise ValueError(
+        raise UserError(
             f"VOCABULARY lacks {sorted(unknown)}, of the query {query.prompt!r}. Add every word of prompt, reasoning "
             "and answer, as blanks separate them."
         )
@@ -103,7 +104,7 @@ def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float,
     """Draw queries in exact proportion to the task's level weights, from the held-out part or from the rest.
 
     Raises:
-        ValueError: a level has no query in the wanted part (its space is too small for `fraction`), or a query uses a
+        UserError: a level has no query in the wanted part (its space is too small for `fraction`), or a query uses a
             word that is not in the task's vocabulary.
     """
     rng = random.Random(f"{seed}/{held_out}")
@@ -120,7 +121,7 @@ def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float,
                 break
         else:
             part = "held-out" if held_out else "training"
-            raise ValueError(
+            raise UserError(
                 f"held_out_fraction={fraction}: level {level} has no {part} query. Choose another fraction, or give "
                 "the level more distinct queries."
             )
@@ -132,7 +133,7 @@ def draw_equally(
     """Draw queries from the tasks in turn, from each what `draw` gives.
 
     Raises:
-        ValueError: as `draw`.
+        UserError: as `draw`.
     """
     drawn = [draw(task, num_queries, held_out=held_out, fraction=fraction, seed=seed) for task in tasks]
     return (next(queries) for queries in islice(cycle(drawn), num_queries))
