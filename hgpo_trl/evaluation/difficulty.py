@@ -104,9 +104,8 @@ def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_
     so, the margin alone decides for no think (Eq. 8), whatever the responses were.
 
     Args:
-        rewards: `[Q, 2, k]`, axis 1 in the order of `MODES`. NaN: no valid reward, as in `hgpo_trl.training.advantages`:
-            such a sample is out of every mean and maximum, and without a valid sample in each mode there is nothing to compare
-            between them.
+        rewards: `[Q, 2, k]`, axis 1 in the order of `MODES`. NaN: no valid reward. Such a sample is out of every mean
+            and maximum; without a valid sample in each mode there is nothing to compare between them.
         margin: δ.
 
     Returns:
