@@ -74,10 +74,7 @@ report: $(INSTALLED)  ## tables and figures of RECIPE's evaluations and training
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml $(ARGS)
 
 demo: $(INSTALLED)  ## the whole method on the embedded task: data, HFT, HGPO, evaluation, report
-	@for stage in data train-hft train-hgpo evaluate report; do \
-		printf '\n=== %s ===\n' "$$stage"; $(MAKE) --no-print-directory "$$stage"; \
-	done
-	@printf '\nRead %s\n' '$(RUN)/report/report.html'
+	$(BIN)/hgpo-trl demo --recipe $(RECIPE)
 
 # N = 16: with binary rewards a mode's mean is a multiple of 2/N, and any margin below that acts like 0.
 sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all of them in the report

@@ -744,7 +744,7 @@ def test_config_without_a_path(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--config: expected one argument" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES.keys() - {"serve"}))  # its fields are vLLM's
+@pytest.mark.parametrize("stage", sorted(STAGES.keys() - {"serve", "demo", "recipes"}))  # these take no recipe
 def test_help_lists_the_fields(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     kind = {"data": ["task"], "baselines": ["dpo"]}.get(stage, [])
     with pytest.raises(SystemExit) as caught:

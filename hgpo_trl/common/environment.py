@@ -10,12 +10,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import expand_path
+from hgpo_trl.common.recipe_files import find_recipe
 
 # Python and the dynamic linker read these before the first line of a program.
 _READ_BEFORE_START = re.compile(r"PYTHON\w+|(LD|DYLD|MALLOC|GLIBC)_\w+")
@@ -34,9 +34,10 @@ def apply_env(argv: Sequence[str]) -> None:
     Raises:
         UserError: as `set_env`.
     """
-    path = _config(argv)
+    name = _config(argv)
+    path = None if name is None else find_recipe(name)
     try:
-        recipe = None if path is None else yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+        recipe = None if path is None else yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return
     if isinstance(recipe, dict) and isinstance(recipe.get("env"), dict):
@@ -75,10 +76,10 @@ def set_env(where: str, env: dict[str, object]) -> None:
 
 def _config(argv: Sequence[str]) -> str | None:
     """The recipe that a command line names last."""
-    path = None
+    name = None
     for place, word in enumerate(argv):
         if word == "--config" and place + 1 < len(argv):
-            path = argv[place + 1]
+            name = argv[place + 1]
         elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
-    return None if path is None else expand_path("--config", path)
+            name = word.removeprefix("--config=")
+    return name

@@ -6,7 +6,6 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
@@ -16,7 +15,8 @@ from trl import TrlParser
 
 from hgpo_trl.common.environment import set_env
 from hgpo_trl.common.errors import refuse
-from hgpo_trl.common.files import expand_path, expand_paths
+from hgpo_trl.common.files import expand_paths
+from hgpo_trl.common.recipe_files import find_recipe, nearest_recipe
 
 # Fields that TRL, Transformers or TRL's own scripts name, or named, otherwise. A hint is given where the stage has it.
 _RENAMED = {
@@ -128,7 +128,7 @@ class RecipeParser(TrlParser):
         known, rest = config_parser.parse_known_args(args)
         try:
             if known.config is not None:
-                self.set_defaults_with_config(**self._read(expand_path("--config", known.config)))
+                self.set_defaults_with_config(**self._read(known.config))
             *parsed, unknown = self.parse_args_into_dataclasses(rest, return_remaining_strings=True)
         except ValueError as error:  # of ours, or of TRL's and Transformers' own checks of their fields
             self.error(str(error))
@@ -152,13 +152,16 @@ class RecipeParser(TrlParser):
             types |= typing.get_type_hints(dataclass_type)
         return types
 
-    def _read(self, path: str) -> dict[str, Any]:
-        """The recipe's fields, each of its dataclass's type; `env` is put into the environment."""
-        if not Path(path).is_file():
-            recipes = map(str, Path("recipes").glob("*/*.yaml"))
-            self.error(f"--config {path}: there is no such recipe{_did_you_mean(path, recipes)}")
+    def _read(self, name: str) -> dict[str, Any]:
+        """Read a recipe's fields, each of its dataclass's type, and set the environment variables of its `env`."""
+        file = find_recipe(name)
+        if file is None:
+            nearest = nearest_recipe(name)
+            hint = f"; did you mean {nearest!r}?" if nearest else ""
+            self.error(f"--config {name}: there is no such recipe{hint} (`hgpo-trl recipes` lists them)")
+        path = str(file)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
             recipe = yaml.load(text, _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"{path} is not valid YAML: {error}")
