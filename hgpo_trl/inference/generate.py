@@ -34,6 +34,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from hgpo_trl.common.compat import prepend_to_stream
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import MODES, Mode, ModeTokens, check_embeddings, mode_tokens, split_response
 from hgpo_trl.modes.chat_template import has_thinking_modes
@@ -392,7 +393,7 @@ def stream(
 
     stopped = threading.Event()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    streamer.token_cache += forced  # part of the response, and of its text
+    prepend_to_stream(streamer, forced)
 
     def run() -> None:
         try:

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import deepspeed
 
+from hgpo_trl.common.compat import no_deepspeed_config
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import Response, completion_text
 from hgpo_trl.rewards import has_answer
@@ -196,12 +196,6 @@ def _whole_weights() -> Iterator[None]:
 
     Each process scores its own rows in its own time; a sharded model would need all of them in every forward pass.
     """
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # true loads on the first process alone
-            yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+    # FSDP's setting loads the weights on the first process alone.
+    with no_deepspeed_config(), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        yield
