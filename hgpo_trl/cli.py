@@ -19,7 +19,7 @@ STAGES = {
     "report": "tables and figures from evaluations and training logs",
     "card": "a model's card, from its run and its report; push to the hub",
     "chat": "talk to a model in the terminal",
-    "serve": "vLLM's OpenAI-compatible server, modes taken apart",
+    "serve": "vLLM's OpenAI-compatible server, with reasoning split from answers",
 }
 
 _USAGE = "usage: hgpo-trl STAGE --config RECIPE [--FIELD VALUE ...]\n\nstages:\n" + "\n".join(

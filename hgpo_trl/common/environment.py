@@ -2,8 +2,8 @@
 
 Libraries read many variables while they are imported: HF_HOME and HF_HUB_OFFLINE, OMP_NUM_THREADS. So the commands take
 a recipe's `env` before they import the stage, and for `python -m` and `accelerate launch -m` the package
-`hgpo_trl.scripts` does so while it is imported itself. Values are the text that stands in the recipe: 1e-4, yes and 010
-stay as they are.
+`hgpo_trl.scripts` does so while it is imported itself. Values are the recipe's text, unchanged: 1e-4, yes
+and 010 are not converted.
 """
 
 import os
@@ -29,7 +29,7 @@ _READ_AT_IMPORT = re.compile(
 def apply_env(argv: Sequence[str]) -> None:
     """Set the variables of the recipe that a command line names.
 
-    A recipe that cannot be read is left to the stage's parser, which says what is wrong with it.
+    A recipe that cannot be read is left to the stage's parser, which reports the error.
 
     Raises:
         UserError: as `set_env`.
@@ -52,8 +52,7 @@ def set_env(where: str, env: dict[str, object]) -> None:
         env: name -> text, as YAML's BaseLoader reads it.
 
     Raises:
-        UserError: a value is no text, or a variable has been read already: by Python itself, or by a library that is
-            imported.
+        UserError: a value is not text, or Python or an imported library has already read the variable.
     """
     for name, value in env.items():
         if not isinstance(value, str):
@@ -75,7 +74,7 @@ def set_env(where: str, env: dict[str, object]) -> None:
 
 
 def _config(argv: Sequence[str]) -> str | None:
-    """The recipe that a command line names last."""
+    """The last recipe that a command line names."""
     name = None
     for place, word in enumerate(argv):
         if word == "--config" and place + 1 < len(argv):

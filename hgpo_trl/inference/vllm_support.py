@@ -1,4 +1,4 @@
-"""vLLM: whether the installed one and its server will do, weights that it packs on CPUs, and LoRA's names."""
+"""vLLM: check its version and its server, replace the weights that it packs on a CPU, and undo LoRA's names."""
 
 import json
 import time
@@ -51,7 +51,7 @@ def _installed_version() -> str | None:
 
 
 def check_server(url: str, model: str, timeout: float) -> None:
-    """Wait for a vLLM server and check that it serves the model that is trained, before that is loaded.
+    """Wait for a vLLM server and check that it serves the model to be trained.
 
     Args:
         url: without a trailing slash.
@@ -85,7 +85,7 @@ def check_server(url: str, model: str, timeout: float) -> None:
 
 
 def without_token_adapters(named: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
-    """Merged parameters under the names they have without PEFT's trainable tokens, which are left out."""
+    """Give merged parameters their names without PEFT's trainable tokens, and leave those out."""
     for name, parameter in named:
         if ".trainable_tokens_delta" not in name:
             yield name.replace(".token_adapter.", "."), parameter
@@ -94,8 +94,7 @@ def without_token_adapters(named: Iterable[tuple[str, _T]]) -> Iterator[tuple[st
 def sync_merged_weights(generation: Any) -> None:
     """Have TRL's `VLLMGeneration` send a model with trainable tokens under names that vLLM knows.
 
-    TRL takes the names of LoRA back, not those of trainable tokens. Every way of sharding goes through the method that
-    is replaced here.
+    TRL undoes the names of LoRA, but not those of trainable tokens.
     """
     map_synced_weights(generation, without_token_adapters)
 
@@ -104,7 +103,7 @@ _REMEDY = f"Install one of the versions {SUPPORTED}, train on a GPU, or set use_
 
 
 def keep_cpu_weights_replaceable() -> None:
-    """Let the engines that are built from here on take new weights on a CPU. Elsewhere it changes nothing.
+    """Make engines that are built from now on accept new weights on a CPU. Elsewhere it changes nothing.
 
     On a CPU vLLM packs each loaded weight for the fastest kernel that the processor has for its shape (zentorch,
     sgl-kernel, oneDNN) and drops the parameter that `load_weights` writes to. Here these parameters are kept, at the

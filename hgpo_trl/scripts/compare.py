@@ -2,7 +2,7 @@
 
     hgpo-trl evaluate --compare hft=runs/eval/hft hgpo=runs/eval/hgpo --output_dir runs/compare
 
-Names are the user's; the first is the one that the others are compared with. Writes comparison.json, comparison.md,
+The names are free; every model is compared with the first. Writes comparison.json, comparison.md,
 comparison.html and a picture. Nothing is sampled: the folders' report.json and samples.parquet are read.
 """
 
@@ -23,7 +23,7 @@ from hgpo_trl.scripts.report import load_evaluation, named_folders
 
 @dataclass
 class CompareArguments:
-    """What is compared."""
+    """Evaluations to compare."""
 
     compare: list[str] = field(
         metadata={"help": "NAME=FOLDER of `hgpo-trl evaluate`, two or more; the others are compared with the first."}

@@ -2,8 +2,8 @@
 
     hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hft --output_dir runs/eval/hft
 
-Writes `report.json` (the figures) and `samples.parquet` (every response with its score) into `output_dir`. The same
-command goes on where it was interrupted; with `--rescore true` what is there is scored again, without the model.
+Writes `report.json` (the metrics) and `samples.parquet` (every response with its score) into `output_dir`. The same
+command resumes after an interruption; `--rescore true` scores the existing samples again, without the model.
 `--compare NAME=FOLDER NAME=FOLDER ...` compares models that have been evaluated: see `hgpo_trl.scripts.compare`.
 """
 
@@ -51,7 +51,7 @@ from hgpo_trl.training.model_dir import tokenizer_of
 from hgpo_trl.training.rows import Renderer
 from hgpo_trl.training.run_dir import check_same_run
 
-VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
+VLLM_CHUNK = 4096  # responses of a part: a kill loses one part, but the engine runs dry at the end of each
 
 
 @dataclass
@@ -163,7 +163,7 @@ def _load(args: EvaluateArguments) -> Dataset:
 
 
 def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
-    """How the samples are drawn: evaluations that differ in one of these measure different things."""
+    """Settings of the sampling; evaluations that differ in one of them cannot be compared."""
     return {
         "split": BENCHMARKS[args.data].split if args.data in BENCHMARKS else args.split,
         "num_prompts": len(dataset),
@@ -177,7 +177,7 @@ def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
 
 
 def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) -> None:
-    """Take `output_dir` for these samples, and note there what they are drawn from and how.
+    """Claim `output_dir` for these samples, and record their model, prompts and settings there.
 
     Raises:
         UserError: it holds samples of another model, of other prompts or settings, or of an unknown run; or there are
@@ -192,7 +192,7 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
         "dtype": args.dtype,
         **settings,
     }
-    if args.backend == "transformers":  # what is drawn together is drawn from one stream of random numbers
+    if args.backend == "transformers":  # a batch is drawn from one stream of random numbers
         run["batch_size"] = args.batch_size
     if args.rescore:
         if not (output_dir / SAMPLES).is_file():
@@ -210,7 +210,7 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
 
 
 def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
-    """Sample what is missing, in parts; the backend's memory is free again afterwards."""
+    """Sample the missing parts, and free the backend's memory."""
     folder = Path(args.output_dir) / PARTS
     size = VLLM_CHUNK // (len(MODES) * args.samples_per_mode)
     if args.backend == "transformers":
@@ -263,7 +263,7 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
 
 
 def _check(args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The prompts without faulty ones; UserError if there are such and they are not to be dropped."""
+    """Drop faulty prompts if `drop_faulty_rows` is set; else raise UserError if there are any."""
     return check_prompts(
         f"data={args.data!r}",
         dataset,
@@ -304,7 +304,7 @@ def main(argv: Sequence[str]) -> None:
     _try_rewards(rewards, dataset)
     reward_model = reward_args.build_reward_model(default_device(), dataset[0]["prompt"])
     if reward_model is not None:
-        rewards.append(reward_model)  # its weights are loaded when the sampling has left the memory to them
+        rewards.append(reward_model)  # its weights are loaded once sampling has freed the memory
     output_dir = Path(args.output_dir)
     if (output_dir / SAMPLES).is_file():
         print(f"All samples are there: {output_dir / SAMPLES}", flush=True)

@@ -18,7 +18,7 @@ from hgpo_trl.common.errors import refuse
 from hgpo_trl.common.files import expand_paths
 from hgpo_trl.common.recipe_files import find_recipe, nearest_recipe
 
-# Fields that TRL, Transformers or TRL's own scripts name, or named, otherwise. A hint is given where the stage has it.
+# Names, current or former, that TRL, Transformers or TRL's scripts use for our fields; for hints.
 _RENAMED = {
     "dataset_name": "train_data",
     "dataset_test_split": "eval_split",
@@ -54,7 +54,7 @@ class _Switch(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's reading of plain values, which is a person's; a key may stand only once.
+    """Read plain values as YAML 1.2 does, and as people do; refuse a key that is there twice.
 
     PyYAML follows YAML 1.1: 010 is 8 and 1:30 is 90, 1e-4 is text, 2026-11-25 is a date, and the words yes, no, on and
     off are booleans. Beyond YAML 1.2, 1_000 is a number and None is null, as in Python.
@@ -97,7 +97,7 @@ _Loader.add_constructor("!switch", lambda loader, node: _Switch(node.value))
 
 
 class RecipeParser(TrlParser):
-    """TrlParser that explains what is wrong with a recipe instead of passing it on.
+    """A TrlParser that explains every fault of a recipe.
 
     Every error ends the program with status 2 and one message: a file that does not exist or is not a mapping, an
     unknown key (with the nearest valid one), a value of the wrong type, a combination that a dataclass refuses.
@@ -229,7 +229,7 @@ def _did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str
 
 
 def _is_null(word: str) -> bool:
-    """Whether a word of a person who means null says so."""
+    """Whether a word means null."""
     return word.lower() in ("none", "null")
 
 
@@ -239,7 +239,7 @@ def _takes_null(annotation: Any, default: Any) -> bool:
 
 
 def _of_type(value: Any, annotation: Any) -> Any:
-    """A YAML value as a field's type: text that reads as a number becomes one, 4.0 becomes 4 where that is asked for.
+    """Convert a YAML value to a field's type: numeric text becomes a number, 4.0 becomes 4 for an integer field.
 
     A single value where the field takes a list of them becomes a list of one.
 
@@ -249,7 +249,7 @@ def _of_type(value: Any, annotation: Any) -> Any:
     try:
         adapter = TypeAdapter(annotation, config={"arbitrary_types_allowed": True})
     except PydanticSchemaGenerationError:
-        return value  # a type that pydantic cannot describe: left to argparse
+        return value  # pydantic cannot describe the type: argparse checks it
     for reading in (_as_booleans(value), value):
         try:
             return _converted(adapter, reading)
@@ -277,7 +277,7 @@ def _as_booleans(value: Any) -> Any:
 
 
 def _converted(adapter: TypeAdapter, value: Any) -> Any:
-    """The value as pydantic reads it; ValueError where it is of another type, or read more freely than is safe."""
+    """The value as pydantic reads it; ValueError if it has another type, or if pydantic reads it too freely."""
     try:
         converted = adapter.validate_python(value)
     except ValidationError as error:
@@ -306,7 +306,7 @@ def _leaves(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _advice(value: Any) -> str:
-    """What to write instead of a value of the wrong type, where it can be told."""
+    """Suggest a correction of a value of the wrong type, if there is an obvious one."""
     match value:
         case bool() | int() | float():
             return " (text needs quotes)"
