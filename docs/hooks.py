@@ -1,7 +1,7 @@
-"""Hook of the documentation site: pages may link to repository files outside docs/, and the site includes those files.
+"""Hook of the documentation site: include the repository files outside docs/ that pages link to.
 
-A file outside docs/ keeps its path in the repository; a page of docs/ has its path below docs/. Links are written for the
-repository, so that they work there, too, and are rewritten here.
+Pages are written for the repository, so that they also read well there. On the site a page of docs/ has its path below
+docs/, and another file its path in the repository; the hook rewrites the links.
 """
 
 import posixpath
@@ -14,6 +14,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "benchmarks/images/*.png", "examples/*.*")
+CELL_CODE = re.compile(r"(?<=[| ])`[^`\n]*\\\|[^`\n]*`")  # a pipe in a table, escaped as GitHub needs it
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
 
 
@@ -34,4 +35,5 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         target = posixpath.normpath(posixpath.join(source, link[1])).removeprefix("docs/")
         return f"]({posixpath.relpath(target, folder or '.')}"
 
+    markdown = CELL_CODE.sub(lambda code: code[0].replace(r"\|", "|"), markdown)
     return LINK.sub(on_site, markdown)
