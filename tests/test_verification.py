@@ -263,6 +263,12 @@ def test_no_answer_raises(reference: str, answer: str) -> None:
         "1," * 500_000,
         "(1," * 600,
         "\\text{" + "." * 1_900,
+        "1+10^{-29000}" + "".join(f"+{base}^{{\\pi}}" for base in range(2, 40)),
+        "1+10^{-29000}" + "".join(f"+\\sin({x})" for x in range(2, 40)),
+        "+".join(f"\\frac{{1}}{{{base}^{{60000}}}}" for base in range(3, 23, 2)),
+        "*".join(f"{base}^{{50000}}" for base in range(3, 30)),
+        "(((((2^{100})^{100})^{100})^{100})^{100})",
+        "x!^{1000}",
     ],
     ids=lambda answer: f"{answer[:9]!r} x {len(answer)}",
 )

@@ -83,7 +83,6 @@ _EXPLAIN = {"because", "since", "that", "divided"}
 _TAKEN_BACK = {"no,", "wait", "actually", "sorry", "correction", "rather"}
 _FILLERS = {"be", "equal", "equals", "to", "the", "answer", "simply", "just", "="}
 _ANY = {"all", "any", "anything", "every", "everything", "no"}
-_UNDECIDED = {"or", "either", "maybe", "perhaps", "possibly"}
 _REFUTED = {"wrong", "false", "incorrect", "impossible", "excluded", "rejected", "fails"}
 _NEW_CLAIM = {*_CONCLUDE, *_EXPLAIN, "instead", "rather", "it", "we"} - {
     "be",
@@ -114,6 +113,10 @@ _DENIED_AFTER = re.compile(
 _BETWEEN_BOXES = re.compile(
     r"[\s$*.;,)\\(\]\[]*(?:,|;|/|&|\b(?:and|or|maybe|perhaps|possibly|alternatively|otherwise|either|else|also)\b"
     r"(?:[^.\n\\$]{0,60})?)[\s$*(\\\[]*",
+    re.IGNORECASE,
+)
+_OR_BEFORE = re.compile(
+    r"[\s,]*\b(?:or|maybe|perhaps|possibly)\s+(?:(?:maybe|perhaps|possibly|even)\s+)?(?:[\s$*(]|\\[(\[])*(?:([A-Za-z])\s*=\s*)?$",
     re.IGNORECASE,
 )
 _OR_AFTER = re.compile(
@@ -212,9 +215,27 @@ def _last_words(text: str) -> list[str]:
 
 def _bounds(words: list[str]) -> bool:
     """Whether the words before a candidate say that it only bounds the result."""
-    if words[-1:] == ["but"] and not _ANY.isdisjoint(words):
-        return True
-    return words[-2:] in (["up", "to"], ["rule", "out"]) or not _RANGES.isdisjoint(words[-2:])
+    bounded = words[-2:] == ["up", "to"] or words[-3:] == ["or", "equal", "to"] or not _RANGES.isdisjoint(words[-1:])
+    return bounded or _but(words)
+
+
+def _but(words: list[str]) -> bool:
+    """Whether the words before a candidate say that it is anything else."""
+    last = words[-2:]
+    return last in (["other", "than"], ["rule", "out"]) or (last[-1:] == ["but"] and not _ANY.isdisjoint(words))
+
+
+def _alternative_to_box(before: str) -> list[str]:
+    """The candidate to which "or" joins the box; an equation of something else is a step on the way."""
+    joint = _OR_BEFORE.search(before)
+    if not joint:
+        return []
+    prose = _Prose(before[: joint.start()])
+    candidates, tail = _candidates(_SENTENCE_END.split(prose.text)[-1])
+    if not candidates or len(tail) > 1:
+        return []
+    other = prose.filled(candidates[-1].text)
+    return [] if joint[1] and not re.match(rf"\W*{joint[1]}\s*=", other) else [other]
 
 
 def boxed(text: str) -> str | None:
@@ -228,15 +249,15 @@ def boxed(text: str) -> str | None:
         return ""
     words = _last_words(before)
     denied = next((word for word in reversed(words) if word not in _FILLERS), "")
-    if denied in _DENIALS or denied.endswith("n't") or _bounds(words):
+    if denied in _DENIALS or denied.endswith("n't") or _but(words):
         return ""
     contents = [last.content]
     for earlier, later in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _BETWEEN_BOXES.fullmatch(text[earlier.end : later.start]):
             break
         contents.insert(0, earlier.content)
-    if len(contents) == 1 and _UNDECIDED.intersection(words[-2:]):
-        return ""
+    if len(contents) == 1:
+        contents = _alternative_to_box(before) + contents
     other = _OR_AFTER.match(after)
     if other:
         contents.append(stripped(other["other"]))
@@ -271,7 +292,8 @@ class _Prose:
 
     def __init__(self, text: str) -> None:
         self.maths: list[str] = []
-        self.text = _MATHS.sub(self._take_out, text.replace("\x01", " ").replace("\x02", " "))
+        text = _MATHS.sub(self._take_out, text.replace("\x01", " ").replace("\x02", " "))
+        self.text = text.replace("\\]", " ").replace("\\)", " ")  # of mathematics that began before the text
 
     def _take_out(self, match: re.Match) -> str:
         inside = next(filter(None, match.groups()))

@@ -19,6 +19,7 @@ _MAX_BITS = 200_000  # of an exact numerator or denominator
 _MAX_EXPONENT_BITS = 2_000  # of an exponent in floating point; a tower such as 9^{9^{9^9}} is beyond it
 _PRECISION = 192  # bits
 _MAX_PRECISION = 100_000
+_MAX_WORK = 40_000  # bits times functions: what a policy can make this process compute takes well under a second
 _MAX_DEPTH = 60
 
 _MIXED = re.compile(r"(?<![\d.}^])(\d+)\\frac\{(\d+)\}\{(\d+)\}")
@@ -492,13 +493,20 @@ def _same_at(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | No
         return None
 
 
+def _work(tree: _Tree) -> int:
+    """The transcendental functions of a tree; a factorial, which may be a gamma function, counts as twenty."""
+    weights = {"function": 1, "log": 2, "!": 20, "binomial": 60}
+    powers = (node for node in _nodes(tree) if node[0] == "^" and node[2][0] != "number")
+    return sum(weights.get(node[0], 0) for node in _nodes(tree)) + sum(1 for _ in powers)
+
+
 def _same_in_digits(a: _Tree, b: _Tree, letter: Callable[[str], Fraction]) -> bool | None:
     """A difference that shrinks as the precision grows is none."""
     first = _LongFloats(letter, _PRECISION), _LongFloats(letter, _PRECISION)
     if not all(floats.context.isfinite(floats(tree)) for floats, tree in zip(first, (a, b), strict=True)):
         return None
     precision = _PRECISION + max(floats.spread for floats in first)
-    if precision > _MAX_PRECISION:
+    if precision > _MAX_PRECISION or precision * (_work(a) + _work(b)) > _MAX_WORK:
         raise _TooLargeError
     gaps = []
     for bits in (precision, 2 * precision):
@@ -535,6 +543,8 @@ def compare(reference: str, answer: str) -> bool | None:
         same = _same_at(a, b, _larger)
         if same and _real_at(a, _negative) and _real_at(b, _negative):
             same = _same_at(a, b, _negative)
+    if same is None and not letters | others:  # 1/0 is no number
+        return False
     if same is False and bool(letters) != bool(others) and not _far_apart(a, b, _one):
         in_sum = any(node[0] == "+" for node in _nodes(a if letters else b))
         return False if in_sum or _same_at(a, b, _one) is False else None
