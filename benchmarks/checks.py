@@ -25,10 +25,10 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from hgpo_trl.chat_template import set_chat_template
-from hgpo_trl.checks import check_rows, share_beyond
 from hgpo_trl.modes import add_mode_tokens, format_response
-from hgpo_trl.rows import EXAMPLES, PROMPTS, Renderer
+from hgpo_trl.modes.chat_template import set_chat_template
+from hgpo_trl.training.checks import check_rows, share_beyond
+from hgpo_trl.training.rows import EXAMPLES, PROMPTS, Renderer
 
 VOCABULARY = 32_000
 MAX_LENGTH = 1_024

@@ -4,7 +4,7 @@
 
 A simulation without a model, of the rollouts of recipes/qwen2.5-math-7b/hgpo.yaml: 1,024 responses a step, half of
 them think, of log-normal lengths (mean 4,000 and 400 tokens, sigma 0.6), cut off at max_completion_length. Sorting and
-trimming are `hgpo_trl.micro_batches.sort_and_trim` itself. Gradients are summed once a step, but ZeRO-3 and FSDP gather
+trimming are `hgpo_trl.training.micro_batches` itself. Gradients are summed once a step, but ZeRO-3 and FSDP gather
 weights in every micro-batch: each takes as long as the process with the widest one, so a step's columns are the sum
 over its micro-batches of the widest of all processes. Prompts are left out. Takes half a minute; with
 --update_results the table goes to benchmarks/RESULTS.md.
@@ -20,7 +20,7 @@ import yaml
 from fixed_rollouts import log_normal, markdown_table, update_results
 from torch import Tensor
 
-from hgpo_trl.micro_batches import Batch, sort_and_trim
+from hgpo_trl.training.micro_batches import Batch, sort_and_trim
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "qwen2.5-math-7b" / "hgpo.yaml"
 ROWS = 1024  # of an optimizer step, on all processes

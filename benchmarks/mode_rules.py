@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from hgpo_trl import HGPOTrainer
 from hgpo_trl.modes import Mode
-from hgpo_trl.rewards import accuracy_reward, split_completions
+from hgpo_trl.rewards.functions import accuracy_reward, split_completions
 
 REFERENCE = "reference_reward"  # column: R̄_ref of AdaptThink
 

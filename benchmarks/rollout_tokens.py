@@ -36,19 +36,19 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig
 
-from hgpo_trl.config import HGPOConfig
-from hgpo_trl.data_files import load_data
-from hgpo_trl.evaluation import Generated, report_on, sample_both_modes, samples_table, score_samples
-from hgpo_trl.figures import PERCENT_TICKS, STYLE, to_png
-from hgpo_trl.files import write_atomically, write_json
-from hgpo_trl.generate import complete, end_tokens, render, sampling_config
+from hgpo_trl.common.data_files import load_data
+from hgpo_trl.common.files import write_atomically, write_json
+from hgpo_trl.evaluation.evaluate import Generated, report_on, sample_both_modes, samples_table, score_samples
+from hgpo_trl.inference.generate import complete, end_tokens, render, sampling_config
 from hgpo_trl.modes import mode_tokens
+from hgpo_trl.reporting.figures import PERCENT_TICKS, STYLE, to_png
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments
-from hgpo_trl.scripts.training import load_tokenizer, model_init_kwargs
+from hgpo_trl.scripts.stages import load_tokenizer, model_init_kwargs
+from hgpo_trl.training.config import HGPOConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "chain-sum"
 MAIN_RULES = ("hgpo", "lazy", "grpo", "thinkless", "adaptthink")

@@ -25,7 +25,7 @@ def serve(kernel: str, folder: str) -> None:
     from vllm import LLM, SamplingParams, TokensPrompt, _custom_ops
     from vllm.model_executor.layers import utils
 
-    from hgpo_trl.vllm_support import keep_cpu_weights_replaceable
+    from hgpo_trl.inference.vllm_support import keep_cpu_weights_replaceable
 
     keep_cpu_weights_replaceable()
     if kernel == "torch":

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hgpo_trl.config import HGPOConfig
-    from hgpo_trl.trainer import HGPOTrainer
+    from hgpo_trl.training.config import HGPOConfig
+    from hgpo_trl.training.trainer import HGPOTrainer
 
 __all__ = ["HGPOConfig", "HGPOTrainer"]
 
@@ -12,11 +12,11 @@ __all__ = ["HGPOConfig", "HGPOTrainer"]
 def __getattr__(name: str) -> Any:
     """Import the trainer only when it is asked for: `hgpo-trl --help` need not load torch."""
     if name == "HGPOConfig":
-        from hgpo_trl.config import HGPOConfig
+        from hgpo_trl.training.config import HGPOConfig
 
         return HGPOConfig
     if name == "HGPOTrainer":
-        from hgpo_trl.trainer import HGPOTrainer
+        from hgpo_trl.training.trainer import HGPOTrainer
 
         return HGPOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,8 +3,8 @@
 import importlib
 import sys
 
-from hgpo_trl.environment import apply_env
-from hgpo_trl.errors import run_stage
+from hgpo_trl.common.environment import apply_env
+from hgpo_trl.common.errors import run_stage
 
 STAGES = {
     "data": "build data sets: an embedded task, or either stage's from any sources",

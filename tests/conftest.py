@@ -15,7 +15,7 @@ from transformers import (
 
 from hgpo_trl.modes import ModeTokens
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, load_task, prompt_dataset
-from hgpo_trl.trainer import HGPOTrainer
+from hgpo_trl.training.trainer import HGPOTrainer
 
 TASK = load_task("hgpo_trl.tasks.chain_sum")
 

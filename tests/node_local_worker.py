@@ -17,7 +17,7 @@ from accelerate import PartialState
 from run_logs import log_of
 from workers import end
 
-from hgpo_trl.errors import UserError
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.scripts import hft
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from hgpo_trl.errors import UserError, run_stage
+from hgpo_trl.common.errors import UserError, run_stage
 
 
 def main(argv: Sequence[str]) -> None:

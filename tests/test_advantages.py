@@ -1,4 +1,4 @@
-"""`hgpo_trl.advantages` against a loop-by-loop reference written from the paper's equations alone."""
+"""`hgpo_trl.training.advantages` against a loop-by-loop reference written from the paper's equations alone."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl.advantages import assign_rewards, compute_advantages
+from hgpo_trl.training.advantages import assign_rewards, compute_advantages
 
 ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed")
 GROUP_ESTIMATORS = ("grpo", "rloo")

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 from hgpo_trl import cli
-from hgpo_trl.baselines import as_dataset, best_responses, preference_pairs
-from hgpo_trl.model_card import STAGES
+from hgpo_trl.evaluation.baselines import as_dataset, best_responses, preference_pairs
+from hgpo_trl.evaluation.samples import prompts_hash
 from hgpo_trl.modes import format_response
-from hgpo_trl.samples import prompts_hash
+from hgpo_trl.reporting.model_card import STAGES
 from hgpo_trl.scripts import baselines, evaluate
 from hgpo_trl.scripts.evaluate import EvaluateArguments
 from tests.refusals import refused

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from hgpo_trl.benchmark_sets import BENCHMARKS, CHOICE_INSTRUCTION, INSTRUCTION, as_prompts, load_benchmark
+from hgpo_trl.evaluation.benchmarks import BENCHMARKS, CHOICE_INSTRUCTION, INSTRUCTION, as_prompts, load_benchmark
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.scripts.evaluate import main
 

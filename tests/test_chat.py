@@ -15,7 +15,7 @@ from rich.console import Console
 from tokenizers_zoo import qwen2, tiny_qwen2
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from hgpo_trl.generate import HybridModel
+from hgpo_trl.inference.generate import HybridModel
 from hgpo_trl.modes import add_mode_tokens
 from hgpo_trl.scripts.chat import COMMANDS, Chat, ChatArguments, main
 

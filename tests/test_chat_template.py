@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, GenerationConfig
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import is_chat_template_stop_token_trained, qwen3_chat_template
 
-from hgpo_trl.chat_template import build_chat_template, has_thinking_modes, read_template, set_chat_template
-from hgpo_trl.errors import UserError
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import MODES, add_mode_tokens, format_response, mode_tokens
+from hgpo_trl.modes.chat_template import build_chat_template, has_thinking_modes, read_template, set_chat_template
 from hgpo_trl.scripts import hft
 
 

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from tokenizers_zoo import FAMILIES, qwen2, tiny_qwen2
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from hgpo_trl import checks
-from hgpo_trl.checks import (
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.modes import TAGS, TRACE_FIELDS, add_mode_tokens, format_response
+from hgpo_trl.scripts import baselines, evaluate, hft, hgpo
+from hgpo_trl.training import checks
+from hgpo_trl.training.checks import (
     check_columns,
     check_dataset,
     check_examples,
@@ -25,12 +28,9 @@ from hgpo_trl.checks import (
     share_beyond,
     without_dropped,
 )
-from hgpo_trl.config import HGPOConfig
-from hgpo_trl.errors import UserError
-from hgpo_trl.modes import TAGS, TRACE_FIELDS, add_mode_tokens, format_response
-from hgpo_trl.rows import EXAMPLES, KINDS, PROMPTS, FaultyRow, Renderer, as_trained, open_row, texts_looked_for
-from hgpo_trl.scripts import baselines, evaluate, hft, hgpo
-from hgpo_trl.trainer import HGPOTrainer
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.rows import EXAMPLES, KINDS, PROMPTS, FaultyRow, Renderer, as_trained, open_row, texts_looked_for
+from hgpo_trl.training.trainer import HGPOTrainer
 
 Row = dict[str, Any]
 

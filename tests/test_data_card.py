@@ -10,8 +10,8 @@ import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard
 
+from hgpo_trl.common.data_files import load_data
 from hgpo_trl.data.card import write_card
-from hgpo_trl.data_files import load_data
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NO_BREAK = "\u00a0"

@@ -15,10 +15,10 @@ from refusals import refused
 from tokenizers_zoo import qwen2
 
 from hgpo_trl.cli import main
-from hgpo_trl.data_files import load_data
+from hgpo_trl.common.data_files import load_data
 from hgpo_trl.modes import Mode, split_response
-from hgpo_trl.rows import as_trained
 from hgpo_trl.scripts.data import KINDS
+from hgpo_trl.training.rows import as_trained
 
 ROOT = Path(__file__).parents[1]
 TOPICS = "rivers bread chess glaciers violins bees castles comets tea maps".split()

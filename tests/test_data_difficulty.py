@@ -21,10 +21,10 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl.advantages import assign_rewards
-from hgpo_trl.data import difficulty
-from hgpo_trl.data.difficulty import DifficultyArguments, check_model, informative, measure, pass_rates, verdicts
 from hgpo_trl.data.example import Drop
+from hgpo_trl.evaluation import difficulty
+from hgpo_trl.evaluation.difficulty import DifficultyArguments, check_model, informative, measure, pass_rates, verdicts
+from hgpo_trl.training.advantages import assign_rewards
 
 NAN = math.nan
 
@@ -280,7 +280,7 @@ KILLED = """
     import signal, sys
     from pathlib import Path
     from datasets import Dataset
-    from hgpo_trl.data import difficulty
+    from hgpo_trl.evaluation import difficulty
 
     model, folder = sys.argv[1:]
     write = difficulty._write

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from hgpo_trl.data_files import load_data
+from hgpo_trl.common.data_files import load_data
 from hgpo_trl.modes import split_response
 
 ROOT = Path(__file__).parents[1]

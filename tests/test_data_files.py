@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
-from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import UserError
+from hgpo_trl.common.data_files import load_data
+from hgpo_trl.common.errors import UserError
 
 CHAT = [{"role": "user", "content": "What is 2 + 3?"}]
 TRACED = [{"role": "assistant", "content": "5", "reasoning_content": "2 + 3"}]

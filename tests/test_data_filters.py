@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from hgpo_trl.chat_template import set_chat_template
 from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.data.filters import identify, language, quality, repetition, token_limit, unfinished, verified_answers
 from hgpo_trl.modes import Mode, add_mode_tokens, format_response
+from hgpo_trl.modes.chat_template import set_chat_template
 
 TRACE = "Let me see. Two and two make four, as one can count on one's fingers."
 

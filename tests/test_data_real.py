@@ -12,7 +12,7 @@ import yaml
 from tokenizers_zoo import qwen2, tiny_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hgpo_trl.data_files import load_data
+from hgpo_trl.common.data_files import load_data
 from hgpo_trl.modes import TAGS, split_response
 from hgpo_trl.scripts import data, hft
 

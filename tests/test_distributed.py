@@ -22,9 +22,9 @@ from run_logs import log_of
 from safetensors.torch import load_file
 from tokenizers_zoo import word_level
 
-from hgpo_trl.advantages import compute_advantages, decided_without_think
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.tasks.embedded import build_model
+from hgpo_trl.training.advantages import compute_advantages, decided_without_think
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]

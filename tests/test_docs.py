@@ -12,8 +12,7 @@ import pytest
 import yaml
 from trl import ModelConfig, SFTConfig
 
-from hgpo_trl.config import HGPOConfig
-from hgpo_trl.data.difficulty import DifficultyArguments
+from hgpo_trl.evaluation.difficulty import DifficultyArguments
 from hgpo_trl.scripts.baselines import BaselineArguments
 from hgpo_trl.scripts.building import BuilderArguments
 from hgpo_trl.scripts.card import CardArguments
@@ -30,6 +29,7 @@ from hgpo_trl.scripts.hgpo import HGPOArguments
 from hgpo_trl.scripts.merge import MergeArguments
 from hgpo_trl.scripts.report import ReportArguments
 from hgpo_trl.scripts.rewards import RewardArguments
+from hgpo_trl.training.config import HGPOConfig
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
-from hgpo_trl.errors import MissingPackageError, ServerError, UnsupportedError, UserError, run_stage
+from hgpo_trl.common.errors import MissingPackageError, ServerError, UnsupportedError, UserError, run_stage
 
 ROOT = Path(__file__).parents[1]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]

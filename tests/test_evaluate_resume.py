@@ -16,12 +16,12 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hgpo_trl import sampling
-from hgpo_trl.generate import batches
-from hgpo_trl.samples import SCHEMA, chunks_by_length, read_samples, write_samples
+from hgpo_trl.common.seeds import derived_seed
+from hgpo_trl.evaluation import backends as sampling
+from hgpo_trl.evaluation.samples import SCHEMA, chunks_by_length, read_samples, write_samples
+from hgpo_trl.inference.generate import batches
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
-from hgpo_trl.seeds import derived_seed
 
 NUM_PROMPTS, PER_PART = 11, 2
 PARTS = 6

@@ -17,12 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl import sampling, vllm_support
-from hgpo_trl.decision import OFF_MODE, Decision, read_decision
-from hgpo_trl.errors import UserError
-from hgpo_trl.evaluation import report_on, sample_both_modes, score_samples
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.evaluation import backends as sampling
+from hgpo_trl.evaluation.evaluate import report_on, sample_both_modes, score_samples
+from hgpo_trl.inference import vllm_support
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
-from hgpo_trl.reward_model import RewardModel
+from hgpo_trl.modes.decision import OFF_MODE, Decision, read_decision
+from hgpo_trl.rewards.model import RewardModel
 from hgpo_trl.scripts.evaluate import EvaluateArguments, main
 from hgpo_trl.scripts.recipe import RecipeParser
 

@@ -1,4 +1,4 @@
-"""`hgpo_trl.generate` against plain `model.generate`: modes, the bias, batches, streams, several turns."""
+"""`hgpo_trl.inference.generate` against plain `model.generate`: modes, the bias, batches, streams, several turns."""
 
 import math
 import threading
@@ -16,9 +16,9 @@ from tokenizers_zoo import FAMILIES, qwen2, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hgpo_trl.chat_template import set_chat_template
-from hgpo_trl.generate import DecisionBias, Generation, HybridModel, generate, stream
+from hgpo_trl.inference.generate import DecisionBias, Generation, HybridModel, generate, stream
 from hgpo_trl.modes import MODES, Mode, ModeTokens, add_mode_tokens, mode_tokens, split_response
+from hgpo_trl.modes.chat_template import set_chat_template
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
 CONVERSATION = [
@@ -373,7 +373,7 @@ def test_closing_the_stream_ends_the_generation(
             super().shutdown(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr("hgpo_trl.generate.ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("hgpo_trl.inference.generate.ThreadPoolExecutor", Pool)
     pieces = stream(model, tokenizer, "a", mode="think")
     assert next(pieces).startswith("<think>")
     pieces.close()

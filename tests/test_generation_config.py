@@ -11,15 +11,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl import vllm_sampling
-from hgpo_trl.config import HGPOConfig
-from hgpo_trl.evaluation import sample_both_modes
-from hgpo_trl.generate import SAMPLING, generate, set_generation_config, stream
+from hgpo_trl.evaluation import vllm_backend as vllm_sampling
+from hgpo_trl.evaluation.evaluate import sample_both_modes
+from hgpo_trl.inference.generate import SAMPLING, generate, set_generation_config, stream
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.scripts import baselines, hft, merge
 from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
-from hgpo_trl.trainer import HGPOTrainer
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.trainer import HGPOTrainer
 
 CHANGES = {
     "top_k": 2,

@@ -20,10 +20,9 @@ from openai import OpenAI
 from refusals import refused
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl import harnesses
 from hgpo_trl.cli import main
-from hgpo_trl.generate import Generation, HybridModel
-from hgpo_trl.harnesses import (
+from hgpo_trl.evaluation import harnesses
+from hgpo_trl.evaluation.harnesses import (
     HARNESSES,
     Answer,
     answer_all,
@@ -35,6 +34,7 @@ from hgpo_trl.harnesses import (
     served_answers,
     write_for,
 )
+from hgpo_trl.inference.generate import Generation, HybridModel
 from hgpo_trl.modes import TAGS, Mode, format_response
 
 SUMS = [f"{letter} = {digit} sum mod 10 ?" for letter, digit in zip("abcdefgh", "12345678", strict=True)]

@@ -1,4 +1,4 @@
-"""`hgpo_trl.hybrid_accuracy` by hand, against a loop-by-loop reference, and its intervals in a simulation."""
+"""`hgpo_trl.modes.hybrid_accuracy` by hand, against a loop-by-loop reference, and its intervals in a simulation."""
 
 import math
 import tracemalloc
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl import hybrid_accuracy
-from hgpo_trl.hybrid_accuracy import (
+from hgpo_trl.modes import hybrid_accuracy
+from hgpo_trl.modes.hybrid_accuracy import (
     Table,
     accuracy_at_budget,
     better_mode,

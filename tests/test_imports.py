@@ -1,12 +1,12 @@
-"""`hgpo_trl.imports`: a user's own files, by where they are and not by what they are called."""
+"""`hgpo_trl.common.imports`: a user's own files, by where they are and not by what they are called."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from hgpo_trl.errors import UserError
-from hgpo_trl.imports import load_module
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.imports import load_module
 from hgpo_trl.rewards import load_reward
 
 COUNTING = """

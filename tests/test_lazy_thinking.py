@@ -17,11 +17,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
-from hgpo_trl.advantages import ESTIMATORS, assign_rewards, compute_advantages, decided_without_think
-from hgpo_trl.config import HGPOConfig
 from hgpo_trl.modes import MODES, Fault, Mode, Response
-from hgpo_trl.rewards import check_bounded, checked
-from hgpo_trl.trainer import HGPOTrainer
+from hgpo_trl.rewards.functions import check_bounded, checked
+from hgpo_trl.training.advantages import ESTIMATORS, assign_rewards, compute_advantages, decided_without_think
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.trainer import HGPOTrainer
 
 # --- the mathematics ----------------------------------------------------------------------------------------------
 

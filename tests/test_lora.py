@@ -35,10 +35,11 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import use_adapter
 
 from hgpo_trl.cli import main
-from hgpo_trl.lora import load_merged, train_tag_rows
+from hgpo_trl.inference.vllm_support import sync_merged_weights
 from hgpo_trl.modes import TAGS, ModeTokens, add_mode_tokens, mode_tokens
-from hgpo_trl.scripts import hft, hgpo, training
-from hgpo_trl.vllm_support import sync_merged_weights
+from hgpo_trl.scripts import hft, hgpo
+from hgpo_trl.scripts import stages as training
+from hgpo_trl.training.lora import load_merged, train_tag_rows
 
 TOKENS = ModeTokens(7, 8, 9, 10)
 IDS = [7, 8, 9, 10]

@@ -13,9 +13,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl.config import HGPOConfig
-from hgpo_trl.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
-from hgpo_trl.trainer import HGPOTrainer
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
+from hgpo_trl.training.trainer import HGPOTrainer
 
 
 def rollout(prompt_lengths: list[int], completion_lengths: list[int]) -> Batch:

@@ -1,4 +1,4 @@
-"""`hgpo_trl.model_card`: what the card says of runs, data and evaluations, there or not; and pushing to the hub."""
+"""Model cards: what the card says of runs, data and evaluations, there or not; and pushing to the hub."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from safetensors.numpy import save_file
 from test_report import evaluation
 from trl import ModelConfig
 
-from hgpo_trl.config import HGPOConfig
-from hgpo_trl.errors import UserError
-from hgpo_trl.model_card import write_model_card
-from hgpo_trl.report import write_report
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.reporting.model_card import write_model_card
+from hgpo_trl.reporting.report import write_report
 from hgpo_trl.scripts import card
-from hgpo_trl.scripts.run_dir import describe_run
-from hgpo_trl.scripts.training import train_and_save
+from hgpo_trl.scripts.stages import train_and_save
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.run_dir import describe_run
 
 MANIFEST = {
     "sources": {

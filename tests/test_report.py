@@ -1,4 +1,4 @@
-"""`hgpo_trl.report`: the files, what they say for numbers that exist and for those that do not; errors."""
+"""`hgpo_trl.reporting.report`: the files, what they say for numbers that exist and for those that do not; errors."""
 
 import copy
 import html
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hgpo_trl.report import load_training_log, write_report
+from hgpo_trl.reporting.report import load_training_log, write_report
 
 NO_BREAK = "\u00a0"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hgpo_trl.documents import Bullets, Paragraph
-from hgpo_trl.hybrid_accuracy import bootstrap_intervals
-from hgpo_trl.samples import write_samples
+from hgpo_trl.evaluation.samples import write_samples
+from hgpo_trl.modes.hybrid_accuracy import bootstrap_intervals
+from hgpo_trl.reporting.documents import Bullets, Paragraph
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -12,9 +12,9 @@ import pytest
 from datasets import Dataset
 from run_logs import log_of
 
-from hgpo_trl.checkpoints import SEAL
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.scripts import hft, hgpo
+from hgpo_trl.training.checkpoints import SEAL
 
 Fields = dict[str, Any]
 
@@ -114,7 +114,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hgpo_trl.checkpoints.seal", dies)
+        patch.setattr("hgpo_trl.training.checkpoints.seal", dies)
         with pytest.raises(KeyboardInterrupt):
             run("hgpo", tmp_path, max_steps=1, save_total_limit=1)
     assert not (tmp_path / "checkpoint-1" / SEAL).exists()

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from hgpo_trl.modes import split_response
-from hgpo_trl.reward_model import RewardModel
+from hgpo_trl.rewards.model import RewardModel
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 LLAMA3 = (

@@ -14,10 +14,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl import rewards as rewards_module
-from hgpo_trl.errors import UserError
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import MODES, format_response
-from hgpo_trl.rewards import (
+from hgpo_trl.rewards import functions as rewards_module
+from hgpo_trl.rewards.functions import (
     accuracy_reward,
     answer_parts,
     check_finite,

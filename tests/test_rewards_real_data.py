@@ -9,11 +9,11 @@ from datasets import Dataset
 from tokenizers_zoo import qwen2
 from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
 
-from hgpo_trl.chat_template import set_chat_template
 from hgpo_trl.modes import ModeTokens, add_mode_tokens
+from hgpo_trl.modes.chat_template import set_chat_template
 from hgpo_trl.scripts import hgpo
 from hgpo_trl.tasks.embedded import build_model
-from hgpo_trl.trainer import HGPOTrainer
+from hgpo_trl.training.trainer import HGPOTrainer
 
 ROWS = 4  # of each kind; N = 4, so that a step of 16 rows has four queries
 SMALL = {

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 
 from hgpo_trl import HGPOConfig
-from hgpo_trl.advantages import assign_rewards
 from hgpo_trl.modes import Mode
+from hgpo_trl.training.advantages import assign_rewards
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -151,7 +151,9 @@ def test_forced_tokens_are_not_counted(
 def test_lazy_thinking_counts_what_it_samples(
     model_dir: str, prompts: Dataset, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hgpo_trl.trainer.decided_without_think", lambda rewards, margin: torch.tensor([True, False]))
+    monkeypatch.setattr(
+        "hgpo_trl.training.trainer.decided_without_think", lambda rewards, margin: torch.tensor([True, False])
+    )
     trainer = build("lazy", model_dir, prompts, tokenizer, tmp_path)
     output = rollout(trainer, prompts)
     lengths = output["completion_mask"].sum(dim=1)

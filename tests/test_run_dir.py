@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import SFTConfig
 
-from hgpo_trl.checkpoints import SEAL, agreed_step, last_checkpoint, seal
-from hgpo_trl.errors import UserError
-from hgpo_trl.files import write_json
-from hgpo_trl.scripts.run_dir import RUN_FILE, claim_run_dir, describe_run
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import write_json
+from hgpo_trl.training.checkpoints import SEAL, agreed_step, last_checkpoint, seal
+from hgpo_trl.training.run_dir import RUN_FILE, claim_run_dir, describe_run
 
 
 @dataclass

@@ -14,12 +14,12 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
 from trl.rewards import accuracy_reward as trl_accuracy
 
-from hgpo_trl.advantages import compute_advantages
-from hgpo_trl.config import HGPOConfig
 from hgpo_trl.modes import MODES, Fault, mode_tokens, split_response
-from hgpo_trl.reward_model import RewardModel
 from hgpo_trl.rewards import accuracy_reward
-from hgpo_trl.trainer import HGPOTrainer
+from hgpo_trl.rewards.model import RewardModel
+from hgpo_trl.training.advantages import compute_advantages
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.trainer import HGPOTrainer
 
 
 def lottery(completions: list, **kwargs: Any) -> list[float]:
@@ -325,7 +325,7 @@ def test_a_verifier_that_fails_stops_nothing(make_trainer: Callable, monkeypatch
     def check(references: list[str], answers: list[str]) -> list[bool | None]:
         return [None, *(zlib.crc32(f"{row}".encode()) % 2 == 0 for row in range(1, len(answers)))]
 
-    monkeypatch.setattr("hgpo_trl.rewards.check_answers", check)
+    monkeypatch.setattr("hgpo_trl.rewards.functions.check_answers", check)
     batch = rollout(make_trainer(accuracy_reward))
     assert batch["advantages"][0].abs().max() == 0
     assert batch["advantages"].isfinite().all()
@@ -593,7 +593,7 @@ def test_bad_tokenizers(
 def test_fsdp2_with_a_random_reference_model_is_refused(
     make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hgpo_trl.trainer.is_fsdp_enabled", lambda: True)  # with cpu_ram_efficient_loading
+    monkeypatch.setattr("hgpo_trl.training.trainer.is_fsdp_enabled", lambda: True)  # with cpu_ram_efficient_loading
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match=r"beta=0\.1 needs a reference model, but with fsdp_cpu_ram_efficient_loading"):
         make_trainer(beta=0.1)

@@ -14,12 +14,12 @@ from run_logs import log_of
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from hgpo_trl.config import BEST_METRIC, HGPOConfig
-from hgpo_trl.decision import Decision
-from hgpo_trl.errors import UserError
-from hgpo_trl.hybrid_accuracy import figures
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.modes.decision import Decision
+from hgpo_trl.modes.hybrid_accuracy import figures
 from hgpo_trl.scripts import hgpo
-from hgpo_trl.trainer import HGPOTrainer, check_evaluation
+from hgpo_trl.training.config import BEST_METRIC, HGPOConfig
+from hgpo_trl.training.trainer import HGPOTrainer, check_evaluation
 
 Make = Callable[..., HGPOTrainer]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hgpo_trl.checkpoints import seal
-from hgpo_trl.errors import UserError
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.scripts import baselines, card, chat, evaluate, export, hft, hgpo, merge, serve
-from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.training.checkpoints import seal
+from hgpo_trl.training.model_dir import check_model_path
 
 Break = Callable[[Path], Any]
 

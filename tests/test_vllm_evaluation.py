@@ -18,8 +18,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl import vllm_sampling
-from hgpo_trl.evaluation import render, sample_both_modes
+from hgpo_trl.evaluation import vllm_backend as vllm_sampling
+from hgpo_trl.evaluation.evaluate import render, sample_both_modes
 from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.scripts import evaluate
 from hgpo_trl.scripts.evaluate import main

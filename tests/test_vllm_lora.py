@@ -25,11 +25,11 @@ def train_and_compare(root: Path) -> None:
     from transformers import AutoModelForCausalLM
     from vllm import SamplingParams, TokensPrompt
 
-    from hgpo_trl.config import HGPOConfig
-    from hgpo_trl.lora import load_merged, train_tag_rows
     from hgpo_trl.modes import mode_tokens
     from hgpo_trl.tasks.embedded import build_model, build_tokenizer, load_task
-    from hgpo_trl.trainer import HGPOTrainer
+    from hgpo_trl.training.config import HGPOConfig
+    from hgpo_trl.training.lora import load_merged, train_tag_rows
+    from hgpo_trl.training.trainer import HGPOTrainer
 
     tokenizer = build_tokenizer(load_task("hgpo_trl.tasks.chain_sum"))
     model = build_model(tokenizer, num_heads=2)  # vLLM's attention on CPUs takes heads of 32 and more

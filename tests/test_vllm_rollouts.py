@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 def train(folder: Path, *argv: str) -> None:
     """Stage II through its own main; every rollout is written to folder/rollout_STEP.pt."""
     from hgpo_trl.scripts import hgpo
-    from hgpo_trl.trainer import HGPOTrainer
+    from hgpo_trl.training.trainer import HGPOTrainer
 
     class Watched(HGPOTrainer):
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workers import end
 
-from hgpo_trl import vllm_support
+from hgpo_trl.inference import vllm_support
+from hgpo_trl.inference.vllm_support import check_server, check_vllm_installed
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.tasks.embedded import build_model
-from hgpo_trl.vllm_support import check_server, check_vllm_installed
 
 ROOT = Path(__file__).parents[1]
 GROUP = 4
@@ -111,7 +111,7 @@ def train(folder: Path, *argv: str) -> None:
     from urllib3.util.retry import Retry
 
     from hgpo_trl.scripts import hgpo
-    from hgpo_trl.trainer import HGPOTrainer
+    from hgpo_trl.training.trainer import HGPOTrainer
 
     requests: list[dict[str, Any]] = []
     announced: list[Any] = []

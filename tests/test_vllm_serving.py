@@ -26,11 +26,11 @@ from openai import BadRequestError, OpenAI
 from test_splitter import without_blanks
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hgpo_trl.inference.vllm_support import check_server
 from hgpo_trl.modes import MODES, Fault, Mode, format_response, mode_tokens, split_response
 from hgpo_trl.scripts import hft
 from hgpo_trl.tasks import chain_sum
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw
-from hgpo_trl.vllm_support import check_server
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
 

@@ -155,7 +155,7 @@ def replace_in_layers(folder: Path) -> None:
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader import get_model
 
-    from hgpo_trl.vllm_support import keep_cpu_weights_replaceable
+    from hgpo_trl.inference.vllm_support import keep_cpu_weights_replaceable
 
     keep_cpu_weights_replaceable()
     keep_cpu_weights_replaceable()  # a second trainer in the process
@@ -191,7 +191,7 @@ def replace_in_engine(folder: Path) -> None:
     """Start an engine whose small weights sgl-kernel has, replace all; log-probabilities go to folder/logps.pt."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    from hgpo_trl.vllm_support import keep_cpu_weights_replaceable
+    from hgpo_trl.inference.vllm_support import keep_cpu_weights_replaceable
 
     before = save_model(folder / "model", "untied", seed=0)
     after = save_model(folder / "after", "untied", seed=1)

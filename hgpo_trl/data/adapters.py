@@ -13,8 +13,8 @@ from typing import Any, TypedDict
 
 import xxhash
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.example import Drop, Example
-from hgpo_trl.errors import UserError
 from hgpo_trl.modes import TAGS, TRACE_FIELDS, Mode, trace_mark
 
 Row = Mapping[str, Any]

@@ -9,8 +9,9 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from hgpo_trl.common.files import looks_like_path, write_atomically
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
-from hgpo_trl.documents import (
+from hgpo_trl.reporting.documents import (
     NO_BREAK,
     Block,
     Bullets,
@@ -22,8 +23,7 @@ from hgpo_trl.documents import (
     Table,
     to_markdown,
 )
-from hgpo_trl.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
-from hgpo_trl.files import looks_like_path, write_atomically
+from hgpo_trl.reporting.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 
 UNKNOWN_LICENCE = "unknown"  # the hub's own word for "not stated"
 KEPT = "#12866A"

@@ -26,9 +26,9 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import write_atomically
 from hgpo_trl.data.example import Drop, Example, Step
-from hgpo_trl.errors import UserError
-from hgpo_trl.files import write_atomically
 from hgpo_trl.modes import Mode
 
 FEATURES = {"n_features": 2**15, "ngram_range": [1, 2], "token_pattern": r"\\?[^\W\d_]+|\d|[^\w\s]"}

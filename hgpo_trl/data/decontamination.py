@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import xxhash
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.example import Drop, Example
 from hgpo_trl.data.text import BRACKETS, tokens
-from hgpo_trl.errors import UserError
 
 
 class Decontaminator:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.example import Example
 from hgpo_trl.data.text import SIGNS, tokens
-from hgpo_trl.errors import UserError
 
 _SHINGLE = 2  # words
 _NEAR_FROM = 32  # tokens

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.example import Drop, Example, Step
-from hgpo_trl.errors import UserError
 from hgpo_trl.modes import Mode, format_response
-from hgpo_trl.rows import FaultyRow, Renderer, as_trained, open_row
+from hgpo_trl.training.rows import FaultyRow, Renderer, as_trained, open_row
 from hgpo_trl.verification import check_answers
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _contents(example: Example) -> Iterator[str]:
 def opened(tokenizer: "PreTrainedTokenizerBase") -> Step:
     """Drops examples that the stage could not open: the chat template refuses them, or rewrites their response.
 
-    The reasons are those of `hgpo_trl.rows.KINDS`.
+    The reasons are those of `hgpo_trl.training.rows.KINDS`.
 
     Args:
         tokenizer: of the model to be trained; it is given tags and template as Stage I does.

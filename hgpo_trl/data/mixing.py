@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hgpo_trl.errors import UserError
+from hgpo_trl.common.errors import UserError
 
 AXES = ("mode", "domain", "source")
 Cell = tuple[str, str, str]  # of a row: its value on each of AXES

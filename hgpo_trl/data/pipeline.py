@@ -36,14 +36,14 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import whole_file, write_json
 from hgpo_trl.data.adapters import Adapter, adapt
 from hgpo_trl.data.deduplication import dedup_keys, first_of_each
 from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
 from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
 from hgpo_trl.data.sources import Source, Unit, read_unit
-from hgpo_trl.errors import UserError
-from hgpo_trl.files import whole_file, write_json
 from hgpo_trl.modes import format_response
 
 if TYPE_CHECKING:

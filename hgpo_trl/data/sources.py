@@ -22,9 +22,9 @@ import fsspec
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import looks_like_path
 from hgpo_trl.data.example import Drop
-from hgpo_trl.errors import UserError
-from hgpo_trl.files import looks_like_path
 
 UNIT_BYTES = 16 * 2**20  # of JSON lines
 UNIT_ROWS = 20_000  # of parquet; a larger row group is a unit of its own

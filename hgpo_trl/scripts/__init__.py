@@ -2,8 +2,8 @@
 
 import sys
 
-from hgpo_trl.environment import apply_env
-from hgpo_trl.errors import run_stage
+from hgpo_trl.common.environment import apply_env
+from hgpo_trl.common.errors import run_stage
 
 if sys.argv[:1] == ["-m"]:  # Python's name for a module that it still looks for: the stage's own imports come next
     run_stage(

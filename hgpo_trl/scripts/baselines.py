@@ -20,23 +20,23 @@ import pandas as pd
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, get_quantization_config
 
-from hgpo_trl.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
-from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, without_dropped
-from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.evaluation import PROMPT_ID
-from hgpo_trl.files import whole_file
-from hgpo_trl.generate import set_generation_config
-from hgpo_trl.lora import prepare_wrapped
+from hgpo_trl.common.data_files import load_data
+from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.common.files import whole_file
+from hgpo_trl.evaluation.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
+from hgpo_trl.evaluation.evaluate import PROMPT_ID
+from hgpo_trl.evaluation.samples import RECORD, SAMPLES, prompts_hash
+from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import has_answer
-from hgpo_trl.rows import Renderer
-from hgpo_trl.samples import RECORD, SAMPLES, prompts_hash
 from hgpo_trl.scripts.hft import check as check_for_hft
 from hgpo_trl.scripts.hft import fine_tune
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import load_tokenizer, lora_config, model_init_kwargs, train_and_save
+from hgpo_trl.scripts.stages import load_tokenizer, lora_config, model_init_kwargs, train_and_save
+from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file, without_dropped
+from hgpo_trl.training.lora import prepare_wrapped
+from hgpo_trl.training.rows import Renderer
+from hgpo_trl.training.run_dir import claim_run_dir
 
 
 @dataclass

@@ -11,7 +11,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hgpo_trl.cores import available_cores
+from hgpo_trl.common.cores import available_cores
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import looks_like_path
 from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, columns_of, generic, unread
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
@@ -20,8 +22,6 @@ from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
 from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_unit, split_into_units
-from hgpo_trl.errors import UserError
-from hgpo_trl.files import looks_like_path
 
 DEDUPLICATIONS = ("near", "exact", "none")
 _SAMPLE_ROWS = 20  # of each source, looked at before any long work

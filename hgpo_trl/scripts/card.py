@@ -14,10 +14,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hgpo_trl.errors import run_stage
-from hgpo_trl.model_card import write_model_card
+from hgpo_trl.common.errors import run_stage
+from hgpo_trl.reporting.model_card import write_model_card
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.training import check_finished
+from hgpo_trl.training.model_dir import check_finished
 
 NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "_*", "training_args.bin"]  # the last one is a pickle
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from rich.console import Console
 
-from hgpo_trl.errors import run_stage
-from hgpo_trl.generate import AUTO, CHOICES, HybridModel, TooLongError, check_settings
+from hgpo_trl.common.errors import run_stage
+from hgpo_trl.inference.generate import AUTO, CHOICES, HybridModel, TooLongError, check_settings
 from hgpo_trl.modes import Mode
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.training import check_model_path
 from hgpo_trl.serving.splitter import Field, ResponseSplitter
+from hgpo_trl.training.model_dir import check_model_path
 
 COMMANDS = "/auto, /think, /no_think, /bias B, /clear, /quit"
 _CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})  # a model must not move the cursor

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from hgpo_trl.comparison import RESAMPLES, Evaluation, compare, write_comparison
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.samples import RECORD, SAMPLES
+from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.evaluation.comparison import RESAMPLES, Evaluation, compare, write_comparison
+from hgpo_trl.evaluation.samples import RECORD, SAMPLES
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.report import load_evaluation, named_folders
 

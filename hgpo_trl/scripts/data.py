@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from hgpo_trl.errors import run_stage
+from hgpo_trl.common.errors import run_stage
 
 KINDS = {
     "task": "data sets and untrained model of an embedded task (the default)",

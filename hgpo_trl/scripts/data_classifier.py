@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from hgpo_trl.common.data_files import load_data
+from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.common.files import write_json
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, precision_and_recall, seed_kinds, train
-from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.files import write_json
 from hgpo_trl.scripts.recipe import RecipeParser
 
 _THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))

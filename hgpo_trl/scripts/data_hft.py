@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import verified_answers
-from hgpo_trl.errors import UserError, run_stage
 from hgpo_trl.modes import Mode
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser

@@ -16,9 +16,9 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from hgpo_trl.data.difficulty import DifficultyArguments, check_model, measure, pass_rates, verdicts
+from hgpo_trl.common.errors import run_stage
 from hgpo_trl.data.example import Drop
-from hgpo_trl.errors import run_stage
+from hgpo_trl.evaluation.difficulty import DifficultyArguments, check_model, measure, pass_rates, verdicts
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser
 

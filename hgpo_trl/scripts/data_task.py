@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from hgpo_trl.errors import UserError, run_stage
+from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.tasks.embedded import (
     build_model,

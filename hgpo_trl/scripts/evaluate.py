@@ -20,18 +20,13 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hgpo_trl.benchmark_sets import BENCHMARKS, load_benchmark
-from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, model_positions, without_dropped
-from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.evaluation import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
-from hgpo_trl.files import nan_to_null, write_json
-from hgpo_trl.generate import AUTO, check_settings, render
-from hgpo_trl.hybrid_accuracy import Label, group_labels
-from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
-from hgpo_trl.rewards import check_weights, load_reward
-from hgpo_trl.rows import Renderer
-from hgpo_trl.samples import (
+from hgpo_trl.common.data_files import load_data
+from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.common.files import nan_to_null, write_json
+from hgpo_trl.evaluation.backends import check_backend, default_device, loaded_sampler
+from hgpo_trl.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from hgpo_trl.evaluation.evaluate import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
+from hgpo_trl.evaluation.samples import (
     PARTS,
     RECORD,
     SAMPLES,
@@ -44,12 +39,17 @@ from hgpo_trl.samples import (
     read_samples,
     write_samples,
 )
-from hgpo_trl.sampling import check_backend, default_device, loaded_sampler
+from hgpo_trl.inference.generate import AUTO, check_settings, render
+from hgpo_trl.inference.vllm_support import check_vllm_installed
+from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
+from hgpo_trl.modes.hybrid_accuracy import Label, group_labels
+from hgpo_trl.rewards.functions import check_weights, load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
-from hgpo_trl.scripts.run_dir import check_same_run
-from hgpo_trl.scripts.training import tokenizer_of
-from hgpo_trl.vllm_support import check_vllm_installed
+from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file, model_positions, without_dropped
+from hgpo_trl.training.model_dir import tokenizer_of
+from hgpo_trl.training.rows import Renderer
+from hgpo_trl.training.run_dir import check_same_run
 
 VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
 

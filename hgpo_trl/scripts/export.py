@@ -18,9 +18,8 @@ from typing import Any
 
 import xxhash
 
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.generate import AUTO, HybridModel, check_settings
-from hgpo_trl.harnesses import (
+from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.evaluation.harnesses import (
     HARNESSES,
     Answer,
     answer_all,
@@ -31,10 +30,11 @@ from hgpo_trl.harnesses import (
     served_answers,
     write_for,
 )
-from hgpo_trl.samples import fingerprint
+from hgpo_trl.evaluation.samples import fingerprint
+from hgpo_trl.inference.generate import AUTO, HybridModel, check_settings
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.run_dir import RESPONSES, claim_results, describe_run
-from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.training.model_dir import check_model_path
+from hgpo_trl.training.run_dir import RESPONSES, claim_results, describe_run
 
 
 @dataclass

@@ -3,8 +3,8 @@
     hgpo-trl hft --config recipes/chain-sum/hft.yaml
     accelerate launch --config_file recipes/accelerate/gpu.yaml -m hgpo_trl.scripts.hft --config recipes/x/hft.yaml
 
-Every row is checked before the model is loaded (`hgpo_trl.checks`). The model gets the four mode tags and a chat
-template that knows the modes, if it has none; TRL's SFTTrainer does the rest.
+Every row is checked before the model is loaded (`hgpo_trl.training.checks`). The model gets the four mode tags and a
+chat template that knows the modes, if it has none; TRL's SFTTrainer does the rest.
 """
 
 import sys
@@ -16,23 +16,23 @@ from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
-from hgpo_trl.chat_template import has_thinking_modes, set_chat_template
-from hgpo_trl.checks import DROP_HELP, check_examples, dropped_rows_file
-from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import run_stage
-from hgpo_trl.generate import set_generation_config
-from hgpo_trl.lora import prepare_wrapped
+from hgpo_trl.common.data_files import load_data
+from hgpo_trl.common.errors import run_stage
+from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import add_mode_tokens, mode_tokens
-from hgpo_trl.rows import Renderer, as_trained
+from hgpo_trl.modes.chat_template import has_thinking_modes, set_chat_template
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import (
+from hgpo_trl.scripts.stages import (
     load_tokenizer,
     lora_config,
     model_init_kwargs,
     recipe_positions,
     train_and_save,
 )
+from hgpo_trl.training.checks import DROP_HELP, check_examples, dropped_rows_file
+from hgpo_trl.training.lora import prepare_wrapped
+from hgpo_trl.training.rows import Renderer, as_trained
+from hgpo_trl.training.run_dir import claim_run_dir
 
 
 @dataclass

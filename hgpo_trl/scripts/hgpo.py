@@ -13,24 +13,24 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 from trl import ModelConfig, get_quantization_config
 
-from hgpo_trl.checks import DROP_HELP, check_prompts, dropped_rows_file, rollout_positions
-from hgpo_trl.config import HGPOConfig
-from hgpo_trl.data_files import load_data
-from hgpo_trl.errors import UserError, run_stage
+from hgpo_trl.common.data_files import load_data
+from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import load_reward
-from hgpo_trl.rows import Renderer
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
-from hgpo_trl.scripts.run_dir import claim_run_dir
-from hgpo_trl.scripts.training import (
+from hgpo_trl.scripts.stages import (
     load_tokenizer,
     lora_config,
     model_init_kwargs,
     recipe_positions,
     train_and_save,
 )
-from hgpo_trl.trainer import HGPOTrainer, check_evaluation
+from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file, rollout_positions
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.rows import Renderer
+from hgpo_trl.training.run_dir import claim_run_dir
+from hgpo_trl.training.trainer import HGPOTrainer, check_evaluation
 
 
 @dataclass

@@ -12,12 +12,12 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig
 
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.generate import set_generation_config
-from hgpo_trl.lora import ADAPTER_CONFIG, is_adapter, load_merged
+from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.run_dir import claim_results, describe_run
-from hgpo_trl.scripts.training import check_finished, check_model_path
+from hgpo_trl.training.lora import ADAPTER_CONFIG, is_adapter, load_merged
+from hgpo_trl.training.model_dir import check_finished, check_model_path
+from hgpo_trl.training.run_dir import claim_results, describe_run
 
 DTYPES = ("float32", "bfloat16", "float16")
 

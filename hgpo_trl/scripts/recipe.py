@@ -14,9 +14,9 @@ import yaml
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from trl import TrlParser
 
-from hgpo_trl.environment import set_env
-from hgpo_trl.errors import refuse
-from hgpo_trl.files import expand_path, expand_paths
+from hgpo_trl.common.environment import set_env
+from hgpo_trl.common.errors import refuse
+from hgpo_trl.common.files import expand_path, expand_paths
 
 # Fields that TRL, Transformers or TRL's own scripts name, or named, otherwise. A hint is given where the stage has it.
 _RENAMED = {

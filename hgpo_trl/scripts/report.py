@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgpo_trl.errors import UserError, run_stage
-from hgpo_trl.report import load_training_log, write_report
+from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.reporting.report import load_training_log, write_report
 from hgpo_trl.scripts.recipe import RecipeParser
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from hgpo_trl.errors import UserError
-from hgpo_trl.reward_model import RewardModel
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.rewards import accuracy_reward, has_answer
-from hgpo_trl.scripts.training import check_model_path
+from hgpo_trl.rewards.model import RewardModel
+from hgpo_trl.training.model_dir import check_model_path
 
 
 @dataclass

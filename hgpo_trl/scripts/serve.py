@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 
-from hgpo_trl.errors import run_stage
-from hgpo_trl.files import expand_path
-from hgpo_trl.scripts.training import check_model_path
-from hgpo_trl.vllm_support import check_vllm_installed
+from hgpo_trl.common.errors import run_stage
+from hgpo_trl.common.files import expand_path
+from hgpo_trl.inference.vllm_support import check_vllm_installed
+from hgpo_trl.training.model_dir import check_model_path
 
 
 def command(model: str, arguments: Sequence[str]) -> list[str]:

@@ -20,10 +20,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from hgpo_trl.chat_template import set_chat_template
-from hgpo_trl.errors import UserError
-from hgpo_trl.imports import load_module
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.imports import load_module
 from hgpo_trl.modes import Mode, add_mode_tokens, format_response
+from hgpo_trl.modes.chat_template import set_chat_template
 
 _TURN_WORDS = ("System:", "User:", "Assistant:")  # of the plain-text chat template
 

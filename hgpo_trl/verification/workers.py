@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from hgpo_trl.cores import available_cores
+from hgpo_trl.common.cores import available_cores
 from hgpo_trl.verification.symbolic import symbolically_equal
 
 _CHUNK_TIMEOUT_S = 2.0  # for a chunk of samples of a few milliseconds each; when it is up they are tried one by one

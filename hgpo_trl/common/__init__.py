@@ -1,0 +1,1 @@
+"""Files, errors, environment, seeds and data files: what every other room uses."""

@@ -1,0 +1,84 @@
+"""Environment variables of a recipe: set before anything reads them, or refused by name.
+
+Libraries read many variables while they are imported: HF_HOME and HF_HUB_OFFLINE, OMP_NUM_THREADS. So the commands take
+a recipe's `env` before they import the stage, and for `python -m` and `accelerate launch -m` the package
+`hgpo_trl.scripts` does so while it is imported itself. Values are the text that stands in the recipe: 1e-4, yes and 010
+stay as they are.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import expand_path
+
+# Python and the dynamic linker read these before the first line of a program.
+_READ_BEFORE_START = re.compile(r"PYTHON\w+|(LD|DYLD|MALLOC|GLIBC)_\w+")
+# Variables that libraries read while they are imported, or when they first use a device.
+_READ_AT_IMPORT = re.compile(
+    r"(ACCELERATE|CUDA|DS|GOMP|HF|HUGGINGFACE|KMP|MKL|NCCL|NUMEXPR|OMP|OPENBLAS|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|VLLM"
+    r"|XDG)_\w+"
+)
+
+
+def apply_env(argv: Sequence[str]) -> None:
+    """Set the variables of the recipe that a command line names.
+
+    A recipe that cannot be read is left to the stage's parser, which says what is wrong with it.
+
+    Raises:
+        UserError: as `set_env`.
+    """
+    path = _config(argv)
+    try:
+        recipe = None if path is None else yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    if isinstance(recipe, dict) and isinstance(recipe.get("env"), dict):
+        set_env(str(path), recipe["env"])
+
+
+def set_env(where: str, env: dict[str, object]) -> None:
+    """Set environment variables that a recipe gives.
+
+    Args:
+        where: the recipe, for messages.
+        env: name -> text, as YAML's BaseLoader reads it.
+
+    Raises:
+        UserError: a value is no text, or a variable has been read already: by Python itself, or by a library that is
+            imported.
+    """
+    for name, value in env.items():
+        if not isinstance(value, str):
+            raise UserError(f"{where}: env: {name}={value!r} must be a single value.")
+        text = expand_path(f"env: {name}", value)
+        if os.environ.get(name) == text:
+            continue
+        if _READ_BEFORE_START.fullmatch(name):
+            raise UserError(
+                f"{where}: env: {name} is read before a recipe is. Take it out of the recipe, and set it in the shell "
+                f"that starts the command: {name}={value} hgpo-trl ..."
+            )
+        if "torch" in sys.modules and _READ_AT_IMPORT.fullmatch(name):
+            raise UserError(
+                f"{where}: env: {name} is read when libraries are imported, and they are already. Start the stage as "
+                f"`hgpo-trl` or `python -m hgpo_trl.scripts.STAGE`, or set {name} beforehand."
+            )
+        os.environ[name] = text
+
+
+def _config(argv: Sequence[str]) -> str | None:
+    """The recipe that a command line names last."""
+    path = None
+    for place, word in enumerate(argv):
+        if word == "--config" and place + 1 < len(argv):
+            path = argv[place + 1]
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    return None if path is None else expand_path("--config", path)

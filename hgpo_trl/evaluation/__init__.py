@@ -1,0 +1,1 @@
+"""Sampling in both modes, scores, metrics, comparisons, baselines and the difficulty filter."""

@@ -1,0 +1,235 @@
+"""Difficulty filter for Stage II: prompts from which HGPO can learn, by a model's own pass rate in each mode.
+
+A prompt whose samples all score the same says nothing: no response is better than its mode's others (Eq. 9), and what
+decides between the modes is the margin alone (Eq. 8).
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import nan_to_null, write_atomically
+from hgpo_trl.common.seeds import derived_seed
+from hgpo_trl.data.example import Drop
+from hgpo_trl.evaluation.backends import Sampler, check_backend, loaded_sampler
+from hgpo_trl.evaluation.evaluate import PROMPT_ID, score_samples
+from hgpo_trl.inference.vllm_support import check_vllm_installed
+from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.rewards import accuracy_reward
+from hgpo_trl.training.advantages import assign_rewards, tied_modes
+from hgpo_trl.training.checks import check_dataset
+from hgpo_trl.training.model_dir import check_model_path
+
+BLOCK = 512  # prompts whose samples are kept together: what a kill may cost
+_COLUMNS = ["mode", "sample", "reward", "num_tokens", "truncated"]
+_KEY = b"hgpo_trl.block"
+
+
+@dataclass
+class DifficultyArguments:
+    """Stage II prompts that teach the model something, by its own pass rates."""
+
+    difficulty_model: str | None = field(
+        default=None, metadata={"help": "HFT model that Stage II starts from: path or hub id; null: no such filter."}
+    )
+    difficulty_samples_per_mode: int = field(default=4, metadata={"help": "Responses per prompt and mode."})
+    difficulty_max_new_tokens: int = field(
+        default=16_384, metadata={"help": "Tokens per response, as max_completion_length of Stage II."}
+    )
+    difficulty_margin: float = field(default=0.2, metadata={"help": "δ, as margin of Stage II (paper: 0.2)."})
+    difficulty_backend: str = field(
+        default="transformers", metadata={"help": "What samples: transformers, or vllm (needs the extra vllm)."}
+    )
+    difficulty_batch_size: int = field(default=64, metadata={"help": "transformers: responses generated at a time."})
+    difficulty_dtype: str = field(
+        default="auto", metadata={"help": "Weights' type: auto (as saved), float32, bfloat16."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.difficulty_samples_per_mode < 2:
+            raise UserError(
+                "difficulty_samples_per_mode must be at least 2, or no mode can vary; "
+                f"got {self.difficulty_samples_per_mode}."
+            )
+        if self.difficulty_max_new_tokens < 2:
+            raise UserError(
+                "difficulty_max_new_tokens must be at least 2, the decision token and one more; "
+                f"got {self.difficulty_max_new_tokens}."
+            )
+        if not 0.0 <= self.difficulty_margin < math.inf:
+            raise UserError(f"difficulty_margin must be a finite number of at least 0; got {self.difficulty_margin}.")
+        if self.difficulty_batch_size < 1:
+            raise UserError(f"difficulty_batch_size must be at least 1; got {self.difficulty_batch_size}.")
+        check_backend("difficulty_backend", self.difficulty_backend)
+
+
+def check_model(args: DifficultyArguments) -> None:
+    """Check what `measure` needs, before hours of other work. Without a `difficulty_model` nothing is needed.
+
+    Raises:
+        UserError: there is no such model, it is a LoRA adapter, or its tokenizer lacks the tags.
+        MissingPackageError: vLLM is asked for and not installed.
+    """
+    if args.difficulty_model is None:
+        return
+    if args.difficulty_backend == "vllm":
+        check_vllm_installed("difficulty_backend=vllm")
+    check_model_path("difficulty_model", args.difficulty_model)
+    try:
+        mode_tokens(AutoTokenizer.from_pretrained(args.difficulty_model))
+    except ValueError as error:
+        raise UserError(f"difficulty_model={args.difficulty_model!r}: {error}") from None
+
+
+def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_]:
+    """Which queries give HGPO a signal that comes from their rewards.
+
+    That is one within a mode, where some response is better than another of its mode (Eq. 9), or one between the modes:
+    thinking wins (its mean is higher by more than the margin), or not thinking has the higher mean. Where neither is
+    so, the margin alone decides for no think (Eq. 8), whatever the responses were.
+
+    Args:
+        rewards: `[Q, 2, k]`, axis 1 in the order of `MODES`. NaN: no valid reward. Such a sample is out of every mean
+            and maximum; without a valid sample in each mode there is nothing to compare between them.
+        margin: δ.
+
+    Returns:
+        `[Q]`.
+
+    Raises:
+        UserError: `rewards` is not `[Q, 2, k]`, or `margin` is negative or not finite.
+    """
+    if rewards.ndim != 3 or rewards.shape[1] != len(MODES) or rewards.shape[2] == 0:
+        raise ValueError(f"rewards must have the shape [Q, 2, k] with k of at least 1; got {list(rewards.shape)}.")
+    if not 0.0 <= margin < math.inf:
+        raise UserError(f"margin must be a finite number of at least 0; got {margin}.")
+    if len(rewards) == 0:
+        return np.zeros(0, dtype=bool)
+    as_tensor = torch.from_numpy(rewards)
+    r_inter, r_intra = assign_rewards(as_tensor, margin)
+    r_inter_swapped, _ = assign_rewards(as_tensor.flip(1), 0.0)
+    within = ~tied_modes(as_tensor, r_intra).all(dim=1)
+    think_wins, no_think_is_higher = (wins[:, 0].any(dim=1) for wins in (r_inter, r_inter_swapped))
+    return (within | think_wins | no_think_is_higher).numpy()
+
+
+def pass_rates(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean reward of each query in each mode, `[Q, 2]` from `[Q, 2, k]`; NaN where a mode has no valid sample."""
+    valid = ~np.isnan(rewards)
+    count = valid.sum(axis=2)
+    total = np.where(valid, rewards, 0.0).sum(axis=2)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def verdicts(rewards: NDArray[np.float64], margin: float) -> list[Drop | None]:
+    """A verdict per query, as a `Step` gives it: "uninformative", with its pass rates, unless it is `informative`.
+
+    A query without any valid reward cannot be measured and is kept.
+    """
+    measured = ~np.isnan(rewards).all(axis=(1, 2))
+    dropped = measured & ~informative(rewards, margin)
+    return [
+        Drop("uninformative", nan_to_null({"pass_rate_think": float(think), "pass_rate_no_think": float(no_think)}))
+        if drop
+        else None
+        for drop, (think, no_think) in zip(dropped, pass_rates(rewards), strict=True)
+    ]
+
+
+def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: int = 0) -> NDArray[np.float64]:
+    """Rewards of a model's own responses to every prompt that has a reference answer.
+
+    Prompts are sampled as Stage II samples them (temperature 1, the whole vocabulary), in blocks. A block's scores are
+    written to `work_dir/pass_rates-00000.parquet` and so on, whole or not at all; a block that is already there, from
+    the same model's path, settings, prompts and answers, is read instead of sampled.
+
+    Args:
+        prompts: `prompt` (conversations or text) and `answer`, None or blank where nothing definite is known.
+        args: with a `difficulty_model`.
+
+    Returns:
+        `[Q, 2, k]`, axis 1 in the order of `MODES`; NaN throughout for a prompt without a reference answer.
+
+    Raises:
+        UserError: the model or its tokenizer lacks the tags, or vLLM positions for the longest prompt.
+    """
+    if args.difficulty_model is None:
+        raise UserError("difficulty_model is null: name the model whose pass rates are to be measured.")
+    per_mode = args.difficulty_samples_per_mode
+    rewards = np.full((len(prompts), len(MODES), per_mode), np.nan)
+    rows = [i for i, answer in enumerate(prompts["answer"]) if answer is not None and str(answer).strip()]
+    if not rows:
+        return rewards
+    tokenizer = AutoTokenizer.from_pretrained(args.difficulty_model)
+    measurable = prompts.select(rows).select_columns(["prompt", "answer"])
+    check_dataset("prompts", measurable, tokenizer)
+    blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
+    seeds = [derived_seed(seed, number) for number in range(len(blocks))]
+    keys = [_key(args, seeds[number], measurable[block.start : block.stop]) for number, block in enumerate(blocks)]
+    paths = [work_dir / f"pass_rates-{number:05}.parquet" for number in range(len(blocks))]
+    missing = [number for number in range(len(blocks)) if not _is_there(paths[number], keys[number])]
+    if missing:
+        sampler = loaded_sampler(
+            args.difficulty_model,
+            tokenizer,
+            measurable["prompt"],
+            backend=args.difficulty_backend,
+            max_new_tokens=args.difficulty_max_new_tokens,
+            batch_size=args.difficulty_batch_size,
+            dtype=args.difficulty_dtype,
+        )
+        done = len(rows) - sum(len(blocks[number]) for number in missing)
+        with sampler as sample, tqdm(total=len(rows), initial=done, desc="pass rates", unit="prompt") as progress:
+            for number in missing:
+                part = measurable.select(blocks[number])
+                _write(paths[number], keys[number], _scores(sample, part, per_mode, seeds[number]))
+                progress.update(len(part))
+    for path, block in zip(paths, blocks, strict=True):
+        rewards[rows[block.start : block.stop]] = _read(path, per_mode)
+    return rewards
+
+
+def _scores(sample: Sampler, part: Dataset, per_mode: int, seed: int) -> pd.DataFrame:
+    samples = sample(part["prompt"], samples_per_mode=per_mode, temperature=1.0, top_p=1.0, seed=seed)
+    return score_samples(samples, part, [accuracy_reward])[[PROMPT_ID, *_COLUMNS]]
+
+
+def _key(args: DifficultyArguments, seed: int, part: dict[str, Any]) -> bytes:
+    """What a block's scores depend on."""
+    settings = (args.difficulty_model, args.difficulty_samples_per_mode, args.difficulty_max_new_tokens)
+    content = json.dumps([*settings, args.difficulty_dtype, seed, part["prompt"], part["answer"]], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest().encode()
+
+
+def _is_there(path: Path, key: bytes) -> bool:
+    return path.is_file() and pq.read_schema(path).metadata.get(_KEY) == key
+
+
+def _write(path: Path, key: bytes, scores: pd.DataFrame) -> None:
+    table = pa.Table.from_pandas(scores, preserve_index=False).replace_schema_metadata({_KEY: key})
+    buffer = BytesIO()
+    pq.write_table(table, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def _read(path: Path, per_mode: int) -> NDArray[np.float64]:
+    """The rewards of a block, `[q, 2, k]`."""
+    scores = pq.read_table(path).to_pandas()
+    order = scores["mode"].map({mode.value: index for index, mode in enumerate(MODES)})
+    scores = scores.assign(mode=order).sort_values([PROMPT_ID, "mode", "sample"])
+    return scores["reward"].to_numpy(dtype=np.float64).reshape(-1, len(MODES), per_mode)

@@ -1,0 +1,149 @@
+"""Sampling for evaluation with vLLM: what `sample_both_modes` of `evaluate` returns, made by vLLM's engine."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.seeds import derived_seed
+from hgpo_trl.evaluation.evaluate import FirstToken, Generated, samples_table
+from hgpo_trl.inference.generate import end_tokens, render
+from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
+from hgpo_trl.modes.decision import OFF_MODE
+
+if TYPE_CHECKING:
+    from vllm import LLM  # importing it takes seconds, and it is optional
+
+
+@contextmanager
+def running_engine(
+    model: str,
+    *,
+    longest_prompt: int,
+    max_new_tokens: int,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+    gpu_memory_utilization: float = 0.9,
+) -> Iterator["LLM"]:
+    """A vLLM engine that is shut down on leaving. Unless vLLM is told otherwise it runs in processes of its own.
+
+    Args:
+        model: path or hub id.
+        longest_prompt: tokens, without the decision.
+        max_new_tokens: per response, the decision token included.
+        dtype: of the weights; `auto` is the type that they are saved in, as in Transformers.
+        tensor_parallel_size: GPUs that share the model.
+        gpu_memory_utilization: the engine's share of each GPU's memory.
+
+    Raises:
+        UserError: the model has too few positions for the longest prompt and its response.
+    """
+    from vllm import LLM, EngineArgs
+
+    weights_dtype: Any = dtype
+    if dtype == "auto":  # vLLM's own `auto` makes bfloat16 of float32
+        weights_dtype = AutoConfig.from_pretrained(model).dtype or dtype
+    needed = longest_prompt + max_new_tokens
+    available = EngineArgs(model=model, dtype=weights_dtype).create_model_config().max_model_len
+    if needed > available:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} and the longest prompt of {longest_prompt} tokens need {needed} "
+            f"positions, but the model {model!r} has {available} (max_position_embeddings). Lower max_new_tokens, drop "
+            "the longest prompts, or set backend to transformers, which does not check it."
+        )
+    engine = LLM(
+        model=model,
+        dtype=weights_dtype,
+        max_model_len=needed,
+        tensor_parallel_size=tensor_parallel_size,
+        gpu_memory_utilization=gpu_memory_utilization,
+        logprobs_mode="raw_logprobs",  # of the model itself, whatever the sampling
+    )
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown(timeout=30)  # seconds; its processes end themselves first
+
+
+def sample_both_modes(
+    engine: "LLM",
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    *,
+    samples_per_mode: int,
+    max_new_tokens: int,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: int = 0,
+    progress: tqdm | None = None,
+) -> pd.DataFrame:
+    """`hgpo_trl.evaluation.evaluate.sample_both_modes` with an engine of `running_engine` in place of the model.
+
+    vLLM shows a bar of its own for what it is at; `progress` moves when all of it is done.
+    """
+    tokens = mode_tokens(tokenizer)
+    ids = render(tokenizer, prompts)
+    generation_config = engine.llm_engine.model_config.try_get_generation_config()
+    ends = end_tokens(tokenizer, generation_config.get("eos_token_id"))
+    decisions = _read_decisions(engine, ids, tokens)
+    responses = _generate(engine, ids, tokens, ends, samples_per_mode, max_new_tokens, temperature, top_p, seed)
+    samples = samples_table(tokenizer, decisions, responses, ends)
+    if progress is not None:
+        progress.update(len(samples))
+    return samples
+
+
+def _read_decisions(engine: "LLM", ids: list[list[int]], tokens: ModeTokens) -> list[FirstToken]:
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(tokens.decision), detokenize=False)
+    decisions: list[FirstToken] = []
+    for result in engine.generate([TokensPrompt(prompt_token_ids=row) for row in ids], params, use_tqdm=False):
+        (output,) = result.outputs
+        assert output.logprobs is not None  # they were asked for
+        think, no_think = (math.exp(output.logprobs[0][token].logprob) for token in tokens.decision)
+        (first,) = output.token_ids
+        picked = tokens.decision.index(first) if first in tokens.decision else OFF_MODE
+        decisions.append((think, no_think, picked))
+    return decisions
+
+
+def _generate(
+    engine: "LLM",
+    ids: list[list[int]],
+    tokens: ModeTokens,
+    ends: list[int],
+    samples_per_mode: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Iterator[Generated]:
+    """One call for all: vLLM forms its batches itself, and a prompt's samples and modes share their prefix."""
+    from vllm import SamplingParams, TokensPrompt
+
+    greedy = temperature == 0
+    keys = [(prompt, mode) for prompt in range(len(ids)) for mode in range(len(MODES))]
+    params = [
+        SamplingParams(
+            n=1 if greedy else samples_per_mode,  # vLLM takes n = 1 only where all would be the same
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_new_tokens - 1,
+            stop_token_ids=ends,
+            # Sample i of a request is drawn with its seed + i: no two responses share one unless their requests do.
+            seed=derived_seed(seed, request) * samples_per_mode,
+            detokenize=False,
+        )
+        for request in range(len(keys))
+    ]
+    forced = [TokensPrompt(prompt_token_ids=[*ids[prompt], tokens.decision[mode]]) for prompt, mode in keys]
+    for (prompt, mode), result in zip(keys, engine.generate(forced, params), strict=True):
+        outputs = result.outputs * samples_per_mode if greedy else result.outputs
+        for sample, output in enumerate(outputs):
+            yield Generated(prompt, mode, sample, list(output.token_ids))

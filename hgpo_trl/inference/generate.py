@@ -1,0 +1,453 @@
+"""Using a hybrid-reasoning model with Transformers: it picks the mode, with a bias if wanted, or is told which.
+
+    model = HybridModel.from_pretrained("runs/chain-sum/hgpo")
+    model("a = 3 b = 6 sum mod 10 ?")                                 # Generation(mode=..., reasoning=..., answer=...)
+    model(["a = 3 sum mod 10 ?", conversation], mode="no_think")      # a list gives a list
+    model(questions, decision_bias=-2.0)                              # think less often
+
+What a model does with its first token, the decision, is `hgpo_trl.modes.decision`; how the text is taken apart is
+`hgpo_trl.modes.split_response`.
+"""
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.modes import MODES, Mode, ModeTokens, check_embeddings, mode_tokens, split_response
+from hgpo_trl.modes.chat_template import has_thinking_modes
+
+AUTO = "auto"  # the mode in which the model picks
+CHOICES = (AUTO, *(mode.value for mode in MODES))
+
+Conversation = Sequence[Mapping[str, Any]]
+
+# How the paper samples; for a model's generation config, because responses that think fall into loops under greedy
+# decoding, which is what Transformers does without one. Its default for top_k is 50, not all.
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
+
+
+# --- tokens in, tokens out ------------------------------------------------------------------------------------
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of each prompt, text or conversation, up to the point where the model decides."""
+    encoded: Any  # the tokenizer's return type depends on its arguments' values
+    if isinstance(prompts[0], str):
+        encoded = tokenizer(list(prompts))
+    else:
+        encoded = tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    return encoded["input_ids"]
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
+    """Ids that end a response: the tokenizer's end token and those of the model's generation config."""
+    return sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
+
+
+def until_end(response: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
+    """A response without the padding behind its end token, and whether it is truncated, which is without one."""
+    end = next((place for place, token in enumerate(response) if token in ends), None)
+    return (response, True) if end is None else (response[: end + 1], False)
+
+
+def sampling_config(
+    tokenizer: PreTrainedTokenizerBase, ends: list[int], max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
+    """How to draw tokens; temperature 0 is greedy."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else 1.0,
+        top_p=top_p if temperature > 0 else 1.0,
+        top_k=0 if temperature > 0 else None,
+        repetition_penalty=1.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+    )
+
+
+def set_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model, PEFT's or not, a generation config of its token ids and the paper's sampling, and of nothing else.
+
+    What a base model brings (top_k, repetition_penalty, suppress_tokens, ...) would otherwise be saved with what is
+    trained from it, and shape its rollouts: Transformers takes from there what a trainer leaves unset.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id),
+        pad_token_id=tokenizer.pad_token_id,
+        **SAMPLING,
+    )
+
+
+@contextmanager
+def own_settings_ignored(model: Any) -> Iterator[None]:
+    """Within, `model.generate` takes nothing from the model's own generation config, only what it is given."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def batches(ids: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of like length, so that little is padding."""
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def padded(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> BatchEncoding:
+    """Rows of token ids as one batch on the model's device, padded on the left."""
+    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+
+
+def complete(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    config: GenerationConfig,
+    batch_size: int,
+    progress: tqdm,
+) -> Iterator[tuple[int, list[int]]]:
+    """Continue rows of token ids, in batches of like length: (row number, the tokens that follow, padding included)."""
+    for batch in batches(rows, batch_size):
+        inputs = padded(model, tokenizer, [rows[row] for row in batch])
+        with torch.inference_mode(), own_settings_ignored(model):
+            sequences = model.generate(**inputs, generation_config=config)
+        yield from zip(batch, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
+        progress.update(len(batch))
+
+
+# --- the decision ---------------------------------------------------------------------------------------------
+
+
+class DecisionBias(LogitsProcessor):
+    """Moves the log-odds of thinking, logit(think) − logit(no_think), by `bias` on the first generated token.
+
+    Half of it is added to the one, half taken from the other, before temperature and top-p. So a large bias of either
+    sign leaves no room for the other mode nor for a token that is neither, and 0 leaves the model's own distribution.
+
+    Args:
+        prompt_length: tokens of the prompt, padding included: where the first generated token stands.
+    """
+
+    def __init__(self, tokens: ModeTokens, bias: float, prompt_length: int) -> None:
+        self.tokens = tokens
+        self.bias = bias
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] != self.prompt_length:
+            return scores
+        scores = scores.clone()  # the raw logits are read afterwards
+        scores[:, self.tokens.think] += self.bias / 2
+        scores[:, self.tokens.no_think] -= self.bias / 2
+        return scores
+
+
+def _decide(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    tokens: ModeTokens,
+    bias: float,
+    config: GenerationConfig,
+    batch_size: int,
+) -> list[tuple[int, float]]:
+    """For each prompt its response's first token, drawn like every other token, and the model's own π(think | q)."""
+    found: dict[int, tuple[int, float]] = {}
+    for batch in batches(ids, batch_size):
+        inputs = padded(model, tokenizer, [ids[row] for row in batch])
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode(), own_settings_ignored(model):
+            output = model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([DecisionBias(tokens, bias, length)]),
+            )
+        think = torch.softmax(output.logits[0].float(), dim=-1)[:, tokens.think]
+        found |= dict(zip(batch, zip(output.sequences[:, length].tolist(), think.tolist(), strict=True), strict=True))
+    return [found[row] for row in range(len(ids))]
+
+
+# --- responses ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One response. Tokens are counted as in evaluation: `num_tokens` is all of them, decision and end included."""
+
+    mode: Mode | None  # None: the first token is neither mode, and all of the text is the answer
+    reasoning: str
+    answer: str
+    text: str  # as the model wrote it, tags included
+    num_tokens: int
+    reasoning_tokens: int  # between <think> and </think>
+    answer_tokens: int  # of the answer, without tags and end token
+    truncated: bool  # ran out of tokens before its end
+    prob_think: float | None  # π(think | q), of the model itself at temperature 1; None where the mode was forced
+
+
+def _as_generation(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: ModeTokens,
+    generated: list[int],
+    ends: list[int],
+    prob_think: float | None,
+) -> Generation:
+    generated, truncated = until_end(generated, ends)
+    text = str(tokenizer.decode(generated, skip_special_tokens=True))
+    response = split_response(text)
+    body = [token for token in generated if token not in ends]
+    before, after = body, list[int]()
+    if response.mode is not None:
+        close = tokens.end_think if response.mode is Mode.THINK else tokens.end_no_think
+        place = body.index(close) if close in body else len(body)
+        before, after = body[1:place], body[place + 1 :]
+    reasoning, answer = (before, after) if response.mode is Mode.THINK else ([], before)
+    return Generation(
+        mode=response.mode,
+        reasoning=response.reasoning,
+        answer=response.answer,
+        text=text,
+        num_tokens=len(generated),
+        reasoning_tokens=len(reasoning),
+        answer_tokens=len(answer),
+        truncated=truncated,
+        prob_think=prob_think,
+    )
+
+
+def check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
+    """The tags' ids; UserError, with a remedy, if model or tokenizer lacks a tag or the template knows no modes."""
+    tokens = mode_tokens(tokenizer)
+    check_embeddings(model, tokens)
+    if not has_thinking_modes(tokenizer):
+        raise UserError(
+            "The tokenizer's chat template takes no thinking_mode, or there is none: a hybrid model has been through "
+            "`hgpo-trl hft`, which installs one (hgpo_trl.modes.chat_template.set_chat_template(tokenizer))."
+        )
+    return tokens
+
+
+def check_settings(mode: str, decision_bias: float, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """UserError that names the first setting that `generate` cannot use."""
+    if mode not in CHOICES:
+        raise UserError(f"mode must be one of {', '.join(CHOICES)}; got {mode!r}.")
+    if not math.isfinite(decision_bias):
+        raise UserError(f"decision_bias must be a finite number; got {decision_bias}. Force a mode with mode instead.")
+    if max_new_tokens < 2:
+        raise UserError(f"max_new_tokens must be at least 2, the decision token and one more; got {max_new_tokens}.")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature must be a finite number of at least 0, which is greedy; got {temperature}.")
+    if not 0.0 < top_p <= 1.0:
+        raise UserError(f"top_p must lie in (0, 1]; got {top_p}.")
+
+
+class TooLongError(UserError):
+    """A conversation leaves the model no positions for a response."""
+
+
+def _budget(model: Any, longest_prompt: int, max_new_tokens: int) -> int:
+    """`max_new_tokens`, or as many as the model has positions for; TooLongError if it has none left."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max_new_tokens if positions is None else positions - longest_prompt
+    if room < 2:
+        raise TooLongError(
+            f"The longest prompt has {longest_prompt} tokens and the model {positions} positions "
+            "(max_position_embeddings): nothing is left for a response. Shorten the conversation."
+        )
+    return min(max_new_tokens, room)
+
+
+def _conversation(prompt: str | Conversation) -> Conversation:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[str | Conversation],
+    *,
+    mode: str = AUTO,
+    decision_bias: float = 0.0,
+    max_new_tokens: int = 35_000,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    batch_size: int = 64,
+    seed: int | None = None,
+) -> list[Generation]:
+    """One response to each conversation.
+
+    Args:
+        model, tokenizer: of a hybrid-reasoning model: tags, and a chat template that takes `thinking_mode`.
+        conversations: messages that end with the user's; a text is one message of the user.
+        mode: "think" or "no_think" for all, or "auto": the model picks. The first token is then drawn like every other
+            one, so it may be neither mode (`Generation.mode` is None). The responses of either mode form batches of
+            their own: no short one waits for a long one.
+        decision_bias: moves the log-odds of thinking (see `DecisionBias`); without effect where the mode is forced.
+        max_new_tokens: per response, the decision token included; fewer where the model runs out of positions.
+        temperature, top_p: of the sampling (paper: 0.6 and 0.95); temperature 0 is greedy.
+        batch_size: responses generated at a time.
+        seed: of torch's random numbers; None leaves them as they are.
+
+    Returns:
+        Responses in the order of the conversations.
+
+    Raises:
+        UserError: model, tokenizer or a setting does not fit.
+        TooLongError: a conversation, or the longest one, is too long for the model. (A UserError, too.)
+    """
+    check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
+    tokens = check_model(model, tokenizer)
+    if not conversations:
+        return []
+    ids = render(tokenizer, [_conversation(conversation) for conversation in conversations])
+    budget = _budget(model, max(map(len, ids)), max_new_tokens)
+    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    model.eval()
+    if seed is not None:
+        torch.manual_seed(seed)
+
+    probs: list[float | None] = [None] * len(ids)
+    if mode == AUTO:
+        config = sampling_config(tokenizer, ends, 1, temperature, top_p)
+        config.update(output_logits=True, return_dict_in_generate=True)
+        decided = _decide(model, tokenizer, ids, tokens, decision_bias, config, batch_size)
+        first, probs = [token for token, _ in decided], [prob for _, prob in decided]
+    else:
+        first = [tokens.decision[MODES.index(Mode(mode))]] * len(ids)
+
+    config = sampling_config(tokenizer, ends, budget - 1, temperature, top_p)
+    responses = {row: [token] for row, token in enumerate(first)}
+    groups: dict[int | None, list[int]] = defaultdict(list)  # by mode; None: neither
+    for row, token in enumerate(first):
+        if token not in ends:
+            groups[token if token in tokens.decision else None].append(row)
+    with tqdm(
+        total=sum(map(len, groups.values())), desc="generating", unit="response", disable=len(ids) <= batch_size
+    ) as progress:
+        for group in groups.values():
+            prompts = [[*ids[row], first[row]] for row in group]
+            for place, rest in complete(model, tokenizer, prompts, config, batch_size, progress):
+                responses[group[place]] += rest
+    return [_as_generation(tokenizer, tokens, responses[row], ends, probs[row]) for row in range(len(ids))]
+
+
+def stream(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: str | Conversation,
+    *,
+    mode: str = AUTO,
+    decision_bias: float = 0.0,
+    max_new_tokens: int = 35_000,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: int | None = None,
+) -> Generator[str, None, None]:
+    """One response in pieces of text, tags included, as it is generated. Closing the iterator ends the generation.
+
+    Arguments and errors are those of `generate`.
+    """
+    check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
+    tokens = check_model(model, tokenizer)
+    (ids,) = render(tokenizer, [_conversation(conversation)])
+    budget = _budget(model, len(ids), max_new_tokens)
+    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    forced = [] if mode == AUTO else [tokens.decision[MODES.index(Mode(mode))]]
+    prompt = [*ids, *forced]
+    config = sampling_config(tokenizer, ends, budget - len(forced), temperature, top_p)
+    processors = LogitsProcessorList([] if forced else [DecisionBias(tokens, decision_bias, len(prompt))])
+    model.eval()
+    if seed is not None:
+        torch.manual_seed(seed)
+
+    stopped = threading.Event()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.token_cache += forced  # part of the response, and of its text
+
+    def run() -> None:
+        try:
+            with torch.inference_mode(), own_settings_ignored(model):
+                model.generate(
+                    **padded(model, tokenizer, [prompt]),
+                    generation_config=config,
+                    logits_processor=processors,
+                    stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: _all(rows, stopped.is_set())]),
+                    streamer=streamer,
+                )
+        finally:
+            streamer.end()  # whoever reads must not wait for what has failed
+
+    with ThreadPoolExecutor(1, thread_name_prefix="hgpo_trl.stream") as pool:
+        generation = pool.submit(run)
+        try:
+            yield from streamer
+            generation.result()
+        finally:
+            stopped.set()
+
+
+def _all(rows: Tensor, value: bool) -> Tensor:
+    return torch.full((len(rows),), value, dtype=torch.bool, device=rows.device)
+
+
+@dataclass(frozen=True)
+class HybridModel:
+    """A hybrid-reasoning model and its tokenizer, to be called with a question, a conversation, or a list of them."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, dtype: str = "auto", device_map: Any = None) -> "HybridModel":
+        """Load a model by path or hub id, by default onto the accelerator if there is one.
+
+        Raises:
+            UserError: it is no hybrid model; the message says what it lacks.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        mode_tokens(tokenizer)  # before the weights are loaded
+        if device_map is None:
+            device_map = torch.accelerator.current_accelerator() or torch.device("cpu")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
+        check_model(model, tokenizer)
+        return cls(model, tokenizer)
+
+    def __call__(self, prompt: Any, **settings: Any) -> Any:
+        """`generate`: one `Generation` for a text or a conversation, a list of them for a list."""
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+            return generate(self.model, self.tokenizer, [prompt], **settings)[0]
+        return generate(self.model, self.tokenizer, prompt, **settings)
+
+    def stream(self, prompt: str | Conversation, **settings: Any) -> Generator[str, None, None]:
+        """`stream`: the response's text, piece by piece."""
+        return stream(self.model, self.tokenizer, prompt, **settings)

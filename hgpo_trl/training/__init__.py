@@ -1,0 +1,1 @@
+"""Stage II's trainer and what both stages share: checks, checkpoints, resuming, LoRA."""

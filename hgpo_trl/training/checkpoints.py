@@ -1,0 +1,149 @@
+"""Checkpoints that are whole, or known not to be.
+
+Trainer writes a checkpoint file by file, from every process, and removes older ones before the others have finished. A
+run that is killed meanwhile leaves a folder that looks like a checkpoint. Here each finished checkpoint is sealed: once
+all processes have written theirs, process 0 lists every file with its size. What has no seal, or differs from it, is
+torn, and never the one to resume from.
+
+Process 0 alone writes the weights, so all processes need the same folder. Where they do not have it, `agreed_step` says
+so, or finds what all of them have.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import write_json
+
+SEAL = "complete.json"
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals every checkpoint, removes older ones only then, and logs before each so that no metric is cut in two.
+
+    Metrics are means over the steps since the last log, and what has been gathered since is not part of a checkpoint.
+    With a log at every checkpoint a resumed run logs what the uninterrupted one does.
+
+    Args:
+        args: of the trainer that this is a callback of. Takes `save_total_limit` over from it.
+    """
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        # Whether it is the best, only the evaluation will tell.
+        may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+        if control.should_save or may_be_best:
+            control.should_log = True
+            if state.is_world_process_zero:  # a run that resumed from further back writes into the same folder again
+                (_folder(args, state) / SEAL).unlink(missing_ok=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._before_save(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before_save(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            seal(_folder(args, state))
+            rotate_checkpoints(
+                str(args.output_dir),
+                save_total_limit=self._limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file below a checkpoint, the seal apart."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def seal(checkpoint: Path) -> None:
+    """Declare a checkpoint whole as it is now."""
+    write_json(checkpoint / SEAL, {"files": _sizes(checkpoint)})
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What makes a checkpoint useless for resuming, or None if it is whole."""
+    if not (checkpoint / SEAL).is_file():
+        return f"it has no {SEAL}: the run ended while it was written"
+    sealed: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+    found = _sizes(checkpoint)
+    if missing := sorted(sealed.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    if changed := sorted(name for name, size in sealed.items() if found[name] != size):
+        return f"{changed[0]} has {found[changed[0]]:,} bytes instead of {sealed[changed[0]]:,}"
+    return None if TRAINER_STATE_NAME in sealed else f"{TRAINER_STATE_NAME} is missing"
+
+
+def checkpoint_faults(directory: Path) -> dict[int, str | None]:
+    """The checkpoints in a run's folder, newest first: {step: what makes it useless, None for a whole one}."""
+    folders = {
+        int(step): path
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (step := path.name.rpartition("-")[2]).isdecimal()
+    }
+    return {step: fault(path) for step, path in sorted(folders.items(), reverse=True)}
+
+
+def last_checkpoint(directory: Path) -> tuple[str | None, dict[str, str]]:
+    """The newest whole checkpoint of a run, and the torn ones after it.
+
+    Returns:
+        Path of the checkpoint, or None if there is none; {path: fault} of newer checkpoints that have to be skipped.
+    """
+    torn: dict[str, str] = {}
+    for step, what in checkpoint_faults(directory).items():
+        path = str(directory / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        if what is None:
+            return path, torn
+        torn[path] = what
+    return None, torn
+
+
+def agreed_step(found: Sequence[Mapping[int, str | None]]) -> int | None:
+    """The step of the newest checkpoint that is whole for all processes, each of which may have a folder of its own.
+
+    Args:
+        found: of every process, `checkpoint_faults` of its folder.
+
+    Returns:
+        None where no process has a whole checkpoint.
+
+    Raises:
+        UserError: some process has a whole checkpoint, but none is whole for all.
+    """
+    whole = [{step for step, what in of.items() if what is None} for of in found]
+    common = set.intersection(*whole)
+    if common:
+        return max(common)
+    if not any(whole):
+        return None
+    newest = max(set.union(*whole))
+    having = next(process for process, steps in enumerate(whole) if newest in steps)
+    lacking = [process for process, steps in enumerate(whole) if newest not in steps]
+    name, what = f"{PREFIX_CHECKPOINT_DIR}-{newest}", found[lacking[0]].get(newest) or "it is not there"
+    raise UserError(
+        f"output_dir: no checkpoint is whole for all processes. {name} is for process {having}, and is not for process "
+        f"{', '.join(map(str, lacking))} ({what}). Let output_dir be a folder that all nodes share. Where each has its "
+        f"own, copy {name} of process {having} into the others' output_dir, over the {name} that may be there. To "
+        "start afresh, remove the checkpoints on all nodes."
+    )

@@ -1,0 +1,146 @@
+"""A run's directory: what was run there, and whether this run may go on in it."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.files import write_json
+from hgpo_trl.training.checkpoints import SEAL, agreed_step, checkpoint_faults, fault
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+RESPONSES = "responses.jsonl"  # of `hgpo-trl export`
+
+# What a resumed run may change: where it runs, what it saves, measures and reports, not what it learns from.
+_FREE_PREFIXES = ("ddp_", "eval_", "hub_", "log_", "logging_", "save_", "trackio_", "vllm_server_")
+_FREE = {
+    "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "deepspeed", "disable_tqdm", "do_eval", "local_rank", "num_completions_to_print", "num_generations_eval",
+    "off_mode_warning", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "reward_model_batch_size", "run_name", "use_cpu", "vllm_gpu_memory_utilization",
+}  # fmt: skip
+
+
+def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
+    """Everything that was configured, as JSON: {"stage": ..., field: value, ...}, and how many processes train.
+
+    What JSON does not have, infinite numbers too, stands there as text.
+    """
+    run: dict[str, Any] = {"stage": stage}
+    for config in configs:
+        if isinstance(config, TrainingArguments):
+            run |= config.to_dict() | {"num_processes": config.world_size}
+        else:
+            run |= asdict(config)
+    return json.loads(json.dumps(run, default=str), parse_constant=str)
+
+
+def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -> str | None:
+    """Take `output_dir` for this run, before anything is loaded, and note there what is run (`run.json`).
+
+    Every process looks into its folder, which on several nodes need not be the same one, and all agree.
+
+    Returns:
+        The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the newest of `output_dir` that is
+        whole for every process, if this very run has left it; None to start afresh. Torn ones that are passed over are
+        named in the log.
+
+    Raises:
+        UserError: `output_dir` holds another run's checkpoints or model (the message lists what differs),
+            `resume_from_checkpoint` names no folder or a torn checkpoint, or no checkpoint is whole for all processes.
+            It is raised by every process.
+    """
+    directory = Path(str(training_args.output_dir))  # TrainingArguments has filled in a default
+    run = describe_run(stage, *configs, training_args)
+    requested = training_args.resume_from_checkpoint
+    if requested in ("True", "true", True):
+        requested = None  # what happens anyway
+    problem = None
+    try:
+        if requested is not None:
+            _check_requested(Path(requested))
+        if training_args.process_index == 0:  # which writes the record and the results
+            _check_results(directory, run)
+    except UserError as error:
+        problem = str(error)
+    found = checkpoint_faults(directory)
+    everyone: list[tuple[str | None, dict[int, str | None]]] = gather_object([(problem, found)])
+    for process, (of_process, _) in enumerate(everyone):
+        if of_process is not None:
+            where = "" if len(everyone) == 1 or problem == of_process else f"On process {process}: "
+            raise UserError(where + of_process)
+    step = None if requested else agreed_step([of_process for _, of_process in everyone])
+    if training_args.process_index == 0:
+        write_json(directory / RUN_FILE, run)
+        for skipped in [] if requested else [other for other in found if step is None or other > step]:
+            what = found[skipped] or "it is not whole for all processes"
+            logger.warning(f"{_checkpoint(directory, skipped)} is torn and skipped: {what}.")
+    return requested if requested or step is None else _checkpoint(directory, step)
+
+
+def _checkpoint(directory: Path, step: int) -> str:
+    return str(directory / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+def _check_requested(checkpoint: Path) -> None:
+    """UserError unless a checkpoint that was asked for by name can be resumed from."""
+    remedy = "Leave it out to resume from the last complete checkpoint of output_dir, or name another checkpoint-STEP."
+    if not checkpoint.is_dir():
+        raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is not a folder. {remedy}")
+    foreign = not (checkpoint / SEAL).exists() and (checkpoint / TRAINER_STATE_NAME).is_file()
+    if not foreign and (found := fault(checkpoint)):  # one that another tool wrote has a state and no seal
+        raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
+
+
+def claim_results(directory: Path, run: dict[str, Any]) -> None:
+    """The same for a stage of one process that has no checkpoints.
+
+    Args:
+        run: of `describe_run`, or what of it decides the results.
+
+    Raises:
+        UserError: the folder holds another run's results.
+    """
+    _check_results(directory, run)
+    write_json(directory / RUN_FILE, run)
+
+
+def _check_results(directory: Path, run: dict[str, Any]) -> None:
+    """UserError if a folder holds checkpoints, a model or responses, and not this run's."""
+    results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json", RESPONSES)
+    if any(any(directory.glob(pattern)) for pattern in results):
+        check_same_run(directory / RUN_FILE, run)
+
+
+def is_free(key: str) -> bool:
+    """Whether a resumed run may change a setting: it says where a run runs, saves or reports, not what it learns."""
+    return key in _FREE or key.startswith(_FREE_PREFIXES)
+
+
+def check_same_run(record: Path, run: dict[str, Any]) -> None:
+    """Compare a run with the one whose results lie in a folder.
+
+    Args:
+        record: file of that folder in which the other run was noted.
+
+    Raises:
+        UserError: there is no such file, or the runs differ; the message lists in what.
+    """
+    directory = str(record.parent)
+    remedy = "Choose another output_dir, remove this one, or use the recipe it was made with to resume it."
+    if not record.is_file():
+        raise UserError(f"output_dir={directory!r} holds results of an unknown run (no {record.name}). {remedy}")
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = sorted(key for key in before.keys() | run.keys() if not is_free(key) and before.get(key) != run.get(key))
+    if changed:
+        listing = ", ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed)
+        raise UserError(f"output_dir={directory!r} holds another run's results. Changed: {listing}. {remedy}")
