@@ -25,7 +25,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(AC
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep reproduce test lint docs clean
+.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep reproduce test lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -100,6 +100,7 @@ lint: $(INSTALLED_ALL)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: docs
 docs: $(INSTALLED)  ## the documentation as a site, in site/
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
