@@ -47,7 +47,7 @@ class BaselineArguments:
     train_data: str = field(metadata={"help": "Data set that was sampled, with `prompt`: path or hub id."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data."})
     margin: float = field(
-        default=0.0, metadata={"help": "δ, the head start of no-think, as in Eq. 8; the paper's baselines: 0."}
+        default=0.0, metadata={"help": "δ: bonus of no-think, as in Eq. 8; the paper's baselines: 0."}
     )
 
     drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
