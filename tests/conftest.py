@@ -1,5 +1,8 @@
-"""A tiny chain-sum model, untrained, and its prompts."""
+"""Tiers of the tests, and a tiny chain-sum model, untrained, with its prompts."""
 
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,48 @@ from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, load_tas
 from hgpo_trl.training.trainer import HGPOTrainer
 
 TASK = load_task("hgpo_trl.tasks.chain_sum")
+
+# ----------------------------------------------------------------------------- tiers (markers, see pyproject.toml)
+
+TIERS = ("unit", "processes", "engine")
+STARTED: list[str] = []  # programs that this process has started
+
+
+def _record(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen":
+        program, command = arguments[:2]
+        STARTED.append(command if isinstance(command, str) else " ".join(map(str, command or [program])))
+
+
+sys.addaudithook(_record)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test one tier: the one that it or its module names, or else unit. Skip engines without vLLM."""
+    for item in items:
+        named = {mark.name for mark in item.iter_markers() if mark.name in TIERS}
+        if len(named) > 1:
+            raise pytest.UsageError(f"{item.nodeid} has the tiers {', '.join(sorted(named))}; leave one marker")
+        if not named:
+            item.add_marker(pytest.mark.unit)
+        if "engine" in named and find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed (the extra `vllm`)"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    STARTED.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a unit test that started a program, itself or by a fixture."""
+    result = yield
+    if item.get_closest_marker("unit") and STARTED:
+        pytest.fail(f"mark this test processes or engine: it starts {STARTED[0]!r}", pytrace=False)
+    return result
 
 
 @pytest.fixture(scope="session")

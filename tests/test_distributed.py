@@ -26,6 +26,8 @@ from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.tasks.embedded import build_model
 from hgpo_trl.training.advantages import compute_advantages, decided_without_think
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 # DeepSpeed and FSDP on gloo where accelerate would look for GPUs. What DeepSpeed compiles stays with this environment:

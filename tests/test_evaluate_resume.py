@@ -91,6 +91,7 @@ def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callab
 # --- Parts --------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_is_as_if_it_had_not_been(fields: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL while a part is begun, twice, while samples.parquet is, and while report.json is."""
     main(words(fields | {"output_dir": tmp_path / "whole"}))

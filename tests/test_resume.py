@@ -141,6 +141,7 @@ def test_a_run_that_fails_says_what_is_left(
 KILLER = Path(__file__).with_name("kill_and_resume.py")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", ["hgpo", "hft"])
 def test_killed_ten_times_nothing_is_lost(
     stage: str, model_dir: str, train_data: dict[str, str], run: Callable[..., Path], tmp_path: Path

@@ -385,6 +385,7 @@ def test_a_killed_server_is_replaced() -> None:
 # --- Processes and threads ----------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
     done = run_script(
         tmp_path,
@@ -419,6 +420,7 @@ def in_child(connection: Any) -> None:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_in_a_daemonic_child_process(method: str) -> None:
     """Which may not start children by multiprocessing; a forked one inherits the workers' other end."""
@@ -440,6 +442,7 @@ def run_script(tmp_path: Path, body: str, **kwargs: Any) -> subprocess.Completed
     return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, **kwargs)
 
 
+@pytest.mark.processes
 def test_a_script_without_main_guard(tmp_path: Path) -> None:
     """It is not run again by the workers, and the interpreter ends."""
     done = run_script(
@@ -454,6 +457,7 @@ def test_a_script_without_main_guard(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "started\n[True, False]\n", "")
 
 
+@pytest.mark.processes
 def test_neither_torch_nor_sympy_is_loaded_here(tmp_path: Path) -> None:
     done = run_script(
         tmp_path,
@@ -467,6 +471,7 @@ def test_neither_torch_nor_sympy_is_loaded_here(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
+@pytest.mark.processes
 def test_no_process_is_left_behind(tmp_path: Path) -> None:
     done = run_script(
         tmp_path,

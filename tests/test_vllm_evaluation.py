@@ -8,7 +8,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from hgpo_trl.scripts.evaluate import main
 from hgpo_trl.tasks.embedded import build_model
 
 # Looked up, not imported: that takes seconds, also where these tests are not the ones to run.
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
+pytestmark = pytest.mark.engine
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS, POSITIONS = 32, 3, 24, 512
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # GiB

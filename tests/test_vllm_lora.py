@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from workers import end
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -109,7 +111,6 @@ def train_and_compare(root: Path) -> None:
 
 
 def test_engine_takes_the_merged_weights(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 GROUP, STEPS, MAX_LENGTH = 4, 3, 10
 LONG_PROMPT = 300  # tokens: two whole blocks of 128, vLLM's block on a CPU
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
+pytestmark = pytest.mark.engine
 
 
 def train(folder: Path, *argv: str) -> None:

@@ -201,6 +201,7 @@ def launch(folder: Path, url: str, output: Path, processes: int, **fields: Any) 
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.engine
 def test_each_mode_of_a_query_is_one_request_for_half_the_group(
     folder: Path, server: tuple[str, subprocess.Popen], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -235,6 +236,7 @@ def test_each_mode_of_a_query_is_one_request_for_half_the_group(
                 assert gap[mask].abs().max() < 1e-3, "same weights, same type: same log-probabilities"
 
 
+@pytest.mark.engine
 def test_the_weights_are_announced_by_the_names_they_have(
     folder: Path, server: tuple[str, subprocess.Popen], tmp_path: Path
 ) -> None:
@@ -247,6 +249,7 @@ def test_the_weights_are_announced_by_the_names_they_have(
     assert announced[0] == announced[1] == expected
 
 
+@pytest.mark.engine
 def test_a_server_that_dies_during_the_training(
     folder: Path, server: tuple[str, subprocess.Popen], tmp_path: Path
 ) -> None:
