@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from settings import ON_CPU, argv
 from tokenizers_zoo import FAMILIES, qwen2, tiny_qwen2
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -381,10 +382,8 @@ def test_of_a_stream_the_first_row_is_looked_at(tokenizer: PreTrainedTokenizerBa
 
 # --- in the stages ----------------------------------------------------------------------------------------------
 
-TRAINING = {
-    "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 2, "logging_steps": 1,
-    "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True, "report_to": "none",
-    "attn_implementation": "sdpa",
+TRAINING = ON_CPU | {
+    "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "attn_implementation": "sdpa",
 }  # fmt: skip
 
 
@@ -429,7 +428,7 @@ def write(path: Path, rows: list[Row]) -> Path:
 
 
 def words(**fields: Any) -> list[str]:
-    return [word for key, value in fields.items() for word in (f"--{key}", str(value))]
+    return argv(fields)
 
 
 def hft_words(base: Path, data: Path, out: Path, **fields: Any) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from settings import ON_CPU
 
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
@@ -147,7 +148,7 @@ def test_sorted_chunks_cover_all_real_tokens() -> None:
 # --- in the trainer -------------------------------------------------------------------------------------------------
 
 
-def lottery(completions: list, **kwargs: Any) -> list[float]:
+def by_content(completions: list, **kwargs: Any) -> list[float]:
     return [float(zlib.crc32(completion[0]["content"].encode()) % 3) for completion in completions]
 
 
@@ -169,15 +170,9 @@ def gradient(
             "max_grad_norm": 0.0,
             "weight_decay": 0.0,
             "beta": 0.1,
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
         }
-        args = HGPOConfig(**(settings | config), trim_micro_batches=trim_micro_batches)
-        trainer = HGPOTrainer(model_dir, lottery, args, prompts)
+        args = HGPOConfig(**(ON_CPU | settings | config), trim_micro_batches=trim_micro_batches)
+        trainer = HGPOTrainer(model_dir, by_content, args, prompts)
         generate = GENERATE
 
         def short_and_long(self: HGPOTrainer, prompt_ids: list, *rest: Any) -> tuple[list[list[int]], None]:

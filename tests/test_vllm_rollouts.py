@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from workers import end
 
@@ -75,10 +76,9 @@ def words(tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path_factory
         "model_name_or_path": folder / "model", "train_data": folder / "prompts.parquet", "use_vllm": True,
         "vllm_max_model_length": 320, "reward_funcs": f"{folder}/reward.py:ends", "num_generations": GROUP,
         "per_device_train_batch_size": 8, "max_completion_length": MAX_LENGTH, "max_steps": STEPS,
-        "learning_rate": 1e-2, "save_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False,
-        "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+        "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,
     }  # fmt: skip
-    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    return argv(ON_CPU | fields)
 
 
 def run(folder: Path, *argv: str) -> Path:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workers import end
 
@@ -185,17 +186,16 @@ def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
 
 
 def launch(folder: Path, url: str, output: Path, processes: int, **fields: Any) -> subprocess.CompletedProcess[str]:
-    common: dict[str, Any] = {
+    common: dict[str, Any] = ON_CPU | {
         "model_name_or_path": folder / "model", "train_data": folder / "prompts.parquet", "use_vllm": True,
         "vllm_mode": "server", "vllm_server_base_url": url, "num_generations": GROUP, "max_completion_length": 8,
         "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "save_steps": 1,
-        "logging_steps": 1, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-        "disable_tqdm": True, "ddp_backend": "gloo", "output_dir": output / "run", "learning_rate": 1e-3,
+        "logging_steps": 1, "save_strategy": "steps", "ddp_backend": "gloo", "output_dir": output / "run",
+        "learning_rate": 1e-3,
     }  # fmt: skip
-    words = [word for name, value in (common | fields).items() for word in (f"--{name}", str(value))]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
-        *(__file__, str(output), *words),
+        *(__file__, str(output), *argv(common | fields)),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
