@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +156,12 @@ def folder(tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path_factor
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed (the extra `vllm`)")
     port = free_port()
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")),
         *("--port", str(port), "--host", "127.0.0.1", "--max-model-len", "128", "--dtype", "float32"),
-        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enforce-eager"),
     ]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
@@ -201,15 +198,20 @@ def launch(folder: Path, url: str, output: Path, processes: int, **fields: Any) 
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture(scope="module")
+def trained(folder: Path, server: tuple[str, subprocess.Popen]) -> Path:
+    """What two processes of 6 x 2 rows, N = 4, sent and received: every other group straddles them."""
+    done = launch(folder, server[0], folder, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
 @pytest.mark.engine
 def test_each_mode_of_a_query_is_one_request_for_half_the_group(
-    folder: Path, server: tuple[str, subprocess.Popen], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    trained: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Two processes of 6 x 2 rows, N = 4: every other group straddles them."""
-    done = launch(folder, server[0], tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
     tokens = mode_tokens(tokenizer)
-    requests = json.loads((tmp_path / "requests.json").read_text(encoding="utf-8"))
+    requests = json.loads((trained / "requests.json").read_text(encoding="utf-8"))
     for step in range(2):
         request = requests[step]
         assert (request["n"], request["max_tokens"]) == (GROUP // 2, 7), "the decision token is one of the 8"
@@ -217,7 +219,7 @@ def test_each_mode_of_a_query_is_one_request_for_half_the_group(
         for think, no_think in zip(request["prompts"][::2], request["prompts"][1::2], strict=True):
             assert think[:-1] == no_think[:-1], "both modes of one query follow each other"
 
-        rollouts = [torch.load(tmp_path / f"rollout_{step}_{process}.pt", weights_only=True) for process in range(2)]
+        rollouts = [torch.load(trained / f"rollout_{step}_{process}.pt", weights_only=True) for process in range(2)]
         rows = [
             (prompt[mask.bool()].tolist(), ids)
             for rollout in rollouts
@@ -237,14 +239,10 @@ def test_each_mode_of_a_query_is_one_request_for_half_the_group(
 
 
 @pytest.mark.engine
-def test_the_weights_are_announced_by_the_names_they_have(
-    folder: Path, server: tuple[str, subprocess.Popen], tmp_path: Path
-) -> None:
-    done = launch(folder, server[0], tmp_path, processes=1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    announced = json.loads((tmp_path / "announced.json").read_text(encoding="utf-8"))
+def test_the_weights_are_announced_by_the_names_they_have(trained: Path) -> None:
+    announced = json.loads((trained / "announced.json").read_text(encoding="utf-8"))
     assert len(announced) == 2, "once for each step"
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(trained / "model", dtype="float32")
     expected = [[name, "float32", list(value.shape)] for name, value in model.named_parameters()]
     assert announced[0] == announced[1] == expected
 
