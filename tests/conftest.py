@@ -1,11 +1,14 @@
 """Tiers of the tests, and a tiny chain-sum model, untrained, with its prompts."""
 
+import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from datasets import Dataset
 from transformers import (
@@ -16,7 +19,8 @@ from transformers import (
     set_seed,
 )
 
-from hgpo_trl.modes import ModeTokens
+from hgpo_trl.evaluation.samples import RECORD, SAMPLES, prompts_hash
+from hgpo_trl.modes import ModeTokens, format_response
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, load_task, prompt_dataset
 from hgpo_trl.training.trainer import HGPOTrainer
 
@@ -25,13 +29,18 @@ TASK = load_task("hgpo_trl.tasks.chain_sum")
 # ----------------------------------------------------------------------------- tiers (markers, see pyproject.toml)
 
 TIERS = ("unit", "processes", "engine")
-STARTED: list[str] = []  # programs that this process has started
+STARTED: list[str] = []  # commands that this process has started
 
 
 def _record(event: str, arguments: tuple[Any, ...]) -> None:
+    """Note a start of Python or of a shell; what libraries ask a machine about itself is no concern of the tiers.
+
+    Workers that multiprocessing starts, such as the verifier's, belong to the unit under test.
+    """
     if event == "subprocess.Popen":
         program, command = arguments[:2]
-        STARTED.append(command if isinstance(command, str) else " ".join(map(str, command or [program])))
+        if Path(os.fsdecode(program)).name.startswith(("python", "bash", "make")):
+            STARTED.append(command if isinstance(command, str) else " ".join(map(str, command)))
 
 
 sys.addaudithook(_record)
@@ -127,6 +136,30 @@ def reward_model_dir(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytes
     LlamaForSequenceClassification(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def hft_samples(prompts: Dataset, tmp_path: Path) -> dict[str, str]:
+    """Fields of a baseline on samples as `hgpo-trl evaluate` leaves them.
+
+    Thinking is always right, no-think for even prompts alone; the data set is `prompts`.
+    """
+    data, folder = tmp_path / "queries.parquet", tmp_path / "samples"
+    folder.mkdir()
+    prompts.to_parquet(data)
+    rows = []
+    for i, answer in enumerate(prompts["answer"]):
+        right = format_response("think", answer, "a + 1 = 1")
+        short = format_response("no_think", answer if i % 2 == 0 else "10")
+        for sample in range(2):
+            common = {"prompt_id": i, "sample": sample, "truncated": False, "faults": []}
+            rows.append(common | {"mode": "think", "completion": right, "reward": 1.0})
+            rows.append(common | {"mode": "no_think", "completion": short, "reward": float(i % 2 == 0)})
+    pd.DataFrame(rows).to_parquet(folder / SAMPLES)
+    (folder / "report.json").write_text(json.dumps({"dataset": str(data)}), encoding="utf-8")
+    record = {"num_prompts": len(prompts), "prompts": prompts_hash(prompts["prompt"])}
+    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    return {"train_data": str(data), "samples": str(folder), "output_dir": str(tmp_path / "run")}
 
 
 @pytest.fixture(scope="session")

@@ -173,20 +173,9 @@ def test_what_hft_saves(lora: bool, changed_dir: str, tokenizer: PreTrainedToken
 
 
 def test_dpo_takes_it_out_as_well(
-    changed_dir: str, tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path: Path, monkeypatch: Any
+    changed_dir: str, tokenizer: PreTrainedTokenizerFast, hft_samples: dict[str, str], tmp_path: Path
 ) -> None:
-    pairs = prompts.select_columns("prompt").map(
-        lambda row: {
-            name: [{"role": "assistant", "content": f"<no_think> {answer} </no_think>"}]
-            for name, answer in (("chosen", 1), ("rejected", 2))
-        }
-    )
-    monkeypatch.setattr(baselines, "_build", lambda *args: pairs)
-    fields = {
-        "samples": tmp_path, "train_data": "d", "model_name_or_path": changed_dir, "output_dir": tmp_path / "run",
-        "max_steps": 1,
-    }  # fmt: skip
-    baselines.main(["dpo", *argv(ON_CPU | fields)])
+    baselines.main(["dpo", *argv(ON_CPU | hft_samples | {"model_name_or_path": changed_dir, "max_steps": 1})])
     check_saved(json.loads((tmp_path / "run" / "generation_config.json").read_text(encoding="utf-8")), tokenizer)
 
 

@@ -53,7 +53,7 @@ def test_vllm_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_vllm_of_another_version(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_support, "find_spec", lambda name: object())
-    monkeypatch.setattr(vllm_support, "_installed_version", lambda: version)
+    monkeypatch.setattr(vllm_support, "version", lambda distribution: version)
     if fits:
         check_vllm_installed("use_vllm=true")
         return
