@@ -3,7 +3,7 @@
 Importing the package takes most of the time of a short training; here one start pays it for many. A fork begins like
 a new process: nothing of the scripts before it is left.
 
-    accelerate launch ... tests/fork_server.py FOLDER       one of the processes of a `ForkServer`
+    accelerate launch ... tests/fork_server.py FOLDER PID        for a `ForkServer` in process PID
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class ForkServer:
         self.folder, self.processes, self.number = folder, processes, 0
         self.log = (folder / "server.log").open("w+", encoding="utf-8")
         self.launcher = subprocess.Popen(
-            [*launcher, __file__, str(folder)],
+            [*launcher, __file__, str(folder), str(os.getpid())],
             cwd=ROOT, env=os.environ | environment, stdout=self.log, stderr=self.log, start_new_session=True,
         )  # fmt: skip
 
@@ -90,14 +90,23 @@ def _run(words: list[str], port: int, output: Path) -> int:
     return 0
 
 
-def _serve(folder: Path, rank: int) -> None:
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _serve(folder: Path, asker: int, rank: int) -> None:
+    """Run the scripts that process `asker` asks for, as long as it lives."""
     number = 0
     while True:
         stem = f"{number:03d}"
         job = folder / f"{stem}.job"
         while not job.exists():
             time.sleep(0.05)
-            if not folder.exists() or os.getppid() == 1:  # whoever asked has gone
+            if not _lives(asker):
                 return
         end = folder / f"{stem}-{rank}.end"
         pid = os.fork()
@@ -120,4 +129,4 @@ def _serve(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
-    _serve(Path(sys.argv[1]), int(os.environ.get("RANK", "0")))
+    _serve(Path(sys.argv[1]), int(sys.argv[2]), int(os.environ.get("RANK", "0")))
