@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from datasets import Dataset
+from hypothesis import HealthCheck, settings
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,6 +26,10 @@ from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, load_tas
 from hgpo_trl.training.trainer import HGPOTrainer
 
 TASK = load_task("hgpo_trl.tasks.chain_sum")
+
+# How long an example takes is a matter of the machine.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # ----------------------------------------------------------------------------- tiers (markers, see pyproject.toml)
 

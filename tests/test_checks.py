@@ -207,7 +207,7 @@ ROWS = st.lists(st.fixed_dictionaries({"prompt": PROMPT, "completion": COMPLETIO
 
 
 @given(rows=ROWS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_rendering_for_all_of_a_shape_says_the_same_as_one_for_each(tokenizer: Any, rows: list[Row]) -> None:
     shared, alone = Renderer(tokenizer), Renderer(tokenizer, share=False)
 

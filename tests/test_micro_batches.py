@@ -66,7 +66,6 @@ def cut(batch: Batch, num_batches: int) -> list[Batch]:
     ]
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_regrouping_keeps_every_row_within_its_optimizer_step(data: st.DataObject) -> None:
     num_batches = data.draw(st.integers(1, 6))
@@ -93,7 +92,7 @@ def test_like_lengths_meet() -> None:
     assert [batch["completion_ids"].shape[1] for batch in sort_and_trim(batches, 4, sort=False)] == [9] * 4
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 9), min_size=8, max_size=8), min_size=2, max_size=3),
     seed=st.integers(0, 2**32 - 1),

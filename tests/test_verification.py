@@ -229,14 +229,14 @@ def test_unequal(reference: str, answer: str) -> None:
     assert not equal(reference, answer)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(reference=st.decimals(allow_nan=False, allow_infinity=False, places=3), answer=st.integers(-10, 10))
 def test_numbers_are_compared_exactly(reference: Any, answer: int) -> None:
     assert equal(f"{reference:f}", str(answer)) == (reference == answer)
     assert equal(f"{reference:,f}", f" ${reference:f}$. ")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     reference=st.sampled_from(["4", "\\frac{1}{2}", "\\text{even}"]),
     answer=st.text("4 \\{}$()[]^_.,/=+-%afrctex", max_size=20),
@@ -324,7 +324,7 @@ def test_other_real_answers_are_wrong(shared_data: Path, name: str) -> None:
 # --- Batches ------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(
@@ -340,7 +340,7 @@ def test_a_batch_equals_one_by_one(pairs: list[tuple[str, str]]) -> None:
     assert verdicts == [equal(*pair) for pair in pairs]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(reference=st.text(max_size=40), answer=st.text(max_size=200))
 def test_the_exact_rungs_take_any_text(reference: str, answer: str) -> None:
     assert exact.settle(reference, answer)[0] in (True, False, None)
@@ -508,7 +508,7 @@ expressions = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(expressions)
 def test_values_are_sympys(expression: sympy.Expr) -> None:
     """What is evaluated at all is evaluated right, however sympy writes it; whatever is ambiguous is left alone."""
