@@ -92,7 +92,8 @@ sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all
 reproduce: $(INSTALLED)  ## the paper's Table 1 and figures on the embedded tasks, three seeds: about an hour
 	$(MAKE) --no-print-directory -j $(JOBS) -f benchmarks/reproduce.mk BIN=$(BIN)
 
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup  # see tests/conftest.py
+# Whole files go to a worker, since their tests share models and engines; an engine takes a whole GPU.
+PYTEST := $(BIN)/python -m pytest --dist loadfile -n $(if $(filter gpu,$(DEVICE)),0,2)
 
 test: $(INSTALLED_ALL) lint  ## style, types and all tests: 25 minutes on two cores at most
 	$(PYTEST) $(ARGS)

@@ -52,20 +52,14 @@ sys.addaudithook(_record)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every test one tier: the one that it or its module names, or else unit. Skip engines without vLLM.
-
-    Where several workers share the tests (`-n 2 --dist loadgroup`), each takes whole files, for the fixtures that a
-    file's tests share, and one of them takes all engines, since two may not fit into one machine's memory.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test one tier: the one that it or its module names, or else unit. Skip engines without vLLM."""
     for item in items:
         named = {mark.name for mark in item.iter_markers() if mark.name in TIERS}
         if len(named) > 1:
             raise pytest.UsageError(f"{item.nodeid} has the tiers {', '.join(sorted(named))}; leave one marker")
         if not named:
             item.add_marker(pytest.mark.unit)
-        if config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group("engine" if "engine" in named else item.path.name))
         if "engine" in named and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed (the extra `vllm`)"))
 
