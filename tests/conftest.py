@@ -34,18 +34,20 @@ settings.load_profile("untimed")
 # ----------------------------------------------------------------------------- tiers (markers, see pyproject.toml)
 
 TIERS = ("unit", "processes", "engine")
+VERIFIER = "hgpo_trl.verification"
 STARTED: list[str] = []  # commands that this process has started
 
 
 def _record(event: str, arguments: tuple[Any, ...]) -> None:
     """Note a start of Python or of a shell; what libraries ask a machine about itself is no concern of the tiers.
 
-    Workers that multiprocessing starts, such as the verifier's, belong to the unit under test.
+    The verifier's server, which the first check of a session starts, and workers of multiprocessing belong to a unit.
     """
     if event == "subprocess.Popen":
         program, command = arguments[:2]
-        if Path(os.fsdecode(program)).name.startswith(("python", "bash", "make")):
-            STARTED.append(command if isinstance(command, str) else " ".join(map(str, command)))
+        text = command if isinstance(command, str) else " ".join(map(str, command))
+        if Path(os.fsdecode(program)).name.startswith(("python", "bash", "make")) and VERIFIER not in text:
+            STARTED.append(text)
 
 
 sys.addaudithook(_record)
