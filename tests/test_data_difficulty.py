@@ -298,6 +298,7 @@ KILLED = """
 """
 
 
+@pytest.mark.processes
 def test_a_killed_run_goes_on(markov_dir: str, prompts: Dataset, tmp_path: Path, sampled: list[int]) -> None:
     data = planted(prompts, 20)  # 12 of them with an answer: three blocks
     data.to_parquet(tmp_path / "prompts.parquet")

@@ -15,6 +15,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from settings import argv
 
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.evaluation import backends as sampling
@@ -43,10 +44,6 @@ def fields(model_dir: str, prompts: Dataset, tmp_path: Path) -> dict[str, Any]:
         "temperature": 1.0,
         "dtype": "float32",
     }
-
-
-def words(fields: dict[str, Any]) -> list[str]:
-    return [word for key, value in fields.items() for word in (f"--{key}", str(value))]
 
 
 def results(folder: Path) -> list[bytes]:
@@ -80,7 +77,7 @@ def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callab
         with monkeypatch.context() as patch:
             patch.setattr(sampling, "sample_both_modes", watched)
             try:
-                main(words(fields | changes))
+                main(argv(fields | changes))
             except Interrupted:
                 assert after is not None
         return drawn
@@ -91,11 +88,12 @@ def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callab
 # --- Parts --------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_is_as_if_it_had_not_been(fields: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL while a part is begun, twice, while samples.parquet is, and while report.json is."""
-    main(words(fields | {"output_dir": tmp_path / "whole"}))
+    main(argv(fields | {"output_dir": tmp_path / "whole"}))
     deaths = "parts/:3,parts/:2,eval/.samples.parquet:1,eval/.report.json:1"
-    command = [sys.executable, "-m", "tests.kill_evaluation", deaths, *words(fields)]
+    command = [sys.executable, "-m", "tests.kill_evaluation", deaths, *argv(fields)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr[-3000:]
     left = [line for line in run.stdout.splitlines() if line.startswith("killed")]
@@ -120,7 +118,7 @@ def test_only_what_is_missing_is_drawn(
     assert interrupt(0) == []  # all is there
     assert "All samples are there" in capsys.readouterr().out
     again = results(tmp_path / "eval")
-    main(words(fields | {"output_dir": tmp_path / "whole"}))
+    main(argv(fields | {"output_dir": tmp_path / "whole"}))
     assert again == results(tmp_path / "whole")
     assert "already" not in capsys.readouterr().out
 

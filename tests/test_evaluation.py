@@ -621,6 +621,7 @@ def test_evaluate_with_a_decision_bias(evaluate: Callable[..., Path], prompts: D
         assert args.decision_bias == expected
 
 
+@pytest.mark.processes
 def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -> None:
     example = Path(__file__).parents[1] / "examples" / "decision_bias_sweep.py"
 
