@@ -20,7 +20,7 @@ from refusals import refused
 from hgpo_trl.cli import main
 from hgpo_trl.common.files import nan_to_null, write_json
 from hgpo_trl.evaluation.comparison import COMPARED, Evaluation, compare, holm, paired_difference, write_comparison
-from hgpo_trl.evaluation.evaluate import prompt_table, report_on
+from hgpo_trl.evaluation.metrics import prompt_table, report_on
 
 LEVELS = [1, 2, 3, 4] * 10
 FILES = {"comparison.json", "comparison.md", "comparison.html", "differences.png"}

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hgpo_trl.common.seeds import derived_seed
-from hgpo_trl.evaluation import backends as sampling
-from hgpo_trl.evaluation.samples import SCHEMA, chunks_by_length, read_samples, write_samples
+from hgpo_trl.evaluation import transformers_backend
+from hgpo_trl.evaluation.parts import parts_by_length
+from hgpo_trl.evaluation.samples import SCHEMA, read_samples, write_samples
 from hgpo_trl.inference.generate import batches
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
@@ -60,7 +61,7 @@ class Interrupted(Exception):  # noqa: N818
 @pytest.fixture
 def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Run the command until it has drawn so many parts, or to its end; the prompts of each part drawn."""
-    sample = sampling.sample_both_modes
+    sample = transformers_backend.sample_both_modes
 
     def run(after: int | None = None, well_formed: bool = False, **changes: Any) -> list[int]:
         drawn: list[int] = []
@@ -78,7 +79,7 @@ def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callab
             return samples
 
         with monkeypatch.context() as patch:
-            patch.setattr(sampling, "sample_both_modes", watched)
+            patch.setattr(transformers_backend, "sample_both_modes", watched)
             try:
                 main(words(fields | changes))
             except Interrupted:
@@ -178,7 +179,7 @@ def test_a_claim_without_samples_can_be_changed(interrupt: Callable[..., list[in
 def test_chunks_have_the_batches_of_all(lengths: list[int], size: int, factor: int) -> None:
     """Sampling in chunks pads no more than sampling all at once, if they are of whole batches."""
     rows = [[0] * length for length in lengths]
-    chunks = chunks_by_length(lengths, size * factor)
+    chunks = [part.prompts for part in parts_by_length(Path(), lengths, size * factor, 0)]
     found = [[chunk[row] for row in batch] for chunk in chunks for batch in batches([rows[i] for i in chunk], size)]
     assert found == list(batches(rows, size))
 

@@ -12,7 +12,7 @@ import pandas as pd
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from hgpo_trl.evaluation.evaluate import PROMPT_ID
+from hgpo_trl.evaluation.samples import PROMPT_ID
 from hgpo_trl.modes import Mode
 
 COLUMNS = (PROMPT_ID, "mode", "sample", "completion", "truncated", "faults", "reward")  # of the samples, that are used

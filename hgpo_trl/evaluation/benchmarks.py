@@ -17,7 +17,7 @@ from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.adapters import adapt, generic
 from hgpo_trl.data.example import Drop
-from hgpo_trl.evaluation.evaluate import GROUPS
+from hgpo_trl.evaluation.metrics import GROUPS
 from hgpo_trl.verification import final_answer
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # of Qwen2.5-Math's evaluation

@@ -18,7 +18,8 @@ from scipy.stats import bootstrap
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import nan_to_null, write_atomically, write_json
-from hgpo_trl.evaluation.evaluate import PROMPT_ID, prompt_table
+from hgpo_trl.evaluation.metrics import prompt_table
+from hgpo_trl.evaluation.samples import PROMPT_ID
 from hgpo_trl.modes.hybrid_accuracy import Array, Table, summarize
 from hgpo_trl.reporting.documents import NO_BREAK, Block, Bullets, Heading, Paragraph, Picture, to_html, to_markdown
 from hgpo_trl.reporting.documents import Table as Grid

@@ -27,7 +27,7 @@ THINK, NO_THINK = 0, 1  # positions on the mode axis
 TIE_TOLERANCE = 1e-9  # of means, relative where they exceed 1: rounding of the same scores in another order
 
 
-def _mean(x: Array, axis: int | None = None) -> Any:
+def valid_mean(x: Array, axis: int | None = None) -> Any:
     """Mean over the entries that are not NaN; NaN (without a warning) where there are none."""
     valid = ~np.isnan(x)
     count = valid.sum(axis=axis)
@@ -81,7 +81,7 @@ def per_prompt_table(
         `no_think` (never), `oracle` (m_gt). Picking neither scores 0 (NaN where the prompt has no valid sample at all)
         and costs the longer mode's tokens.
     """
-    mean_scores, mean_lengths = _mean(scores, axis=2), _mean(lengths.astype(np.float64), axis=2)  # [K, 2]
+    mean_scores, mean_lengths = valid_mean(scores, axis=2), valid_mean(lengths.astype(np.float64), axis=2)  # [K, 2]
     target = better_mode(mean_scores, mean_lengths, margin)
     rows = np.arange(len(target))
     off_mode = picked == OFF_MODE
@@ -264,7 +264,7 @@ GREATER_IS_BETTER = {  # of `figures`, by the part of the name before the slash;
 
 def column_means(table: Table) -> dict[str, float]:
     """Mean of every column over the prompts, NaN where it has no value."""
-    return {name: float(_mean(column)) for name, column in table.items()}
+    return {name: float(valid_mean(column)) for name, column in table.items()}
 
 
 def bootstrap_intervals(table: Table, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
