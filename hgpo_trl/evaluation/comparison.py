@@ -20,9 +20,18 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import nan_to_null, write_atomically, write_json
 from hgpo_trl.evaluation.metrics import prompt_table
 from hgpo_trl.evaluation.samples import PROMPT_ID
-from hgpo_trl.modes.hybrid_accuracy import Array, Table, summarize
-from hgpo_trl.reporting.documents import NO_BREAK, Block, Bullets, Heading, Paragraph, Picture, to_html, to_markdown
-from hgpo_trl.reporting.documents import Table as Grid
+from hgpo_trl.modes.hybrid_accuracy import Array, PromptTable, summarize
+from hgpo_trl.reporting.documents import (
+    NO_BREAK,
+    Block,
+    Bullets,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    to_html,
+    to_markdown,
+)
 from hgpo_trl.reporting.figures import NEITHER, STYLE, WIDTH, to_png
 from hgpo_trl.reporting.report import METRICS, MODEL_COLORS, MODEL_MARKERS, setting_notes
 
@@ -40,7 +49,7 @@ RESAMPLES = 10_000
 _TOLERANCE = 1e-9  # sums of the same numbers in another order may differ in the last bits
 
 
-class Evaluation(NamedTuple):
+class EvaluationOutput(NamedTuple):
     """What `hgpo-trl evaluate` leaves in a folder."""
 
     report: Mapping[str, Any]  # report.json
@@ -114,7 +123,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def check_same_prompts(evaluations: Mapping[str, Evaluation]) -> None:
+def check_same_prompts(evaluations: Mapping[str, EvaluationOutput]) -> None:
     """UserError, with what differs, unless all were evaluated on the same prompts and by the same rule.
 
     The prompts themselves are not in an evaluation; data set, their number, that of each level, their hash where both
@@ -147,7 +156,7 @@ def _prompt_ids(samples: pd.DataFrame) -> str:
     return f"{len(ids)} from {ids[0]} to {ids[-1]}" if len(ids) else "none"
 
 
-def compare(evaluations: Mapping[str, Evaluation], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
+def compare(evaluations: Mapping[str, EvaluationOutput], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
     """Every model's figures, and the differences of those after the first against the first.
 
     Args:
@@ -202,7 +211,7 @@ def _column(path: str) -> str:
     return path.replace(".", "/")
 
 
-def _figures(report: Mapping[str, Any], table: Table) -> dict[str, Any]:
+def _figures(report: Mapping[str, Any], table: PromptTable) -> dict[str, Any]:
     """A model's own figures, as in its report.json, and what says which model it is."""
     settings = {key: report[key] for key in ("model", "samples_per_mode", "decision_bias", "settings") if key in report}
     return {**settings, **summarize({_column(path): table[_column(path)] for path in COMPARED})}
@@ -242,23 +251,23 @@ def _get(figures: Mapping[str, Any], path: str) -> Any:
     return figures
 
 
-def _models_table(comparison: Mapping[str, Any]) -> Grid:
+def _models_table(comparison: Mapping[str, Any]) -> Table:
     models = comparison["models"]
     rows = [
         [_label(path), *(_bracketed(path, _get(of, path), _get(of["intervals"], path)) for of in models.values())]
         for path in COMPARED
     ]
-    return Grid(["", *models], rows)
+    return Table(["", *models], rows)
 
 
-def _differences_table(comparison: Mapping[str, Any]) -> Grid:
+def _differences_table(comparison: Mapping[str, Any]) -> Table:
     rows = []
     for path in COMPARED:
         for name, of in comparison["differences"].items():
             found = of[path]
             shown = _bracketed(path, found["difference"], found["interval"], "+")
             rows.append([_label(path), name, shown, _p(found["p_value"]), _p(found["p_holm"])])
-    return Grid(["", "Model", "Difference", "p", "p, Holm"], rows, labels=2)
+    return Table(["", "Model", "Difference", "p", "p, Holm"], rows, labels=2)
 
 
 def _picture(comparison: Mapping[str, Any]) -> bytes:

@@ -324,7 +324,7 @@ def _cancel(futures: Iterable[Future]) -> None:
         future.cancel()
 
 
-def check_server(client: Any, base_url: str, model: str) -> None:
+def check_chat_server(client: Any, base_url: str, model: str) -> None:
     """UserError unless the server is there, has the model, and takes modes apart."""
     from openai import APIConnectionError, NotFoundError
 

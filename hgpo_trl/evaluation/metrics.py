@@ -15,7 +15,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.evaluation.samples import PROMPT_ID, sorted_by_mode
 from hgpo_trl.modes import MODES, Fault
 from hgpo_trl.modes.hybrid_accuracy import (
-    Table,
+    PromptTable,
     biased_choice,
     decision_bias_curve,
     per_prompt_table,
@@ -60,12 +60,12 @@ def _by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, _Arrays]:
     return samples, _Arrays(scores, lengths, *own)
 
 
-def _biased_table(arrays: _Arrays, margin: float, decision_bias: float) -> Table:
+def _biased_table(arrays: _Arrays, margin: float, decision_bias: float) -> PromptTable:
     choice = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
     return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin)
 
 
-def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: float = 0.0) -> Table:
+def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: float = 0.0) -> PromptTable:
     """The metrics of each prompt; those of `report_on` are their means.
 
     Args:

@@ -19,7 +19,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes.decision import OFF_MODE
 
 Array = NDArray[np.float64]
-Table = dict[str, Array]
+PromptTable = dict[str, Array]
 Label = int | float | str
 
 BLOCK = 1_000_000  # entries of a block of resamples: 8 MB, and as much again for each copy that numpy makes
@@ -61,7 +61,7 @@ def per_prompt_table(
     prob_no_think: Array,
     picked: NDArray[np.int64],
     margin: float = 0.0,
-) -> Table:
+) -> PromptTable:
     """One row per prompt of everything that is reported.
 
     Args:
@@ -262,12 +262,12 @@ GREATER_IS_BETTER = {  # of `figures`, by the part of the name before the slash;
 }
 
 
-def column_means(table: Table) -> dict[str, float]:
+def column_means(table: PromptTable) -> dict[str, float]:
     """Mean of every column over the prompts, NaN where it has no value."""
     return {name: float(valid_mean(column)) for name, column in table.items()}
 
 
-def bootstrap_intervals(table: Table, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap_intervals(table: PromptTable, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
     """95 % percentile intervals of every column's mean, resampling prompts with replacement (the same ones for all).
 
     Resamples are drawn in blocks, so that memory grows with the number of prompts alone.
@@ -305,7 +305,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def summarize(table: Table, seed: int = 0) -> dict[str, Any]:
+def summarize(table: PromptTable, seed: int = 0) -> dict[str, Any]:
     """Mean and 95 % interval of every column, nested as in report.json: means at the top, `intervals` beside them."""
     return {
         "num_prompts": len(next(iter(table.values()))),
@@ -350,7 +350,7 @@ def _label(name: str, value: Any) -> Label | None:
     )
 
 
-def summarize_by(table: Table, labels: Sequence[Any], name: str, seed: int = 0) -> list[dict[str, Any]]:
+def summarize_by(table: PromptTable, labels: Sequence[Any], name: str, seed: int = 0) -> list[dict[str, Any]]:
     """`summarize` for each distinct label of `group_labels`, numbers before text: [{name: label, ...}, ...]."""
     labels = group_labels(name, labels)
     distinct = sorted(set(labels) - {None}, key=lambda label: (isinstance(label, str), label))
