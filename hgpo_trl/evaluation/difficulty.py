@@ -1,7 +1,7 @@
-"""Difficulty filter for Stage II: prompts from which HGPO can learn, by a model's own pass rate in each mode.
+"""Difficulty filter for Stage II: keep the prompts from which HGPO can learn, by a model's pass rate in each mode.
 
-A prompt whose samples all score the same says nothing: no response is better than its mode's others (Eq. 9), and what
-decides between the modes is the margin alone (Eq. 8).
+A prompt whose samples all score the same teaches nothing: no response is better than the others of its mode (Eq. 9),
+and the margin alone decides between the modes (Eq. 8).
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from hgpo_trl.training.advantages import assign_rewards, tied_modes
 from hgpo_trl.training.checks import check_dataset
 from hgpo_trl.training.model_dir import check_model_path
 
-BLOCK = 512  # prompts whose samples are kept together: what a kill may cost
+BLOCK = 512  # prompts of a part: the most that a kill may cost
 _COLUMNS = [PROMPT_ID, "mode", "sample", "reward", "num_tokens", "truncated"]
 
 
@@ -77,7 +77,7 @@ class DifficultyArguments:
 
 
 def check_model(args: DifficultyArguments) -> None:
-    """Check what `measure` needs, before hours of other work. Without a `difficulty_model` nothing is needed.
+    """Check the model for `measure`, before hours of other work. Without a `difficulty_model` nothing is checked.
 
     Raises:
         UserError: there is no such model, it is a LoRA adapter, or its tokenizer lacks the tags.
@@ -132,7 +132,7 @@ def pass_rates(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def verdicts(rewards: NDArray[np.float64], margin: float) -> list[Drop | None]:
-    """A verdict per query, as a `Step` gives it: "uninformative", with its pass rates, unless it is `informative`.
+    """Give a verdict on each query, as a `Step` does: "uninformative", with its pass rates, unless it is `informative`.
 
     A query without any valid reward cannot be measured and is kept.
     """
@@ -147,11 +147,11 @@ def verdicts(rewards: NDArray[np.float64], margin: float) -> list[Drop | None]:
 
 
 def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: int = 0) -> NDArray[np.float64]:
-    """Rewards of a model's own responses to every prompt that has a reference answer.
+    """Sample responses to every prompt that has a reference answer, and score them.
 
-    Prompts are sampled as Stage II samples them (temperature 1, the whole vocabulary), in blocks. A block's scores are
-    written to `work_dir/pass_rates-00000.parquet` and so on, whole or not at all; a block that is already there, from
-    the same model's path, settings, prompts and answers, is read instead of sampled.
+    Prompts are sampled as in Stage II (temperature 1, the whole vocabulary), in parts. A part's scores are written to
+    `work_dir/pass_rates-00000.parquet` and so on; a part that exists, from the same model's path, settings, prompts and
+    answers, is read instead of sampled.
 
     Args:
         prompts: `prompt` (conversations or text) and `answer`, None or blank where nothing definite is known.
