@@ -276,7 +276,7 @@ def _blocks(manifest: Manifest, pictures: list[Picture], output_dir: Path) -> li
         pictures[0],
         Heading("What was removed"),
         _removal_table(sources),
-        Paragraph("`removed.parquet` names every removed row, the step, the reason and what there is to say of it."),
+        Paragraph("`removed.parquet` names every removed row with the step, the reason and details."),
     ]
     if manifest["decontamination"]:
         hits = [f"{name}: {count:,}" for name, count in manifest["decontamination"].items()]

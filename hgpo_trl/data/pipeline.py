@@ -240,7 +240,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{error.strerror or error} while writing {path}. {'Make room' if full else 'Mend that'} and start the "
-            "same command again: it goes on with what is done",
+            "same command again: it goes on from the finished chunks",
         ) from error
 
 
@@ -312,7 +312,7 @@ def _run(build: Build, work: Path, todo: Sequence[tuple[int, Unit]], num_process
     except BrokenProcessPool:
         raise RuntimeError(
             "A worker process was killed, perhaps for lack of memory. Lower num_processes and start the same command "
-            "again: it goes on with what is done."
+            "again: it goes on from the finished chunks."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -639,10 +639,10 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
     wanted = json.loads(json.dumps({"recipe": recipe, "units": [asdict(unit) for unit in units]}))
     if plan.is_file():
         before = json.loads(plan.read_text(encoding="utf-8"))
-        what = f"output_dir={str(output_dir)!r} holds the beginning of another build"
-        _check_same(what, before["recipe"], recipe, remedy)
+        problem = f"output_dir={str(output_dir)!r} holds the beginning of another build"
+        _check_same(problem, before["recipe"], recipe, remedy)
         if before["units"] != wanted["units"]:
-            raise UserError(f"{what}: the sources' files have changed since. {remedy}")
+            raise UserError(f"{problem}: the sources' files have changed since. {remedy}")
     elif (output_dir / "data").exists():
         raise UserError(f"output_dir={str(output_dir)!r} has a folder `data` that is not of a build. {remedy}")
     try:
@@ -654,12 +654,12 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
     return None
 
 
-def _check_same(what: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
+def _check_same(problem: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
     now = json.loads(json.dumps(now))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise UserError(f"{what}. Changed: {listing}. {remedy}")
+        raise UserError(f"{problem}. Changed: {listing}. {remedy}")
 
 
 def build_dataset(
