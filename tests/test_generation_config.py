@@ -12,8 +12,8 @@ from datasets import Dataset
 from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl.evaluation import vllm_backend as vllm_sampling
-from hgpo_trl.evaluation.evaluate import sample_both_modes
+from hgpo_trl.evaluation import vllm_backend
+from hgpo_trl.evaluation.transformers_backend import sample_both_modes
 from hgpo_trl.inference.generate import SAMPLING, generate, set_generation_config, stream
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import accuracy_reward
@@ -108,7 +108,7 @@ def test_evaluation_with_vllm_names_every_setting(tokenizer: PreTrainedTokenizer
     tokens = mode_tokens(tokenizer)
     ids = [tokenizer.apply_chat_template(prompts["prompt"][0], return_dict=False)]
     with pytest.raises(ValueError, match="shorter"):  # there are no responses
-        list(vllm_sampling._generate(Engine(), ids, tokens, [3], 2, 8, 0.6, 0.95, 0))  # type: ignore[arg-type]
+        list(vllm_backend._generate(Engine(), ids, tokens, [3], 2, 8, 0.6, 0.95, 0))  # type: ignore[arg-type]
     defaults = vllm.SamplingParams()
     assert len(asked) == 2
     for params in asked:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hgpo_trl.modes import hybrid_accuracy
 from hgpo_trl.modes.hybrid_accuracy import (
-    Table,
+    PromptTable,
     accuracy_at_budget,
     better_mode,
     biased_choice,
@@ -44,7 +44,7 @@ class Prompt:
     picked: int = THINK
 
 
-def table_of(prompts: list[Prompt], margin: float = 0.0) -> Table:
+def table_of(prompts: list[Prompt], margin: float = 0.0) -> PromptTable:
     """Call the code under test."""
     return per_prompt_table(
         np.array([prompt.scores for prompt in prompts], dtype=np.float64),
@@ -494,7 +494,7 @@ def test_no_bias_within_the_budget_does_better(prompts: list[Prompt], budget: fl
 # --- Intervals ----------------------------------------------------------------
 
 
-def example_table(num_prompts: int = 60, seed: int = 0) -> Table:
+def example_table(num_prompts: int = 60, seed: int = 0) -> PromptTable:
     rng = np.random.default_rng(seed)
     column = rng.random(num_prompts)
     column[::7] = NAN

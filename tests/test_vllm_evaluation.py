@@ -18,8 +18,9 @@ from datasets import Dataset
 from settings import argv
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl.evaluation import vllm_backend as vllm_sampling
-from hgpo_trl.evaluation.evaluate import render, sample_both_modes
+from hgpo_trl.evaluation import vllm_backend
+from hgpo_trl.evaluation.transformers_backend import sample_both_modes
+from hgpo_trl.inference.generate import render
 from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.scripts import evaluate
 from hgpo_trl.scripts.evaluate import main
@@ -61,7 +62,7 @@ def engine(path: str) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        with vllm_sampling.running_engine(path, longest_prompt=longest, max_new_tokens=MAX_NEW_TOKENS) as engine:
+        with vllm_backend.running_engine(path, longest_prompt=longest, max_new_tokens=MAX_NEW_TOKENS) as engine:
             yield engine
 
 
@@ -69,7 +70,7 @@ def engine(path: str) -> Iterator[Any]:
 def sample(engine: Any, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Callable[..., pd.DataFrame]:
     def run(prompts: Any = few["prompt"], **changes: Any) -> pd.DataFrame:
         settings = {"samples_per_mode": SAMPLES, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0, "top_p": 1.0}
-        return vllm_sampling.sample_both_modes(engine, tokenizer, prompts, **(settings | changes))
+        return vllm_backend.sample_both_modes(engine, tokenizer, prompts, **(settings | changes))
 
     return run
 
@@ -179,7 +180,7 @@ def test_a_benchmark(
         assert longest_prompt + max_new_tokens <= POSITIONS
         yield engine
 
-    monkeypatch.setattr(vllm_sampling, "running_engine", running_engine)
+    monkeypatch.setattr(vllm_backend, "running_engine", running_engine)
     monkeypatch.setattr(evaluate, "VLLM_CHUNK", 8)  # responses, of two prompts
     reports = {}
     for backend in ("vllm", "transformers"):
@@ -258,7 +259,7 @@ def test_too_few_positions_are_refused(path: str, model: LlamaForCausalLM) -> No
     )
     with (
         pytest.raises(ValueError, match=message),
-        vllm_sampling.running_engine(path, longest_prompt=1, max_new_tokens=positions),
+        vllm_backend.running_engine(path, longest_prompt=1, max_new_tokens=positions),
     ):
         pass
 

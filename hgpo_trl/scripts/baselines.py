@@ -24,8 +24,7 @@ from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.common.files import whole_file
 from hgpo_trl.evaluation.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
-from hgpo_trl.evaluation.evaluate import PROMPT_ID
-from hgpo_trl.evaluation.samples import RECORD, SAMPLES, prompts_hash
+from hgpo_trl.evaluation.samples import PROMPT_ID, RECORD, SAMPLES, prompts_hash
 from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import has_answer

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from hgpo_trl.common.errors import UserError, run_stage
-from hgpo_trl.evaluation.comparison import RESAMPLES, Evaluation, compare, write_comparison
+from hgpo_trl.evaluation.comparison import RESAMPLES, EvaluationOutput, compare, write_comparison
 from hgpo_trl.evaluation.samples import RECORD, SAMPLES
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.report import load_evaluation, named_folders
@@ -39,13 +39,13 @@ class CompareArguments:
             raise UserError(f"compare: two evaluations or more are compared, as NAME=FOLDER; got {self.compare}.")
 
 
-def _load(folder: Path) -> Evaluation:
+def _load(folder: Path) -> EvaluationOutput:
     report, samples = load_evaluation("compare", folder), folder / SAMPLES
     if not samples.is_file():
         raise UserError(f"compare: there is no {samples}. Run `hgpo-trl evaluate --output_dir {folder}` again.")
     record = folder / RECORD
     prompts = json.loads(record.read_text(encoding="utf-8")).get("prompts") if record.is_file() else None
-    return Evaluation(report, pd.read_parquet(samples), prompts)
+    return EvaluationOutput(report, pd.read_parquet(samples), prompts)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -25,20 +25,19 @@ from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.common.files import nan_to_null, write_json
 from hgpo_trl.evaluation.backends import check_backend, default_device, loaded_sampler
 from hgpo_trl.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from hgpo_trl.evaluation.evaluate import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
+from hgpo_trl.evaluation.metrics import GROUPS, SWEEP, report_on
+from hgpo_trl.evaluation.parts import PARTS, draw_missing, parts_by_length, read_parts
 from hgpo_trl.evaluation.samples import (
-    PARTS,
+    PROMPT_ID,
     RECORD,
     SAMPLES,
-    chunks_by_length,
-    draw_missing,
     fingerprint,
-    part_paths,
     prompts_hash,
-    read_parts,
     read_samples,
     write_samples,
 )
+from hgpo_trl.evaluation.scores import score_samples
+from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
 from hgpo_trl.inference.generate import AUTO, check_settings, render
 from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
@@ -215,35 +214,30 @@ def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts
     size = VLLM_CHUNK // (len(MODES) * args.samples_per_mode)
     if args.backend == "transformers":
         size = prompts_at_a_time(args.batch_size, args.samples_per_mode)
-    chunks = chunks_by_length([len(ids) for ids in render(tokenizer, prompts)], max(1, size))
-    present = [path.is_file() for path in part_paths(folder, chunks)]
-    if any(present):
-        found = sum(len(chunk) for chunk, there in zip(chunks, present, strict=True) if there)
-        print(f"{found} of {len(prompts)} prompts have been sampled already: {folder}", flush=True)
-    if not all(present):
-        sampler = loaded_sampler(
-            args.model,
-            tokenizer,
-            prompts,
-            backend=args.backend,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            tensor_parallel_size=args.tensor_parallel_size,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-        )
-        with sampler as sample:
-            draw_missing(
-                sample,
-                prompts,
-                chunks,
-                folder,
-                samples_per_mode=args.samples_per_mode,
-                seed=args.seed,
-                temperature=args.temperature,
-                top_p=args.top_p,
-            )
-    return read_parts(folder, chunks)
+    lengths = [len(ids) for ids in render(tokenizer, prompts)]
+    parts = parts_by_length(folder, lengths, max(1, size), args.seed)
+    if drawn := sum(len(part.prompts) for part in parts if part.is_drawn()):
+        print(f"{drawn} of {len(prompts)} prompts have been sampled already: {folder}", flush=True)
+    sampler = loaded_sampler(
+        args.model,
+        tokenizer,
+        prompts,
+        backend=args.backend,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    draw_missing(
+        parts,
+        sampler,
+        prompts,
+        samples_per_mode=args.samples_per_mode,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    return read_parts(parts)
 
 
 def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:

@@ -23,7 +23,7 @@ from hgpo_trl.evaluation.harnesses import (
     HARNESSES,
     Answer,
     answer_all,
-    check_server,
+    check_chat_server,
     closing_message,
     local_answers,
     read_prompts,
@@ -103,7 +103,7 @@ def _respond(args: ExportArguments, total: int, pending: Mapping[str, str]) -> I
     from openai import OpenAI
 
     client = OpenAI(base_url=args.base_url, api_key="none", timeout=None)  # a long response takes as long as it takes
-    check_server(client, args.base_url, args.model)
+    check_chat_server(client, args.base_url, args.model)
     return served_answers(client, args.model, pending, **settings)
 
 
