@@ -390,7 +390,7 @@ def test_the_cap_on_no_think_answers(make_trainer: Callable, caps: dict[str, flo
     faulty = [4, 5, *overlong]
     assert grid(rewards) == [[float(row not in faulty) for row in range(8)]]
     assert [row for row, faults in enumerate(seen) if Fault.OVERLONG in faults] == overlong
-    assert trainer._faults[:, list(Fault).index(Fault.OVERLONG)].nonzero().flatten().tolist() == overlong
+    assert trainer._rollout.faults[:, list(Fault).index(Fault.OVERLONG)].nonzero().flatten().tolist() == overlong
 
 
 def test_faults_are_counted_by_kind(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,7 +593,7 @@ def test_bad_tokenizers(
 def test_fsdp2_with_a_random_reference_model_is_refused(
     make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hgpo_trl.training.trainer.is_fsdp_enabled", lambda: True)  # with cpu_ram_efficient_loading
+    monkeypatch.setattr("hgpo_trl.training.validate.is_fsdp_enabled", lambda: True)  # with cpu_ram_efficient_loading
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match=r"beta=0\.1 needs a reference model, but with fsdp_cpu_ram_efficient_loading"):
         make_trainer(beta=0.1)

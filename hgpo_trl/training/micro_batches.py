@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from trl import GRPOTrainer
 
 Batch = dict[str, Any]
 
@@ -129,3 +131,66 @@ def sorted_chunks(attention_mask: Tensor, chunk_size: int) -> Iterator[tuple[Ten
     for rows in (last - first).argsort(stable=True).split(chunk_size):
         low, high = torch.stack([first[rows].amin(), last[rows].amax()]).tolist()
         yield rows, low, high
+
+
+class MicroBatchTrainer(GRPOTrainer):
+    """GRPOTrainer that computes less padding: micro-batches, and chunks of passes without gradients, of like length.
+
+    `args.trim_micro_batches` turns it on. The gradient is the same.
+    """
+
+    args: Any  # with the field trim_micro_batches
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batches; those of a new rollout are regrouped by length and trimmed."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.args.trim_micro_batches or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = sort_and_trim(
+            self._buffered_inputs,
+            self.args.gradient_accumulation_steps,
+            sort=self._rows_may_meet_any_others(),
+            multiple=self.pad_to_multiple_of,
+            permutation=self._common_permutation,
+        )
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _common_permutation(self, size: int) -> Tensor:
+        """One order for all processes, whose random numbers differ: the first one's."""
+        return broadcast(torch.randperm(size).to(self.accelerator.device))
+
+    def _rows_may_meet_any_others(self) -> bool:
+        """Whether the sum over an optimizer step is the same however its rows are grouped into micro-batches."""
+        return not (
+            self.loss_type == "bnpo"  # divides by the micro-batch's own tokens
+            or self.top_entropy_quantile < 1.0  # a quantile of the micro-batch
+            or self._entropy_bonus_enabled  # a mean over the micro-batch
+            or self.aux_loss_enabled
+        )
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's; old and reference log-probabilities are computed in chunks of like length, each trimmed."""
+        score = super()._get_per_token_logps_and_entropies
+        options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **kwargs}
+        num_rows, width = input_ids.shape
+        whole = torch.is_grad_enabled() or compute_entropy or not self.args.trim_micro_batches
+        if whole or batch_size is None or batch_size >= num_rows:
+            return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **options)
+        log_probs = torch.zeros(num_rows, logits_to_keep, device=input_ids.device)
+        for rows, first, last in sorted_chunks(attention_mask, batch_size):
+            keep = max(1, last - (width - logits_to_keep))  # a masked response still has one column
+            first, last = min(first, width - logits_to_keep - 1), width - logits_to_keep + keep
+            chunk, _, _ = score(model, input_ids[rows, first:last], attention_mask[rows, first:last], keep, **options)
+            log_probs[rows, :keep] = chunk.to(log_probs.dtype)
+        return log_probs, None, None
