@@ -1,8 +1,10 @@
 """HGPOTrainer on a tiny model: real generation, real steps."""
 
 import asyncio
+import re
 import zlib
 from collections.abc import Callable
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
+from trl import GRPOTrainer
 from trl.rewards import accuracy_reward as trl_accuracy
 
 from hgpo_trl.modes import MODES, Fault, mode_tokens, split_response
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.rewards.model import RewardModel
-from hgpo_trl.training.advantages import compute_advantages
+from hgpo_trl.training.advantages import BinaryRewards, compute_advantages
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.trainer import HGPOTrainer
 
@@ -205,6 +208,32 @@ def test_every_loss_type_trains(make_trainer: Callable, loss_type: str) -> None:
     before = weights(trainer)
     trainer.train()
     assert unchanged(before, trainer) == []
+
+
+@pytest.mark.usefixtures("well_formed")
+def test_an_estimator_of_a_users_own_trains(make_trainer: Callable) -> None:
+    calls = []
+
+    def nothing(batch: BinaryRewards) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(batch)
+        return batch.per_token(torch.zeros_like(batch.r_intra)), torch.zeros_like(batch.r_inter)
+
+    trainer = make_trainer(trainer={"estimator": nothing}, weight_decay=0.0)
+    before = weights(trainer)
+    trainer.train()
+    assert [batch.r_inter.shape for batch in calls] == [(2, 2, 2)]
+    assert unchanged(before, trainer) == list(before)
+
+
+def test_the_docstring_names_every_override() -> None:
+    """Its own, and those of the trainers between it and TRL's."""
+    between = HGPOTrainer.__mro__[: HGPOTrainer.__mro__.index(GRPOTrainer)]
+    methods = {name for trainer in between for name, member in vars(trainer).items() if isfunction(member)}
+    overrides = {name for name in methods if hasattr(GRPOTrainer, name)}
+    text = str(HGPOTrainer.__doc__).split("Overridden are:")[1].split("Args:")[0]
+    assert (
+        set(re.findall(r"`(_?\w+)`", text)) - {trainer.__name__ for trainer in between} - {"lazy_thinking"} == overrides
+    )
 
 
 def test_without_signal_the_policy_stays(make_trainer: Callable) -> None:
@@ -527,6 +556,7 @@ def test_warns_once_when_the_policy_leaves_both_modes(make_trainer: Callable, ca
         ({"margin": float("nan")}, "margin must be a finite number"),
         ({"alpha": float("inf")}, "alpha must be a finite number"),
         ({"estimator": "ppo"}, "estimator must be one of grpo, rloo"),
+        ({"estimator": "math.ppo"}, "estimator: 'math.ppo': math has no function 'ppo'"),
         ({"ties": "last"}, "ties must be one of all, first"),
         ({"intra_scope": "group"}, "intra_scope must be one of mode, all"),
         ({"decision_weighting": "none"}, "decision_weighting must be one of saturating, uniform"),

@@ -1,7 +1,7 @@
-"""Micro-batches of like length, each as narrow as its longest row.
+"""Micro-batches of rows of similar length, each as narrow as its longest row.
 
-TRL pads all completions of a generation batch to the longest one and computes every micro-batch at that width. With
-half of the responses short that is mostly padding. Here rows are sorted by length before they are cut into
+TRL pads all completions of a generation batch to the longest one and computes every micro-batch at that width, which is
+mostly padding where half of the responses are short. Here rows are sorted by length before they are cut into
 micro-batches, and each micro-batch is trimmed to its own longest prompt and response.
 
 Shapes: `B` rows in a generation batch on this process, `P` prompt tokens (padded left), `T` completion tokens (padded
@@ -81,18 +81,18 @@ def sort_and_trim(
 ) -> list[Batch]:
     """Regroup micro-batches by length and trim each one. Their number and row counts stay as they are.
 
-    Rows are only exchanged between micro-batches of the same optimizer step, so the sum over a step, and with it the
-    gradient, is that of the untrimmed batches. Within a step the order of the micro-batches is shuffled.
+    Rows move only between micro-batches of the same optimizer step, so the sum over a step, and with it the gradient,
+    is that of the untrimmed batches. Within a step the order of the micro-batches is shuffled.
 
-    Processes compute their micro-batches in lock-step, each as slow as the widest of them. With one order for all
-    processes the k-th longest micro-batches of all of them meet.
+    Processes compute their micro-batches in lock-step, each as slow as the widest of them. One order for all processes
+    makes them compute their k-th longest micro-batches at the same time.
 
     Args:
         batches: the micro-batches of one generation batch, of equal row counts and widths, in the order of their use.
         batches_per_step: micro-batches that one optimizer step accumulates.
         sort: False trims only; for losses whose normaliser depends on which rows share a micro-batch.
         multiple: see `trim`.
-        permutation: `permutation(n)` draws the order of a step's n micro-batches, `[n]`; on all processes the same one.
+        permutation: `permutation(n)` draws the order of a step's n micro-batches, `[n]`, the same on all processes.
     """
     window = math.gcd(len(batches), batches_per_step)  # a multiple of the step, a part of it, or out of phase with it
     if not sort or window == 1:
@@ -108,7 +108,7 @@ def sort_and_trim(
         }
         lengths = torch.stack([merged["prompt_mask"].sum(dim=1), merged["completion_mask"].sum(dim=1)])
         order = lengths.sum(dim=0).argsort(stable=True)
-        longest = lengths[:, order].view(2, window, -1).amax(dim=2).T.tolist()  # at once: each transfer waits for a GPU
+        longest = lengths[:, order].view(2, window, -1).amax(dim=2).T.tolist()  # one transfer: each waits for the GPU
         chunks = _divide(_select(merged, order), window)
         for index in permutation(window).tolist():
             prompt, completion = longest[index]
@@ -117,7 +117,7 @@ def sort_and_trim(
 
 
 def sorted_chunks(attention_mask: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Chunks of rows of like length, for a pass without gradients.
+    """Cut a batch into chunks of rows of similar length, for a pass without gradients.
 
     Args:
         attention_mask: `[B, W]`, prompts padded left and completions right.
@@ -134,7 +134,7 @@ def sorted_chunks(attention_mask: Tensor, chunk_size: int) -> Iterator[tuple[Ten
 
 
 class MicroBatchTrainer(GRPOTrainer):
-    """GRPOTrainer that computes less padding: micro-batches, and chunks of passes without gradients, of like length.
+    """GRPOTrainer that computes less padding: micro-batches and chunks hold rows of similar length.
 
     `args.trim_micro_batches` turns it on. The gradient is the same.
     """
@@ -180,7 +180,7 @@ class MicroBatchTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """TRL's; old and reference log-probabilities are computed in chunks of like length, each trimmed."""
+        """TRL's; old and reference log-probabilities are computed in chunks of similar length, each trimmed."""
         score = super()._get_per_token_logps_and_entropies
         options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **kwargs}
         num_rows, width = input_ids.shape

@@ -156,7 +156,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         self._lazy = LazyThinking(inputs, self._group_size, self.accelerator) if is_lazy else None
         output = super()._generate_and_score_completions(inputs)  # sampling and rewards: the overrides below
         rollout = self._rollout
-        decision = self._read_decisions(output["prompt_ids"], output["prompt_mask"])
+        decision = self._read_decision(output["prompt_ids"], output["prompt_mask"])
         advantages = compute_advantages(
             rollout.rewards,
             rollout.lengths,
@@ -308,7 +308,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
 
     # --- the decision (saturating weights, metrics)
 
-    def _read_decisions(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decision:
+    def _read_decision(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decision:
         """Read the old policy's first-token distribution for every query of the global batch, `[Q]` per field."""
         training = self.model.training
         rows = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
