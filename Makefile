@@ -100,5 +100,10 @@ lint: $(INSTALLED_ALL)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: docs
+docs: $(INSTALLED)  ## the documentation as a site, in site/
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:  ## remove runs and caches (not the virtual environment)
-	rm -rf runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf runs site .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
@@ -94,6 +94,7 @@ def test_what_is_wrong_faulty_or_cut_off_is_not_taught() -> None:
     assert pairs.values.tolist() == [[3, "3 think 0", "3 no_think 0"]]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(*[st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0, np.nan]), min_size=3, max_size=3)] * 2),

@@ -309,6 +309,7 @@ def test_no_value_of_any_column_raises(name: str, data: st.DataObject) -> None:
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=30).map(str.strip)
 
 
+@settings(deadline=None)
 @given(reasoning=PLAIN, answer=PLAIN.filter(bool), convention=st.sampled_from(CONVENTIONS))
 def test_a_trace_comes_back_as_it_was_marked(reasoning: str, answer: str, convention: Any) -> None:
     for opened, closed in {(convention.answer_open, convention.answer_close), ("", "")}:

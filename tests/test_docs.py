@@ -1,6 +1,7 @@
-"""docs/configuration.md says of every field what the code says."""
+"""README and docs name things that exist: every field with its type and default, modules, functions, files, links."""
 
 import dataclasses
+import importlib
 import inspect
 import re
 import types
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from test_layout import ROOMS
 from trl import ModelConfig, SFTConfig
 
+from hgpo_trl.cli import STAGES
 from hgpo_trl.evaluation.difficulty import DifficultyArguments
 from hgpo_trl.scripts.baselines import BaselineArguments
 from hgpo_trl.scripts.building import BuilderArguments
@@ -32,7 +35,12 @@ from hgpo_trl.scripts.rewards import RewardArguments
 from hgpo_trl.training.config import HGPOConfig
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "examples/*.md")
+    for path in sorted(ROOT.glob(pattern))
+}
+TEXT = PAGES["docs/configuration.md"]
 OURS = (
     DataArguments,
     BuilderArguments,
@@ -169,15 +177,65 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_links_exist(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("page", PAGES)
+def test_links_exist(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", PAGES[page]):
         file, _, anchor = target.partition("#")
-        linked = (page.parent / file) if file else page
+        linked = (ROOT / page).parent / file if file else ROOT / page
         assert linked.is_file(), target
         assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), target
 
 
-def test_recipes_exist() -> None:
-    for recipe in re.findall(r"recipes/[\w./-]+\.yaml", TEXT):
-        assert (ROOT / recipe).is_file(), recipe
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_code_exist(page: str) -> None:
+    files = re.findall(
+        r"(?<![\w/.-])((?:recipes|examples|benchmarks|tests|hgpo_trl)/[\w./-]+\.(?:py|md|txt|mk|yaml|jsonl|sh|slurm))\b",
+        PAGES[page],
+    )
+    missing = [file for file in files if not (ROOT / file).is_file()]
+    assert not missing
+
+
+def resolve(dotted: str) -> object:
+    """The module or attribute of a dotted name; raises if there is none."""
+    module, _, attribute = dotted.rpartition(".")
+    try:
+        return importlib.import_module(dotted)
+    except ModuleNotFoundError:
+        return getattr(resolve(module), attribute)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_of_the_package_exist(page: str) -> None:
+    """Dotted names, and functions that are listed behind their module: `room/module.py`: `function`, `function`."""
+    names = set(re.findall(r"\bhgpo_trl(?:\.[A-Za-z_]+)+(?![\w/*])", PAGES[page])) - {"hgpo_trl.scripts.STAGE"}
+    for path, functions in re.findall(r"`((?:\w+/)+\w+)\.py`((?:[:,] `\w+`)*)", PAGES[page]):
+        if (room := path.removeprefix("hgpo_trl/")).split("/")[0] in ROOMS:
+            module = f"hgpo_trl.{room.replace('/', '.')}"
+            names |= {module} | {f"{module}.{function}" for function in re.findall(r"`(\w+)`", functions)}
+    names |= {f"hgpo_trl.{name}" for name in re.findall(r"\bHGPOTrainer\.\w+", PAGES[page])}
+    for name in names:
+        resolve(name)
+
+
+def test_the_rooms_are_listed_in_their_order() -> None:
+    (layout,) = re.findall(r"^    hgpo_trl/\n(.*?)^    recipes/", PAGES["README.md"], re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^ +(\w+)/ ", layout, re.MULTILINE) == list(ROOMS)
+    assert re.findall(r"^\| `(\w+)/` \|", PAGES["docs/architecture.md"], re.MULTILINE) == list(ROOMS)
+    assert ", ".join(ROOMS) in PAGES["CONTRIBUTING.md"].replace("\n", " ")
+
+
+def test_every_command_is_listed() -> None:
+    listed = set(re.findall(r"`hgpo-trl (\w+)", PAGES["docs/commands.md"]))
+    assert set(STAGES) <= listed
+
+
+def test_the_table_of_the_readme_is_that_of_the_demo() -> None:
+    """Seed 0: model, hybrid accuracy, accuracy, tokens, P(think)."""
+    full = re.findall(r"^\| 0 \| (HFT|HGPO) \| (.*) \|$", PAGES["docs/demo.md"], re.MULTILINE)
+    expected = []
+    for model, cells in full:
+        hybrid_accuracy, accuracy, *_, tokens, think, _ = cells.split(" | ")
+        expected.append([model, re.sub(r" \[.*\]", "", hybrid_accuracy), accuracy, tokens, think])
+    short = re.findall(r"^\| ((?:HFT|HGPO) \| .*) \|$", PAGES["README.md"], re.MULTILINE)
+    assert [row.split(" | ") for row in short] == expected

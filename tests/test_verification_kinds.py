@@ -151,6 +151,12 @@ def test_one_candidate_is_an_answer() -> None:
          "8 USD", "€8", "'8'",
         "Note that 9 is wrong. The answer is 8.", "First \\boxed{9}. Wait, that is wrong: \\boxed{8}",
          "No, \\boxed{8}",
+        "\\begin{align*}\n2x &= 16 \\\\\nx &= 8.\n\\end{align*}",
+        "5 options and 3 more, for a total of $5+3=8$ outfits.",
+        "\\[2x = 16.\\]Therefore, $x = 8.$", "Since $2^x=2^8$, which implies $x=8$.",
+        "He can have at most $\\boxed{8}$ left.",
+        "So $AB=\\frac{16}{2}$, or $\\boxed{8}$.", "so $2x = 16$, or $x = \\boxed{8}$.",
+        "leaving an answer of $12-4=8$.",
     ]  # fmt: skip
     assert wrong_verdicts({"8": answers}, True) == []
 

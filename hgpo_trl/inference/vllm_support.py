@@ -167,7 +167,8 @@ def sync_packed_weights(generation: Any) -> None:
     """Have TRL's `VLLMGeneration` replace the weights that vLLM has packed for a CPU. Elsewhere it changes nothing.
 
     Raises:
-        RuntimeError: the engine was not built after `keep_cpu_weights_replaceable`, or vLLM loaded it in another way.
+        RuntimeError: the engine was not built after `keep_cpu_weights_replaceable`, or vLLM loaded it in another way,
+            or packs weights differently the second time (mixtures of experts, vLLM 0.31).
     """
     if generation.mode != "colocate":
         return
@@ -180,6 +181,15 @@ def sync_packed_weights(generation: Any) -> None:
         raise RuntimeError(
             f"vLLM {_installed_version()} loaded the model in a way that lets no weight change. {_REMEDY}"
         )
+    packed = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with model.replacing_weights():
+        pass
+    for name, parameter in model.named_parameters():
+        if not torch.allclose(parameter, packed[name], rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError(
+                f"vLLM {_installed_version()} does not pack {name} of {type(model).__name__} for a CPU a second time, "
+                "so that rollouts would be sampled from garbage. Train on a GPU, or set use_vllm=false."
+            )
     sync = generation.sync_weights
 
     def sync_weights() -> None:

@@ -52,7 +52,7 @@ _DENIAL = re.compile(
     r"\b(?:or|not|never|cannot|neither|nor|except|either)\b|n't\b|\?|\\ne(?![A-Za-z])|\\neg(?![A-Za-z])", re.IGNORECASE
 )
 _CHOICE = re.compile(r"(?:\\text\{)?\(?(?:\\text\{)?\(?(?:[Oo]ption |[Cc]hoice )?\(?([A-Z])\)?\}?\)?\}?")
-_LABEL = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\.|:)\}?\s*(.+)")
+_LABEL = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\.|:)\}?\s*([^}\s].*)")
 _BRACKETS = (("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"), ("\\{", "\\}"))
 _MAX_SET = 30
 _NAME = re.compile(
@@ -488,7 +488,7 @@ def _settle_structure(reference: str, answer: str, a: bool, b: bool) -> tuple[bo
         for listed, sides in ((lists[0], _sides(answer)), (lists[1], _sides(reference))):
             if listed and len(sides) == 2 and (unfolded := _unfolded(sides)):
                 return _compare_lists(listed, unfolded), "lists"
-            if listed and len(sides) == 2 and _NAME.fullmatch(sides[0]):
+            if listed and len(sides) > 1 and (listed is lists[0] or _NAME.fullmatch(sides[0])):
                 return _settle(reference if lists[0] else sides[-1], answer if lists[1] else sides[-1])
     several, one = (lists[0], answer) if lists[0] else (lists[1], reference)
     if several and (values.has_value(one.rstrip("%")) or (several.opening == "" and several is lists[1])):

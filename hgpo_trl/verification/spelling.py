@@ -1,6 +1,7 @@
 """One of the many spellings of the same LaTeX, and the parts of what is spelt so."""
 
 import re
+from typing import Any
 
 from hgpo_trl.verification.statements import FUNCTION_NAMES, plain, stripped
 
@@ -20,7 +21,7 @@ _COMMANDS = {
     "lbrace": "\\{", "rbrace": "\\}", "bmod": "\\mod", "ast": "*", "colon": ":", "euro": "", "pounds": "",
     "infin": "\\infty", "bar": "\\overline", "simeq": "\\approx",
 }  # fmt: skip
-_LATEX = [
+_LATEX: list[tuple[str, re.Pattern[str], Any]] = [
     (mark, re.compile(pattern), replacement)
     for pattern, replacement, mark in (  # the mark is part of whatever the pattern matches
         (r"(?<=\d)(?:\\[,;: ]|~)\s*(?=\d{3}(?!\d))", "", ""),
@@ -54,7 +55,7 @@ _LATEX = [
         (r"\\([$%])", r"\1", ""),
     )
 ]
-_PLAIN = [
+_PLAIN: list[tuple[str, re.Pattern[str], Any]] = [
     (mark, re.compile(pattern), replacement)
     for pattern, replacement, mark in (
         (r"\{,\}(?=\d{3})", ",", "{,}"),
@@ -63,6 +64,7 @@ _PLAIN = [
         (r"(?<=[\d}]) ?\b(?:percent(?:age)?|per cent)\b", "%", "cent"),
         (r" (?=%)", "", " %"),
         (r" ?\(?\bmod (\w+)\)?", r" \\pmod{\1}", "mod"),
+        (r"(?<==)\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), "="),
         (r"\.{3,}", r"\\dots ", "..."),
         (r"<=", r"\\le ", "<="),
         (r">=", r"\\ge ", ">="),

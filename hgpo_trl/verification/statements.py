@@ -7,6 +7,7 @@ where one is denied, or several stand beside each other in another way, the answ
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_EXPRESSION = 400  # characters; LaTeX without end takes math-verify minutes
@@ -21,14 +22,16 @@ _TAGGED = re.compile(r"<answer>((?:(?!<answer>).){0,2000}?)</answer>", re.IGNORE
 _SPECIAL_TOKEN = re.compile(r"<\|\w{1,40}\|>\s*(?:user|assistant|system)?\s*$")
 _ANCHOR = re.compile(
     r"\banswer\b(?:[^\n.:=$\\\x01]{0,60}?\s(?:is|are|equals|(?:must|should|would|could|might|may|can|will) be)\b"
-    r"|[\s*]*[:=]|\s+[-–—]\s|\**(?=\s*\x01|\s*\n))[\s:*]*|####\s*",
+    r"|[\s*]*[:=]|\s+[-–—]\s|\s+of\s|\**(?=\s*\x01|\s*\n))[\s:*]*|####\s*",
     re.IGNORECASE,
 )
 _MATHS = re.compile(
     r"\$\$(.{1,400}?)\$\$|(?<!\\)\$(?!\s*\d[\d.,]*\s+[a-z]{3})((?:\\\$|[^$\n]){1,400}?)(?<!\\)\$(?!\d)"
-    r"|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]",
+    r"|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]"
+    r"|\\begin\{(?:align|gather|equation|eqnarray)\*?\}(.{1,2000}?)\\end\{[a-z]+\*?\}",
     re.DOTALL,
 )
+_LAST_ROW = re.compile(r".*\\\\|\\(?:Rightarrow|implies|begin\{aligned\}|end\{aligned\})|&", re.DOTALL)
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(\w)(?![\w.,]))")
 _SENTENCE_END = re.compile(r"((?<!\\)[.!?](?:\s+(?![^{}\n]{0,60}\})|$)|[。！？]|\n)")
 _MARKED = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[|\n|\*\*")  # text that says itself where its mathematics begins
@@ -78,8 +81,10 @@ _RANGES = {
 }
 _CONCLUDE = {"so", "thus", "hence", "therefore", "then", "is", "are", "was", "were", "be", "equals", "equal", "get",
              "gets", "gives", "give", "makes", "make", "have", "has", "obtain", "obtains", "yields", "leaves", "but",
-             "being", "becomes", "remains", "it's", "that's"}  # fmt: skip
+             "being", "becomes", "remains", "implies", "find", "finds", "total", "giving", "leaving",
+             "yield", "solves", "it's", "that's"}  # fmt: skip
 _EXPLAIN = {"because", "since", "that", "divided"}
+_CONDITIONS = {"if", "unless", "when", "whenever", "else", "otherwise"}
 _TAKEN_BACK = {"no,", "wait", "actually", "sorry", "correction", "rather"}
 _FILLERS = {"be", "equal", "equals", "to", "the", "answer", "simply", "just", "="}
 _ANY = {"all", "any", "anything", "every", "everything", "no"}
@@ -116,7 +121,8 @@ _BETWEEN_BOXES = re.compile(
     re.IGNORECASE,
 )
 _OR_BEFORE = re.compile(
-    r"[\s,]*\b(?:or|maybe|perhaps|possibly)\s+(?:(?:maybe|perhaps|possibly|even)\s+)?(?:[\s$*(]|\\[(\[])*(?:([A-Za-z])\s*=\s*)?$",
+    r"[\s,]*\b(?:or|maybe|perhaps|possibly)\s+(?:(?:maybe|perhaps|possibly|even)\s+)?"
+    r"(?:[\s$*(]|\\[(\[])*(?:([A-Za-z])\s*=\s*)?$",
     re.IGNORECASE,
 )
 _OR_AFTER = re.compile(
@@ -297,9 +303,15 @@ class _Prose:
 
     def _take_out(self, match: re.Match) -> str:
         inside = next(filter(None, match.groups()))
-        self.maths.append(inside.strip())
-        end = "." if inside.rstrip().endswith(".") else ""  # a full stop in displayed mathematics ends the sentence
-        return f"\x01{len(self.maths) - 1}\x02{end}"
+        if match[5] or "\\begin{aligned}" in inside:  # rows of one calculation: the last is its result
+            inside = _LAST_ROW.sub("", inside.strip().removesuffix("\\\\"))
+        inside = inside.strip()
+        if inside.isalpha() and len(inside) == 1 and match.end() < len(match.string.rstrip(" .\n")):
+            return inside  # "where $x$ is": a name, no result
+        end = inside[-1:] if inside[-1:] in (".", ",", ";") else ""  # which belongs to the sentence
+        self.maths.append(inside.rstrip(".,;"))
+        blank = "" if match[2] else " "
+        return f"{blank}\x01{len(self.maths) - 1}\x02{end}{blank}"
 
     def filled(self, text: str) -> str:
         return re.sub("\x01(\\d+)\x02", lambda match: self.maths[int(match[1])], text)
@@ -403,7 +415,7 @@ def _joined(candidate: _Candidate) -> bool:
     )
 
 
-def _read(sentence: str, *, anchored: bool) -> str | None:
+def _read(sentence: str, filled: Callable[[str], str], *, anchored: bool) -> str | None:
     """What a sentence states; "" where it hedges, None where it has no candidate."""
     candidates, tail = _candidates(sentence)
     if not candidates:
@@ -420,8 +432,9 @@ def _read(sentence: str, *, anchored: bool) -> str | None:
     if not kept:
         return ""
     if len(kept) > 1 and not (anchored and not candidates[0].before):
-        last = max((i for i, group in enumerate(kept) if i == 0 or _CONCLUDE.intersection(group[0].before)), default=0)
-        kept = kept[last:]
+        concludes = [i == 0 or not _CONCLUDE.isdisjoint(group[0].before) for i, group in enumerate(kept)]
+        concludes[-1] |= "=" in filled(kept[-1][0].text) and _CONDITIONS.isdisjoint(kept[-1][0].before)
+        kept = kept[max(i for i, conclusion in enumerate(concludes) if conclusion) :]
     if any("or" in group[0].before or _TAKEN_BACK.intersection(group[0].before) for group in groups[1:]):
         return ""
     if len(kept) > 1:
@@ -465,7 +478,7 @@ def _conclusion(text: str) -> str:
     if anchor is None:
         sentences = _sentences(prose.text)
         for number in range(len(sentences) - 1, -1, -1):
-            found = _read(sentences[number], anchored=False)
+            found = _read(sentences[number], prose.filled, anchored=False)
             if found is not None:
                 hedges = number > 0 and _ALTERNATIVE.match(sentences[number])
                 return "" if hedges else prose.filled(found)
@@ -487,14 +500,14 @@ def _conclusion(text: str) -> str:
         return ""
     for later in rest[1:]:
         if _RECONSIDERED.match(later) and _candidates(later)[0]:
-            return prose.filled(_read(later, anchored=False) or "")
+            return prose.filled(_read(later, prose.filled, anchored=False) or "")
     if _negated(anchor[0]):
         return ""
     sentence = stripped(rest[0])
     if is_expression(sentence) and not _PLACEHOLDER.search(sentence):
         stated = sentence
     else:
-        found = _read(rest[0], anchored=True)
+        found = _read(rest[0], prose.filled, anchored=True)
         choice = _choice(sentence)
         if found is not None:
             stated = found
