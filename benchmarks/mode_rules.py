@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 from hgpo_trl import HGPOTrainer
 from hgpo_trl.modes import Mode
 from hgpo_trl.rewards.functions import accuracy_reward, split_completions
+from hgpo_trl.training.rollout import think_rows
 
 REFERENCE = "reference_reward"  # column: R̄_ref of AdaptThink
 
@@ -162,9 +163,9 @@ class AdaptThink(HGPOTrainer, Counting):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        rewards = self._grouped(self._rewards_per_func).flatten()
+        rewards = self._rollout.rewards.flatten()
         reference = rewards.new_tensor([row[REFERENCE] for row in inputs])
-        no_think = ~self._think_rows(len(inputs))
+        no_think = ~think_rows(len(inputs), self._rollout.group_size, rewards.device)
         output["advantages"] = adaptthink_advantages(rewards, no_think, reference, self.args.margin)
         with torch.no_grad():
             log_probs, _, _ = self._get_per_token_logps_and_entropies(

@@ -43,7 +43,7 @@ class Recorded(HGPOTrainer):
             zip(*(output[key] for key in keys), strict=True)
         ):
             place = self.accelerator.process_index * len(inputs) + row
-            reward = self._rewards_per_func[place].tolist()
+            reward = self._rollout.rewards_per_func[place].tolist()
             texts = {"query": prompt[prompt_mask.bool()].tolist(), "completion": completion[mask.bool()].tolist()}
             texts |= {"advantages": advantages[mask.bool()].tolist(), "reward": reward}
             self.seen.append(texts | {"step": self.state.global_step, "place": place})

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl.training.advantages import assign_rewards, compute_advantages
+from hgpo_trl.common.errors import UserError
+from hgpo_trl.training.advantages import BinaryRewards, assign_rewards, compute_advantages, load_estimator
 
 ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed")
 GROUP_ESTIMATORS = ("grpo", "rloo")
@@ -759,3 +761,62 @@ def test_mode_probs_out_of_range(value: float) -> None:
 def test_infinite_rewards_are_compared_like_any_other() -> None:
     _, r_intra = assign_rewards(torch.tensor([[[math.inf, 1.0], [-math.inf, -math.inf]]]), 0.2)
     assert r_intra.tolist() == [[[1.0, 0.0], [1.0, 1.0]]]
+
+
+# --- 5. Estimators of a user's own --------------------------------------------
+
+
+def centred(batch: BinaryRewards) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dr. GRPO's advantage: centred, not scaled."""
+    intra = (batch.r_intra - batch.r_intra.mean(dim=2, keepdim=True)) * batch.valid
+    return batch.per_token(intra), batch.r_inter - batch.r_inter.mean(dim=(1, 2), keepdim=True)
+
+
+def test_an_estimator_of_a_users_own() -> None:
+    actual = compute_advantages(
+        torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), torch.tensor([2, 3, 1, 2]), estimator=centred, alpha=2.0
+    )
+    assert actual.tolist() == [[1.5, 0.5, 0.0], [0.5, -0.5, -0.5], [-1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("form", ["file", "module"])
+def test_an_estimator_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    code = "from hgpo_trl.training.advantages import grpo\n\ndef mine(batch):\n    return grpo(batch)\n"
+    (tmp_path / "my_estimators.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"{tmp_path}/my_estimators.py:mine" if form == "file" else "my_estimators.mine"
+    assert load_estimator(name).__name__ == "mine"
+    actual = compute_advantages(torch.tensor(BY_HAND.rewards), torch.tensor(BY_HAND.lengths), estimator=name)
+    assert torch.equal(actual, compute_advantages(torch.tensor(BY_HAND.rewards), torch.tensor(BY_HAND.lengths)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "estimator must be one of grpo, rloo, .* or your own as package.module.function"),
+        ("no.such.module", "There is no module 'no.such'"),
+        ("math.nonsense", "estimator: 'math.nonsense': math has no function 'nonsense'"),
+        ("none.py:mine", "There is no file none.py"),
+        ("none.py", "names a file but no function in it: write none.py:function"),
+    ],
+)
+def test_an_estimator_that_is_not_there(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_estimator(name)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda batch: (batch.r_intra, batch.r_inter), r"intra-group advantages must have the shape \[4, 3\]"),
+        (lambda batch: (batch.per_token(batch.r_intra), batch.r_inter[0]), r"inter-group .* shape \[1, 2, 2\]"),
+        (
+            lambda batch: (batch.per_token(batch.r_intra) / 0, batch.r_inter),
+            "some intra-group advantages are not",
+        ),
+        (lambda batch: (torch.ones(4, 3), batch.r_inter), "beyond the end of a response must be 0"),
+    ],
+)
+def test_an_estimator_that_returns_something_else(broken: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compute_advantages(torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]), torch.tensor([2, 3, 1, 2]), estimator=broken)

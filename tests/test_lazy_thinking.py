@@ -21,6 +21,7 @@ from hgpo_trl.modes import MODES, Fault, Mode, Response
 from hgpo_trl.rewards.functions import check_bounded, checked
 from hgpo_trl.training.advantages import ESTIMATORS, assign_rewards, compute_advantages, decided_without_think
 from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.lazy import LazyThinking
 from hgpo_trl.training.trainer import HGPOTrainer
 
 # --- the mathematics ----------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def test_ties_go_to_no_think() -> None:
     assert decided_without_think(no_think[:3], 0.0).tolist() == [False, False, True]
 
 
-@given(unit_rewards(), MARGIN, st.sampled_from(ESTIMATORS), st.sampled_from(["all", "first"]), st.data())
+@given(unit_rewards(), MARGIN, st.sampled_from([*ESTIMATORS]), st.sampled_from(["all", "first"]), st.data())
 def test_decision_tokens_get_what_the_whole_algorithm_gives_them(
     rewards: torch.Tensor, margin: float, estimator: str, ties: str, data: st.DataObject
 ) -> None:
@@ -219,7 +220,7 @@ def test_no_think_token_is_drawn_of_decided_queries(
     inputs, batch = rollout(trainer)
     think, no_think = trainer.mode_tokens.decision
     easy = [row["level"] <= 3 for row in inputs]
-    assert trainer._decided.tolist() == easy[::4]
+    assert trainer._rollout.decided.tolist() == easy[::4]
     assert 0 < sum(easy[::4]) < 6
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
     thinks = [row % 4 < 2 for row in range(24)]
@@ -308,7 +309,7 @@ def test_what_is_not_scored_is_not_decided(make_trainer: Callable, drawn: list) 
 
     trainer = make_trainer(partly)
     _, batch = rollout(trainer)
-    assert trainer._decided.tolist() == [False, *[True] * 5]
+    assert trainer._rollout.decided.tolist() == [False, *[True] * 5]
     assert [len(prompts) for prompts in drawn] == [12, 2]
     assert batch["advantages"].isfinite().all()
     assert batch["advantages"][2].abs().max() == 0
@@ -327,8 +328,8 @@ def test_malformed_no_think_responses_score_0(make_trainer: Callable, monkeypatc
         lambda completions, **kwargs: [1.0] * len(completions), per_device_train_batch_size=12, no_think_max_tokens=2
     )
     rollout(trainer)
-    assert trainer._decided.tolist() == [False, False, True]
-    assert trainer._rewards_per_func[:, 0].nan_to_num(-1).tolist() == [1, 1, 1, 0, 1, 1, 1, 0, -1, -1, 1, 1]
+    assert trainer._rollout.decided.tolist() == [False, False, True]
+    assert trainer._rollout.rewards_per_func[:, 0].nan_to_num(-1).tolist() == [1, 1, 1, 0, 1, 1, 1, 0, -1, -1, 1, 1]
     metrics = trainer._metrics["train"]
     assert metrics["hgpo/format_faults/think"][:2] == [0.0, 0.0]
     assert math.isnan(metrics["hgpo/format_faults/think"][2])
@@ -394,21 +395,35 @@ def test_evaluation_samples_both_modes(make_trainer: Callable, prompts: Dataset,
     assert log["eval_hgpo/length/think"] > 1
 
 
+class Undecided(LazyThinking):
+    """One process's part of a rollout whose undecided think rows are known."""
+
+    def __init__(self, rows: list[int], *decided: bool) -> None:
+        self.rows, self.decided = rows, torch.tensor(decided)
+
+
+@pytest.fixture
+def known_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HGPOTrainer, "_undecided", lambda self, lazy, ids: lazy.rows)
+
+
+@pytest.mark.usefixtures("known_decisions")
 def test_a_process_without_undecided_queries_takes_part(make_trainer: Callable, drawn: list) -> None:
     """The other process has some: one of its own rows is sampled for nothing, lest a sharded model wait for it."""
     trainer = make_trainer()
     trainer.model.train()
-    trainer._decide = lambda ids: torch.tensor([True, True, False, False])
+    trainer._lazy = Undecided([], False, False, True, True)
     ids, _ = trainer._generate_single_turn([[5, 6]] * 8, None, {}, 4)
     assert [len(prompts) for prompts in drawn] == [4, 1]
     assert [len(row) == 1 for row in ids] == [True, True, False, False] * 2
 
 
+@pytest.mark.usefixtures("known_decisions")
 def test_vllm_log_probabilities_of_both_calls(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer()
     trainer.model.train()
     trainer.use_vllm = True  # only its call is replaced
-    monkeypatch.setattr(trainer, "_decide", lambda ids: torch.tensor([True, False]))
+    trainer._lazy = Undecided([4, 5], True, False)
     monkeypatch.setattr(
         GRPOTrainer,
         "_generate_single_turn",

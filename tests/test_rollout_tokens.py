@@ -149,7 +149,7 @@ def test_lazy_thinking_counts_what_it_samples(
     model_dir: str, prompts: Dataset, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hgpo_trl.training.trainer.decided_without_think", lambda rewards, margin: torch.tensor([True, False])
+        "hgpo_trl.training.lazy.decided_without_think", lambda rewards, margin: torch.tensor([True, False])
     )
     trainer = build("lazy", model_dir, prompts, tokenizer, tmp_path)
     output = rollout(trainer, prompts)

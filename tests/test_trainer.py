@@ -1,8 +1,10 @@
 """HGPOTrainer on a tiny model: real generation, real steps."""
 
 import asyncio
+import re
 import zlib
 from collections.abc import Callable
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
+from trl import GRPOTrainer
 from trl.rewards import accuracy_reward as trl_accuracy
 
 from hgpo_trl.modes import MODES, Fault, mode_tokens, split_response
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.rewards.model import RewardModel
-from hgpo_trl.training.advantages import compute_advantages
+from hgpo_trl.training.advantages import BinaryRewards, compute_advantages
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.trainer import HGPOTrainer
 
@@ -207,6 +210,32 @@ def test_every_loss_type_trains(make_trainer: Callable, loss_type: str) -> None:
     assert unchanged(before, trainer) == []
 
 
+@pytest.mark.usefixtures("well_formed")
+def test_an_estimator_of_a_users_own_trains(make_trainer: Callable) -> None:
+    calls = []
+
+    def nothing(batch: BinaryRewards) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(batch)
+        return batch.per_token(torch.zeros_like(batch.r_intra)), torch.zeros_like(batch.r_inter)
+
+    trainer = make_trainer(trainer={"estimator": nothing}, weight_decay=0.0)
+    before = weights(trainer)
+    trainer.train()
+    assert [batch.r_inter.shape for batch in calls] == [(2, 2, 2)]
+    assert unchanged(before, trainer) == list(before)
+
+
+def test_the_docstring_names_every_override() -> None:
+    """Its own, and those of the trainers between it and TRL's."""
+    between = HGPOTrainer.__mro__[: HGPOTrainer.__mro__.index(GRPOTrainer)]
+    methods = {name for trainer in between for name, member in vars(trainer).items() if isfunction(member)}
+    overrides = {name for name in methods if hasattr(GRPOTrainer, name)}
+    text = str(HGPOTrainer.__doc__).split("Overridden are:")[1].split("Args:")[0]
+    assert (
+        set(re.findall(r"`(_?\w+)`", text)) - {trainer.__name__ for trainer in between} - {"lazy_thinking"} == overrides
+    )
+
+
 def test_without_signal_the_policy_stays(make_trainer: Callable) -> None:
     """Equal rewards everywhere and α = 0: nothing is left that could move it."""
     trainer = make_trainer(constant, alpha=0.0, weight_decay=0.0)
@@ -390,7 +419,7 @@ def test_the_cap_on_no_think_answers(make_trainer: Callable, caps: dict[str, flo
     faulty = [4, 5, *overlong]
     assert grid(rewards) == [[float(row not in faulty) for row in range(8)]]
     assert [row for row, faults in enumerate(seen) if Fault.OVERLONG in faults] == overlong
-    assert trainer._faults[:, list(Fault).index(Fault.OVERLONG)].nonzero().flatten().tolist() == overlong
+    assert trainer._rollout.faults[:, list(Fault).index(Fault.OVERLONG)].nonzero().flatten().tolist() == overlong
 
 
 def test_faults_are_counted_by_kind(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,6 +556,7 @@ def test_warns_once_when_the_policy_leaves_both_modes(make_trainer: Callable, ca
         ({"margin": float("nan")}, "margin must be a finite number"),
         ({"alpha": float("inf")}, "alpha must be a finite number"),
         ({"estimator": "ppo"}, "estimator must be one of grpo, rloo"),
+        ({"estimator": "math.ppo"}, "estimator: 'math.ppo': math has no function 'ppo'"),
         ({"ties": "last"}, "ties must be one of all, first"),
         ({"intra_scope": "group"}, "intra_scope must be one of mode, all"),
         ({"decision_weighting": "none"}, "decision_weighting must be one of saturating, uniform"),
@@ -593,7 +623,7 @@ def test_bad_tokenizers(
 def test_fsdp2_with_a_random_reference_model_is_refused(
     make_trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hgpo_trl.training.trainer.is_fsdp_enabled", lambda: True)  # with cpu_ram_efficient_loading
+    monkeypatch.setattr("hgpo_trl.training.validate.is_fsdp_enabled", lambda: True)  # with cpu_ram_efficient_loading
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ValueError, match=r"beta=0\.1 needs a reference model, but with fsdp_cpu_ram_efficient_loading"):
         make_trainer(beta=0.1)

@@ -18,8 +18,10 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes.decision import Decision
 from hgpo_trl.modes.hybrid_accuracy import figures
 from hgpo_trl.scripts import hgpo
-from hgpo_trl.training.config import BEST_METRIC, HGPOConfig
-from hgpo_trl.training.trainer import HGPOTrainer, check_evaluation
+from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.metrics import BUDGET_METRIC, EVALUATION_METRICS
+from hgpo_trl.training.trainer import HGPOTrainer
+from hgpo_trl.training.validate import BEST_METRIC, check_evaluation
 
 Make = Callable[..., HGPOTrainer]
 
@@ -167,7 +169,7 @@ def test_several_data_sets_keep_their_figures_apart(make_trainer: Make) -> None:
     trainer = make_trainer(four, sets, load_best_model_at_end=False, metric_for_best_model="3_hgpo/accuracy/no_think")
     log = trainer.evaluate()
     assert [log[f"eval_{name}_hgpo/accuracy/no_think"] for name in sets] == [0.0, 0.5]
-    with pytest.raises(ValueError, match=r"none of the evaluation's figures.* Did you mean eval_3_hgpo/accuracy"):
+    with pytest.raises(ValueError, match=r"none of the evaluation's metrics.* Did you mean eval_3_hgpo/accuracy"):
         make_trainer(four, sets, metric_for_best_model="hgpo/accuracy/no_think")
 
 
@@ -386,7 +388,7 @@ def test_the_best_is_by_hybrid_accuracy_unless_said_otherwise(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("eval_hybrid_accuracy", r"none of the evaluation's figures.* Did you mean eval_hgpo/hybrid_accuracy\?"),
+        ("eval_hybrid_accuracy", r"none of the evaluation's metrics.* Did you mean eval_hgpo/hybrid_accuracy\?"),
         ("loss", r"metric_for_best_model='loss' is none .* There are eval_hgpo/hybrid_accuracy, eval_hgpo/thinking"),
         ("hgpo/accuracy_at_budget", r"\(accuracy_at_budget needs eval_token_budget\)"),
         ("eval_hgpo/accuracy", r"eval_hgpo/accuracy/auto, eval_hgpo/accuracy/sampled"),
@@ -406,12 +408,14 @@ def test_a_known_metric(tmp_path: Path, metric: str) -> None:
     check_evaluation(args, "eval_data")
 
 
-def every_figure() -> list[str]:
+def test_the_names_of_the_metrics_are_those_that_are_computed() -> None:
     one, half = np.ones((1, 2, 1)), np.full(1, 0.5)
-    return [*figures(one, one, half, half, np.zeros(1, dtype=np.int64), token_budget=1.0)]
+    samples = (one, one, half, half, np.zeros(1, dtype=np.int64))
+    assert tuple(figures(*samples)) == EVALUATION_METRICS
+    assert tuple(figures(*samples, token_budget=1.0)) == (*EVALUATION_METRICS, BUDGET_METRIC)
 
 
-@pytest.mark.parametrize("figure", every_figure())
+@pytest.mark.parametrize("figure", [*EVALUATION_METRICS, BUDGET_METRIC])
 @pytest.mark.parametrize("metric", ["hgpo/{}", "eval_hgpo/{}", "eval_name_hgpo/{}"])
 def test_the_better_end_follows_from_the_figure(tmp_path: Path, figure: str, metric: str) -> None:
     """More accuracy, fewer tokens, less mass on neither mode; of the thinking ratio the user must say."""

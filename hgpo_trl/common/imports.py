@@ -6,6 +6,7 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from hgpo_trl.common.errors import UserError
 
@@ -31,6 +32,24 @@ def load_module(name: str) -> ModuleType:
     if found is None:
         raise UserError(f"There is no module {name!r}. Give a dotted module name, or a path that ends in .py.")
     return importlib.import_module(name)
+
+
+def load_function(field: str, name: str) -> Any:
+    """Find a user's function by "package.module.function" or "path/to/file.py:function".
+
+    Args:
+        field: the setting that names the function, for the messages.
+
+    Raises:
+        UserError: the file, the module or the function does not exist, or a file is named without a function.
+    """
+    if name.endswith(".py"):
+        raise UserError(f"{field}: {name!r} names a file but no function in it: write {name}:function.")
+    source, _, function = name.rpartition(":" if ".py:" in name else ".")
+    found = getattr(load_module(source), function, None)
+    if not callable(found):
+        raise UserError(f"{field}: {name!r}: {source} has no function {function!r}.")
+    return found
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -30,7 +30,7 @@ from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.modes.hybrid_accuracy import valid_mean
 from hgpo_trl.rewards import accuracy_reward
-from hgpo_trl.training.advantages import assign_rewards, tied_modes
+from hgpo_trl.training.advantages import query_signal
 from hgpo_trl.training.checks import check_dataset
 from hgpo_trl.training.model_dir import check_model_path
 
@@ -118,12 +118,7 @@ def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_
         raise UserError(f"margin must be a finite number of at least 0; got {margin}.")
     if len(rewards) == 0:
         return np.zeros(0, dtype=bool)
-    as_tensor = torch.from_numpy(rewards)
-    r_inter, r_intra = assign_rewards(as_tensor, margin)
-    r_inter_swapped, _ = assign_rewards(as_tensor.flip(1), 0.0)
-    within = ~tied_modes(as_tensor, r_intra).all(dim=1)
-    think_wins, no_think_is_higher = (wins[:, 0].any(dim=1) for wins in (r_inter, r_inter_swapped))
-    return (within | think_wins | no_think_is_higher).numpy()
+    return query_signal(torch.from_numpy(rewards), margin).from_rewards.numpy()
 
 
 def pass_rates(rewards: NDArray[np.float64]) -> NDArray[np.float64]:

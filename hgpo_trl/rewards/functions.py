@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.common.imports import load_module
+from hgpo_trl.common.imports import load_function
 from hgpo_trl.modes import Response, completion_text, split_response
 from hgpo_trl.verification import check_answers
 
@@ -309,17 +309,11 @@ def load_reward(name: str) -> Callable | str:
     Raises:
         UserError: the file, the module or the function does not exist, or no function is named.
     """
-    if name.endswith(".py"):
-        raise UserError(f"reward_funcs: {name!r} names a file but no function in it: write {name}:function.")
-    source, separator, function = name.rpartition(":" if ".py:" in name else ".")
-    if ("/" in name and ".py:" not in name) or Path(name).exists():
+    if not name.endswith(".py") and (("/" in name and ".py:" not in name) or Path(name).exists()):
         return name
-    if not separator:
+    if "." not in name:
         raise UserError(
             f"reward_funcs: {name!r} is neither a function (package.module.function or path/to/file.py:function) nor a "
             "reward model's id or path."
         )
-    module = load_module(source)
-    if not callable(getattr(module, function, None)):
-        raise UserError(f"reward_funcs: {name!r}: {source} has no function {function!r}.")
-    return getattr(module, function)
+    return load_function("reward_funcs", name)

@@ -30,7 +30,8 @@ from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.rows import Renderer
 from hgpo_trl.training.run_dir import claim_run_dir
-from hgpo_trl.training.trainer import HGPOTrainer, check_evaluation
+from hgpo_trl.training.trainer import HGPOTrainer
+from hgpo_trl.training.validate import check_evaluation
 
 
 @dataclass

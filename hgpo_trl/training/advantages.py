@@ -8,13 +8,16 @@ response. Rewards come as `[Q, 2, N/2]`; axis 1 is the mode, in the order of `hg
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.imports import load_function
 
-ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed")
 TIES = ("all", "first")
 INTRA_SCOPES = ("mode", "all")
 DECISION_WEIGHTINGS = ("saturating", "uniform")
@@ -24,13 +27,13 @@ TIE_TOLERANCE = 1e-6  # relative: rewards come in float32, whose rounding must n
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
+    """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def check_coefficients(alpha: float, margin: float, discount: float) -> None:
-    """Raise ValueError unless α and δ are finite and γ lies in (0, 1]."""
+    """Raise UserError unless α and δ are finite and γ lies in (0, 1]."""
     for name, value in (("alpha", alpha), ("margin", margin)):
         if not math.isfinite(value):
             raise UserError(f"{name} must be a finite number; got {value}.")
@@ -45,14 +48,14 @@ def assign_rewards(
 
     Args:
         rewards: `[Q, 2, N/2]`, raw rewards r (Eq. 7), NaN where there is none.
-        margin: δ, what the no-think mode is given on top of its mean. Equality goes to no-think, which is cheaper. A
-            difference of less than 1e-6 of the query's largest reward (or of δ) counts as equality.
+        margin: δ, added to the mean of the no-think mode. Equality goes to no-think, which is cheaper. A difference of
+            less than 1e-6 of the query's largest reward (or of δ) counts as equality.
         ties: "all" gives r_intra = 1 to every sample that reaches its mode's maximum, "first" to the first one only.
         decided: `[Q]`, queries that no-think has won without think samples (`decided_without_think`); None: none.
 
     Returns:
-        `(r_inter, r_intra)`, both `[Q, 2, N/2]` with entries 0 or 1. Invalid samples get 0; so does r_inter of a whole
-        query one of whose modes has no valid sample, because there is nothing to compare, unless it is decided.
+        `(r_inter, r_intra)`, both `[Q, 2, N/2]` with entries 0 or 1. Invalid samples get 0. Where a mode of a query has
+        no valid sample there is nothing to compare, and r_inter is 0 for the whole query, unless it is decided.
 
     Raises:
         ValueError: `rewards` is not `[Q, 2, n]`, `decided` is not `[Q]`, `margin` is not finite, or `ties` is unknown.
@@ -82,7 +85,7 @@ def assign_rewards(
 
 
 def tied_modes(rewards: Tensor, r_intra: Tensor) -> Tensor:
-    """Modes without anything to choose between: all their valid samples are best, or none is valid.
+    """Find modes without anything to choose between: all their valid samples are best, or none is valid.
 
     Args:
         rewards, r_intra: `[Q, 2, N/2]`, as `assign_rewards` takes and returns them.
@@ -93,8 +96,42 @@ def tied_modes(rewards: Tensor, r_intra: Tensor) -> Tensor:
     return ((r_intra == 1) | rewards.isnan()).all(dim=2)
 
 
+class QuerySignal(NamedTuple):
+    """Where the rewards of a query give a signal; all `[Q]`, boolean."""
+
+    within: Tensor  # some response is better than another one of its mode (Eq. 9)
+    compared: Tensor  # one of the modes has won (Eq. 8), be it by the margin alone
+    think_wins: Tensor  # R̄_think > R̄_no_think + δ
+    no_think_higher: Tensor  # R̄_no_think > R̄_think, so that no-think would win without the margin too
+
+    @property
+    def from_rewards(self) -> Tensor:
+        """Queries with a signal that comes from their rewards, not from the margin alone."""
+        return self.within | self.think_wins | self.no_think_higher
+
+
+def query_signal(rewards: Tensor, margin: float, ties: str = "all", decided: Tensor | None = None) -> QuerySignal:
+    """Find the queries from which HGPO learns something.
+
+    Args:
+        rewards, margin, ties, decided: as `assign_rewards` takes them.
+
+    Raises:
+        ValueError: see `assign_rewards`.
+    """
+    r_inter, r_intra = assign_rewards(rewards, margin, ties, decided)
+    won = (r_inter > 0).any(dim=2)  # [Q, 2]
+    swapped, _ = assign_rewards(rewards.flip(1), 0.0)
+    return QuerySignal(
+        within=~tied_modes(rewards, r_intra).all(dim=1),
+        compared=won.any(dim=1),
+        think_wins=won[:, 0],
+        no_think_higher=(swapped[:, 0] > 0).any(dim=1),
+    )
+
+
 def decided_without_think(no_think: Tensor, margin: float) -> Tensor:
-    """Queries that no-think wins whatever think samples would bring, as long as no reward exceeds 1 (Eq. 8).
+    """Find queries that no-think wins whatever think samples would bring, as long as no reward exceeds 1 (Eq. 8).
 
     Args:
         no_think: `[Q, N/2]`, rewards of the no-think samples. A query with a NaN among them is left undecided.
@@ -129,9 +166,9 @@ def leave_one_out(x: Tensor, mask: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def decision_weights(r_inter: Tensor, mode_probs: Tensor) -> Tensor:
-    """Saturating weights of the inter-group advantage: how far the old policy is from the mode that won.
+    """Weigh the inter-group advantage by the distance of the old policy from the mode that won ("saturating").
 
-    Both modes are always forced, so as printed (Eq. 10) the push on the decision token never ends, and once the
+    Both modes are always forced. As printed (Eq. 10), the push on the decision token therefore never ends, and once the
     decision is settled it moves mass to tokens that are neither mode. Here the winner's rows are scaled by
     2(1 − π_old(m|q)) and the loser's by 2·π_old(m|q): 1 at π_old = 1/2, 0 once the winner has all the mass.
 
@@ -146,11 +183,99 @@ def decision_weights(r_inter: Tensor, mode_probs: Tensor) -> Tensor:
     return (2 * torch.where(won > 0, 1 - mode_probs, mode_probs))[:, :, None]
 
 
+@dataclass(frozen=True)
+class BinaryRewards:
+    """What an estimator turns into advantages: the binary rewards of a batch and the shape of its responses."""
+
+    r_inter: Tensor  # [Q, 2, N/2], 0 or 1 (Eq. 8)
+    r_intra: Tensor  # [Q, 2, N/2], 0 or 1 (Eq. 9)
+    valid: Tensor  # [Q, 2, N/2], boolean: the response has a reward
+    compared: Tensor  # [Q, 2, N/2], boolean: r_inter holds for the row: valid, or of a decided query
+    tied: Tensor  # [Q, 2], boolean, see `tied_modes`
+    lengths: Tensor  # [Q*N], tokens
+    intra_scope: str = "mode"  # norm(r_intra) over the mode's own N/2 samples ("mode") or over all N ("all")
+    discount: float = 0.99  # γ of Eq. 22
+
+    @property
+    def intra_dims(self) -> tuple[int, ...]:
+        """Axes of `[Q, 2, N/2]` that norm(r_intra) runs over."""
+        return (2,) if self.intra_scope == "mode" else (1, 2)
+
+    @property
+    def to_last(self) -> Tensor:
+        """`[Q*N, T]`, tokens still to come after each one; negative beyond the response."""
+        position = torch.arange(int(self.lengths.max()), device=self.lengths.device)
+        return self.lengths[:, None] - 1 - position
+
+    def per_token(self, per_response: Tensor) -> Tensor:
+        """`[Q*N, T]` from `[Q, 2, N/2]`: every token of a response gets its value; 0 beyond the response."""
+        return per_response.reshape(-1, 1) * (self.to_last >= 0)
+
+
+Estimator = Callable[[BinaryRewards], tuple[Tensor, Tensor]]
+"""Returns the intra-group advantages per token, `[Q*N, T]` with 0 beyond each response, and the inter-group advantages
+of the decision tokens before α and the decision weights, `[Q, 2, N/2]`."""
+
+
+def grpo(batch: BinaryRewards) -> tuple[Tensor, Tensor]:
+    """Eq. 10: norm(r) = (r − mean) / (std + 1e-4), the same for every token of a response."""
+    intra = standardize(batch.r_intra, batch.valid, batch.intra_dims)
+    return batch.per_token(intra), standardize(batch.r_inter, batch.compared, dim=(1, 2))
+
+
+def rloo(batch: BinaryRewards) -> tuple[Tensor, Tensor]:
+    """Eq. 23: norm(r)_i = r_i minus the mean of the others, the same for every token of a response."""
+    intra = leave_one_out(batch.r_intra, batch.valid, batch.intra_dims)
+    return batch.per_token(intra), leave_one_out(batch.r_inter, batch.compared, dim=(1, 2))
+
+
+def reinforce_plus_plus(batch: BinaryRewards) -> tuple[Tensor, Tensor]:
+    """Eq. 22 with the reward on the last token: γ^(tokens to come) · r_intra, whitened over all response tokens.
+
+    Modes that are tied are left out: every return there is that of a best sample, which whitening together with other
+    modes would turn into praise for nothing.
+    """
+    chosen = batch.valid & ~batch.tied[:, :, None]
+    mask = (batch.to_last >= 0) & chosen.reshape(-1, 1)
+    discounts = batch.discount ** batch.to_last.clamp(min=0).to(batch.r_intra.dtype)
+    returns = batch.r_intra.reshape(-1, 1) * discounts * mask
+    return standardize(returns, mask, dim=(0, 1)), batch.r_inter
+
+
+def reinforce_plus_plus_as_printed(batch: BinaryRewards) -> tuple[Tensor, Tensor]:
+    """Eq. 22 to the letter: Σ_{s=t}^{|o|-1} γ^(s-t) · r_intra, neither centred nor scaled."""
+    to_last = batch.to_last
+    steps = torch.arange(to_last.shape[1], device=to_last.device).to(batch.r_intra.dtype)
+    sums = (batch.discount**steps).cumsum(dim=0)  # of any number of tokens to come; γ = 1 needs no form of its own
+    return batch.r_intra.reshape(-1, 1) * sums[to_last.clamp(min=0)] * (to_last >= 0), batch.r_inter
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    estimator.__name__: estimator for estimator in (grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_as_printed)
+}
+
+
+def load_estimator(name: str) -> Estimator:
+    """Find an estimator by its name in `ESTIMATORS`, "package.module.function" or "path/to/file.py:function".
+
+    Raises:
+        UserError: there is no such estimator, module, file or function.
+    """
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    if "." not in name:
+        raise UserError(
+            f"estimator must be one of {', '.join(ESTIMATORS)}, or your own as package.module.function or "
+            f"path/to/file.py:function; got {name!r}."
+        )
+    return load_function("estimator", name)
+
+
 def compute_advantages(
     rewards: Tensor,
     completion_lengths: Tensor,
     *,
-    estimator: str = "grpo",
+    estimator: str | Estimator = "grpo",
     alpha: float = 1.0,
     margin: float = 0.2,
     intra_scope: str = "mode",
@@ -167,68 +292,78 @@ def compute_advantages(
         rewards: `[Q, 2, N/2]`, raw rewards, NaN where there is none.
         completion_lengths: `[Q*N]`, tokens of each response, the decision token included; query-major, think half
             first.
-        estimator: "grpo" (standardised), "rloo" (Eq. 23), "reinforce_plus_plus" (Eq. 22 with the reward on the last
-            token, whitened over the response tokens of all modes of the batch that are not tied, see `tied_modes`), or
-            "reinforce_plus_plus_as_printed" (Eq. 22 to the letter).
+        estimator: gives the two terms of the sum; one of `ESTIMATORS` by its name, or a callable (`Estimator`).
         alpha: α, weight of the inter-group advantage.
         margin: δ of Eq. 8.
-        intra_scope: norm(r_intra) over the mode's own N/2 samples ("mode") or over all N ("all").
+        intra_scope, discount: see `BinaryRewards`.
         ties: see `assign_rewards`.
-        discount: γ of Eq. 22; unused by the other estimators.
         mode_probs: `[Q, 2]`, the old policy's probability of each mode: turns on `decision_weights`. None is the paper.
-        decided: `[Q]`, queries without think samples that no-think has won (`decided_without_think`). The think rows
-            of these have a NaN reward, hence no intra-group signal, but the inter-group advantage of rows that lost.
+        decided: `[Q]`, queries without think samples that no-think has won (`decided_without_think`). Their think rows
+            have a NaN reward, hence no intra-group signal, but the inter-group advantage of rows that lost.
 
     Returns:
         `[Q*N, T]`, rows as in `completion_lengths`, 0 beyond each length. float64 for float64 rewards, else float32.
 
     Raises:
-        ValueError: an argument is out of its range or shape; the message names it.
+        UserError, ValueError: an argument is out of its range or shape, or the estimator returns other shapes or values
+            that are not finite; the message names it.
     """
-    check_choice("estimator", estimator, ESTIMATORS)
     check_choice("intra_scope", intra_scope, INTRA_SCOPES)
     check_coefficients(alpha, margin, discount)
+    estimate = load_estimator(estimator) if isinstance(estimator, str) else estimator
     if rewards.dtype != torch.float64:
         rewards = rewards.float()
     r_inter, r_intra = assign_rewards(rewards, margin, ties, decided)
-    if completion_lengths.shape != (rewards.numel(),):
-        raise ValueError(
-            f"completion_lengths must have one entry per reward, [{rewards.numel()}]; "
-            f"got {list(completion_lengths.shape)}."
-        )
-    if completion_lengths.min() < 1:
-        raise ValueError(f"completion_lengths must be at least 1; got {int(completion_lengths.min())}.")
-    if mode_probs is not None:
-        if mode_probs.shape != rewards.shape[:2]:
-            raise ValueError(f"mode_probs must have the shape {list(rewards.shape[:2])}; got {list(mode_probs.shape)}.")
-        if not ((mode_probs >= 0) & (mode_probs <= 1 + TIE_TOLERANCE)).all():  # NaN fails too
-            raise ValueError(f"mode_probs must lie between 0 and 1; got {mode_probs.tolist()}.")
+    _check_lengths(completion_lengths, rewards.numel())
 
     valid = ~rewards.isnan()
-    compared = valid if decided is None else valid | decided[:, None, None]
-    position = torch.arange(int(completion_lengths.max()), device=rewards.device)
-    to_last = completion_lengths[:, None] - 1 - position  # [Q*N, T], tokens still to come after this one
-    in_response = to_last >= 0
-
-    if estimator in ("grpo", "rloo"):
-        norm = standardize if estimator == "grpo" else leave_one_out
-        intra = norm(r_intra, valid, dim=(2,) if intra_scope == "mode" else (1, 2))
-        inter = norm(r_inter, compared, dim=(1, 2))
-        advantages = intra.reshape(-1, 1) * in_response
-    else:
-        inter = r_inter
-        if estimator == "reinforce_plus_plus":
-            # A tied mode's return is 1 for every sample. Whitened with the others it would be praise for nothing.
-            chosen = valid & ~tied_modes(rewards, r_intra)[:, :, None]
-            mask = in_response & chosen.reshape(-1, 1)
-            returns = r_intra.reshape(-1, 1) * discount ** to_last.clamp(min=0).to(rewards.dtype) * mask
-            advantages = standardize(returns, mask, dim=(0, 1))
-        else:
-            # Σ_{s=t}^{|o|-1} γ^(s-t) for every number of tokens still to come: no closed form needed for γ = 1
-            sums = (discount ** position.to(rewards.dtype)).cumsum(dim=0)
-            advantages = r_intra.reshape(-1, 1) * sums[to_last.clamp(min=0)] * in_response
-
+    batch = BinaryRewards(
+        r_inter=r_inter,
+        r_intra=r_intra,
+        valid=valid,
+        compared=valid if decided is None else valid | decided[:, None, None],
+        tied=tied_modes(rewards, r_intra),
+        lengths=completion_lengths,
+        intra_scope=intra_scope,
+        discount=discount,
+    )
+    advantages, inter = estimate(batch)
+    if estimate not in ESTIMATORS.values():
+        _check_estimates(advantages, inter, batch)
     if mode_probs is not None:
+        _check_mode_probs(mode_probs, rewards.shape[:2])
         inter = inter * decision_weights(r_inter, mode_probs.to(inter.dtype))
     advantages[:, 0] += alpha * inter.reshape(-1)
     return advantages
+
+
+def _check_lengths(lengths: Tensor, num_rows: int) -> None:
+    if lengths.shape != (num_rows,):
+        raise ValueError(f"completion_lengths must have one entry per reward, [{num_rows}]; got {list(lengths.shape)}.")
+    if lengths.min() < 1:
+        raise ValueError(f"completion_lengths must be at least 1; got {int(lengths.min())}.")
+
+
+def _check_mode_probs(mode_probs: Tensor, shape: torch.Size) -> None:
+    if mode_probs.shape != shape:
+        raise ValueError(f"mode_probs must have the shape {list(shape)}; got {list(mode_probs.shape)}.")
+    if not ((mode_probs >= 0) & (mode_probs <= 1 + TIE_TOLERANCE)).all():  # NaN fails too
+        raise ValueError(f"mode_probs must lie between 0 and 1; got {mode_probs.tolist()}.")
+
+
+def _check_estimates(intra: Tensor, inter: Tensor, batch: BinaryRewards) -> None:
+    """Check the advantages of a user's own estimator."""
+    for name, found, shape in (
+        ("intra-group", intra, batch.to_last.shape),
+        ("inter-group", inter, batch.r_inter.shape),
+    ):
+        if found.shape != shape:
+            raise UserError(
+                f"estimator: the {name} advantages must have the shape {list(shape)}; it returned {list(found.shape)}."
+            )
+        if not found.isfinite().all():
+            raise UserError(f"estimator: some {name} advantages are not finite. Mask rows without a reward (`valid`).")
+    if intra.masked_fill(batch.to_last >= 0, 0.0).any():
+        raise UserError(
+            "estimator: intra-group advantages beyond the end of a response must be 0. Use `BinaryRewards.per_token`."
+        )

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole, or known not to be.
+"""Seals on finished checkpoints, so that no run resumes from a torn one.
 
 Trainer writes a checkpoint file by file, from every process, and removes older ones before the others have finished. A
-run that is killed meanwhile leaves a folder that looks like a checkpoint. Here each finished checkpoint is sealed: once
-all processes have written theirs, process 0 lists every file with its size. What has no seal, or differs from it, is
-torn, and never the one to resume from.
+run that is killed meanwhile leaves a folder that looks like a checkpoint. Here process 0 seals each checkpoint once all
+processes have written their files: it lists every file with its size. A checkpoint without a seal, or with files that
+differ from it, is torn, and runs do not resume from it.
 
-Process 0 alone writes the weights, so all processes need the same folder. Where they do not have it, `agreed_step` says
-so, or finds what all of them have.
+Process 0 alone writes the weights, so all processes need the same folder. Where their folders differ, `agreed_step`
+finds the newest checkpoint that all of them have, or raises an error.
 """
 
 import json
@@ -28,18 +28,18 @@ SEAL = "complete.json"
 class SealCheckpoints(TrainerCallback):
     """Seals every checkpoint, removes older ones only then, and logs before each so that no metric is cut in two.
 
-    Metrics are means over the steps since the last log, and what has been gathered since is not part of a checkpoint.
-    With a log at every checkpoint a resumed run logs what the uninterrupted one does.
+    Metrics are means over the steps since the last log, and a checkpoint does not hold values gathered since then. With
+    a log at every checkpoint, a resumed run logs the same metrics as an uninterrupted one.
 
     Args:
-        args: of the trainer that this is a callback of. Takes `save_total_limit` over from it.
+        args: of the trainer that gets this callback. `save_total_limit` is moved from it to the callback.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
         self._limit, args.save_total_limit = args.save_total_limit, None
 
     def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        # Whether it is the best, only the evaluation will tell.
+        # The evaluation that decides whether it is the best comes later.
         may_be_best = args.save_strategy == SaveStrategy.BEST and control.should_evaluate
         if control.should_save or may_be_best:
             control.should_log = True
@@ -71,7 +71,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of every file below a checkpoint, the seal apart."""
+    """Bytes of every file below a checkpoint, without the seal."""
     files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
     return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
 
@@ -82,7 +82,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What makes a checkpoint useless for resuming, or None if it is whole."""
+    """Say why a checkpoint is useless for resuming; None if it is whole."""
     if not (checkpoint / SEAL).is_file():
         return f"it has no {SEAL}: the run ended while it was written"
     sealed: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
@@ -95,7 +95,7 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def checkpoint_faults(directory: Path) -> dict[int, str | None]:
-    """The checkpoints in a run's folder, newest first: {step: what makes it useless, None for a whole one}."""
+    """List the checkpoints in a run's folder, newest first: {step: `fault` of the checkpoint}."""
     folders = {
         int(step): path
         for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -105,7 +105,7 @@ def checkpoint_faults(directory: Path) -> dict[int, str | None]:
 
 
 def last_checkpoint(directory: Path) -> tuple[str | None, dict[str, str]]:
-    """The newest whole checkpoint of a run, and the torn ones after it.
+    """Find the newest whole checkpoint of a run, and the torn ones after it.
 
     Returns:
         Path of the checkpoint, or None if there is none; {path: fault} of newer checkpoints that have to be skipped.
@@ -120,7 +120,7 @@ def last_checkpoint(directory: Path) -> tuple[str | None, dict[str, str]]:
 
 
 def agreed_step(found: Sequence[Mapping[int, str | None]]) -> int | None:
-    """The step of the newest checkpoint that is whole for all processes, each of which may have a folder of its own.
+    """Find the step of the newest checkpoint that is whole for all processes; each may have a folder of its own.
 
     Args:
         found: of every process, `checkpoint_faults` of its folder.

@@ -3,7 +3,7 @@
     faults, lengths = inspect_rows(dataset, renderer, EXAMPLES)    # of every row: at most one fault, and its length
     dataset, lengths = check_rows("train_data", dataset, renderer, EXAMPLES)    # refuses the faulty, or drops them
 
-How a row is opened and what can be wrong with it is in `hgpo_trl.training.rows`.
+`hgpo_trl.training.rows` opens a row and defines the kinds of faults.
 """
 
 import json
@@ -30,11 +30,11 @@ SAMPLE_ROWS = 2_000  # rows whose tokens are counted for a share
 
 
 class RowFault(NamedTuple):
-    """What is wrong with one row."""
+    """The fault of one row."""
 
     row: int
     kind: str  # of KINDS
-    detail: str  # an excerpt, or what the chat template says
+    detail: str  # an excerpt, or the chat template's message
 
 
 class Lengths(NamedTuple):
@@ -90,7 +90,7 @@ def count_tokens(dataset: Dataset, rows: Sequence[int] | NDArray[np.int64], rend
 
 
 class Share(NamedTuple):
-    """Which share of the rows, and of those that think, is longer than a limit."""
+    """Shares of the rows, and of those that think, that are longer than a limit."""
 
     rows: float
     think: float
@@ -98,9 +98,9 @@ class Share(NamedTuple):
 
 
 def share_beyond(dataset: Dataset, lengths: Lengths, limit: int, renderer: Renderer) -> Share:
-    """How many rows have more than `limit` tokens.
+    """Find the share of rows with more than `limit` tokens.
 
-    Only rows that may have are counted, and of more than `SAMPLE_ROWS` of these only so many, evenly spread.
+    Tokens are counted only for rows that may have more, and for at most `SAMPLE_ROWS` of these, evenly spread.
     """
     candidates = np.flatnonzero(lengths.most > limit)
     if not len(candidates):
@@ -122,9 +122,7 @@ def check_rows(
     dropped: Path | None = None,
     is_main_process: bool = True,
 ) -> tuple[Dataset, Lengths]:
-    """Refuse a data set with faulty rows, or leave these out.
-
-    The same rows are left out whenever and in whatever process it is called.
+    """Refuse a data set with faulty rows, or leave them out: the same rows in every call and every process.
 
     Args:
         name: the field of the recipe, or the argument, that holds the data set.
@@ -168,12 +166,12 @@ DROP_HELP = "Leave faulty rows out, and list them in output_dir/dropped_FIELD.js
 
 
 def dropped_rows_file(output_dir: str | Path | None, field: str) -> Path:
-    """Where a stage lists the rows of a data set that it leaves out."""
+    """The file in which a stage lists the rows of a data set that it leaves out."""
     return Path(str(output_dir)) / f"dropped_{field}.jsonl"
 
 
 def without_dropped(dataset: Dataset, path: Path) -> Dataset:
-    """The rows that are not in a list that `check_rows` has left; all if there is no such list."""
+    """Leave out the rows that `check_rows` has listed in a file; none if there is no such file."""
     if not path.is_file():
         return dataset
     dropped = [json.loads(line)["row"] for line in path.read_text(encoding="utf-8").splitlines()]
@@ -181,7 +179,7 @@ def without_dropped(dataset: Dataset, path: Path) -> Dataset:
 
 
 def explain(faults: Iterable[RowFault]) -> str:
-    """Faults by kind, most frequent first: how many rows, what is wrong with them, and the first of them."""
+    """Describe faults by kind, most frequent first: number of rows, description and first row of each kind."""
     by_kind: dict[str, list[RowFault]] = {}
     for fault in faults:
         by_kind.setdefault(fault.kind, []).append(fault)
@@ -198,7 +196,7 @@ def explain(faults: Iterable[RowFault]) -> str:
 def model_positions(
     model: str | PretrainedConfig, overrides: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> int | None:
-    """Tokens that a model has positions for (`max_position_embeddings`); None if its configuration names no number.
+    """Find how many tokens a model has positions for (`max_position_embeddings`); None if its configuration has none.
 
     Args:
         model: path, hub id, or the configuration of a model that is loaded.
@@ -213,7 +211,7 @@ def model_positions(
 
 
 def rollout_positions(args: GRPOConfig, positions: int | None) -> int | None:
-    """The positions that prompt and completion may take in a rollout: the model's, or the fewer that vLLM is given."""
+    """Positions for prompt and completion in a rollout: those of the model, or fewer if vLLM is given fewer."""
     given = args.vllm_max_model_length if args.use_vllm and args.vllm_mode == "colocate" else None
     return min((limit for limit in (positions, given) if limit is not None), default=None)
 
@@ -231,8 +229,8 @@ def check_prompts(
     """Check the rows of a stage that samples responses.
 
     Args:
-        positions: of the model. A prompt beyond them is a fault; one that leaves less than `max_new_tokens` of them to
-            the response is warned of.
+        positions: of the model. A longer prompt is a fault; a prompt that leaves fewer than `max_new_tokens` of them to
+            the response causes a warning.
         dropped: see `check_rows`.
         is_main_process: this one writes the list, and the warnings.
 
@@ -270,8 +268,8 @@ def check_examples(
     """Check the rows of Stage I.
 
     Args:
-        max_length: tokens after which a row is cut off, which is warned of; None cuts none.
-        positions: of the model. A row beyond them is a fault, unless it is cut off.
+        max_length: tokens after which a row is cut off, with a warning; None cuts none.
+        positions: of the model. A longer row is a fault, unless it is cut off.
         dropped: see `check_rows`.
         is_main_process: this one writes the list, and the warnings.
 
@@ -313,7 +311,7 @@ def _percent(share: float, exact: bool) -> str:
 
 
 def check_columns(name: str, dataset: Any) -> None:
-    """Check that a data set can be one of prompts.
+    """Check that a data set can serve as a data set of prompts.
 
     Raises:
         UserError: not a data set, no `prompt` column, no rows, or a column `response`.
@@ -344,7 +342,7 @@ def check_dataset(
 
     Args:
         name: of the argument, for the messages.
-        dataset: of a stream only the columns and the first row are looked at.
+        dataset: only columns and first row of a stream are checked.
         tokenizer: as the stage will use it.
         args, model: of a trainer whose rollouts need positions for prompt and completion; None: any length will do.
 

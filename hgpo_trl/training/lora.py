@@ -1,6 +1,6 @@
 """LoRA (PEFT): the mode tags' embedding rows are trained with it, kept in the adapter and merged with it.
 
-The rows go by PEFT's `trainable_token_indices`: four rows per matrix, where `modules_to_save` would train, save and
+PEFT's `trainable_token_indices` trains these rows alone: four per matrix, where `modules_to_save` would train, save and
 optimise whole embedding matrices.
 """
 
@@ -24,9 +24,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def train_tag_rows(config: "LoraConfig", tokens: ModeTokens, model: PreTrainedModel) -> None:
-    """Have the tags' rows of the input and, where it is not tied, the output embedding trained along.
+    """Train the tags' rows of the input embedding and, where it is not tied, of the output embedding too.
 
-    An embedding that `config` already trains, by `modules_to_save` or `target_modules`, is left to it.
+    An embedding that `config` already trains, by `modules_to_save` or `target_modules`, is left as it is.
 
     Args:
         config: changed in place.
@@ -47,30 +47,30 @@ def train_tag_rows(config: "LoraConfig", tokens: ModeTokens, model: PreTrainedMo
 
     chosen = [module for module in embeddings if not trained_anyway(module)]
     if model.config.tie_word_embeddings and len(chosen) < len(embeddings):
-        return  # one matrix: who trains its one end trains the tags' rows
+        return  # tied: to train either embedding trains the tags' rows of both
     if output in chosen and getattr(output, "bias", None) is not None:
         raise UserError(
             f"use_peft: the output embedding {names[output]} of {model.config.model_type} has a bias, which PEFT drops "
             f"where it trains single rows. Train it whole (lora_modules_to_save: [{names[output]}]), or without LoRA."
         )
-    # Under the last part of its name an embedding is found however deep a model class nests it. For tied ones PEFT
-    # makes the same rows of both names one parameter.
+    # PEFT finds an embedding by the last part of its name, however deep a model class nests it. For tied embeddings it
+    # makes the rows of both names one parameter.
     rows = {names[module].rpartition(".")[2]: list(astuple(tokens)) for module in chosen}
     config.trainable_token_indices = rows or None
 
 
 def prepare_wrapped(model: Any) -> None:
-    """Make a `PeftModel` fit for TRL's loss and for saving; call it before training.
+    """Prepare a `PeftModel` for TRL's loss and for saving; call it before training.
 
     TRL's fused LM head reads `weight` and `bias` of the output embedding, but PEFT's wrapper for single rows has no
-    `bias` (`train_tag_rows` has seen to it that there is none). And PEFT saves whole embeddings, gigabytes, where the
-    tags made them grow; the adapter's own rows and `add_mode_tokens` say all of them.
+    `bias` (`train_tag_rows` has refused models that have one). And where the tags made the embeddings grow, PEFT would
+    save them whole, gigabytes; the adapter's rows and `add_mode_tokens` are enough to restore them.
     """
     from peft.utils.other import TrainableTokensWrapper
 
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
-            vars(module)["bias"] = None  # the input embedding's is never asked for
+            vars(module)["bias"] = None  # nothing reads the input embedding's
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
 
 
@@ -82,8 +82,8 @@ def is_adapter(name: str) -> bool:
 def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model in float32, merge an adapter of a training stage into it, and load the adapter's tokenizer.
 
-    An embedding that had to grow for the tags grows again as it did in training. Tied embeddings stay tied, unless
-    the adapter has trained one of the two alone (`lora_modules_to_save`, `lora_target_modules`).
+    Embeddings that grew for the tags in training grow again in the same way. Tied embeddings stay tied, unless the
+    adapter has trained one of the two alone (`lora_modules_to_save`, `lora_target_modules`).
 
     Raises:
         UserError: the adapter's tokenizer lacks the mode tags, or gives them other ids than the base model's does.
@@ -102,7 +102,7 @@ def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrain
         )
     config: Any = PeftConfig.from_pretrained(adapter)
     apart = model.config.tie_word_embeddings and config.trainable_token_indices is None
-    if apart:  # else what is merged into the one would change the other
+    if apart:  # merging into one of two tied embeddings would change the other
         head = model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False

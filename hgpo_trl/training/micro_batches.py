@@ -1,7 +1,7 @@
-"""Micro-batches of like length, each as narrow as its longest row.
+"""Micro-batches of rows of similar length, each as narrow as its longest row.
 
-TRL pads all completions of a generation batch to the longest one and computes every micro-batch at that width. With
-half of the responses short that is mostly padding. Here rows are sorted by length before they are cut into
+TRL pads all completions of a generation batch to the longest one and computes every micro-batch at that width, which is
+mostly padding where half of the responses are short. Here rows are sorted by length before they are cut into
 micro-batches, and each micro-batch is trimmed to its own longest prompt and response.
 
 Shapes: `B` rows in a generation batch on this process, `P` prompt tokens (padded left), `T` completion tokens (padded
@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from trl import GRPOTrainer
 
 Batch = dict[str, Any]
 
@@ -79,18 +81,18 @@ def sort_and_trim(
 ) -> list[Batch]:
     """Regroup micro-batches by length and trim each one. Their number and row counts stay as they are.
 
-    Rows are only exchanged between micro-batches of the same optimizer step, so the sum over a step, and with it the
-    gradient, is that of the untrimmed batches. Within a step the order of the micro-batches is shuffled.
+    Rows move only between micro-batches of the same optimizer step, so the sum over a step, and with it the gradient,
+    is that of the untrimmed batches. Within a step the order of the micro-batches is shuffled.
 
-    Processes compute their micro-batches in lock-step, each as slow as the widest of them. With one order for all
-    processes the k-th longest micro-batches of all of them meet.
+    Processes compute their micro-batches in lock-step, each as slow as the widest of them. One order for all processes
+    makes them compute their k-th longest micro-batches at the same time.
 
     Args:
         batches: the micro-batches of one generation batch, of equal row counts and widths, in the order of their use.
         batches_per_step: micro-batches that one optimizer step accumulates.
         sort: False trims only; for losses whose normaliser depends on which rows share a micro-batch.
         multiple: see `trim`.
-        permutation: `permutation(n)` draws the order of a step's n micro-batches, `[n]`; on all processes the same one.
+        permutation: `permutation(n)` draws the order of a step's n micro-batches, `[n]`, the same on all processes.
     """
     window = math.gcd(len(batches), batches_per_step)  # a multiple of the step, a part of it, or out of phase with it
     if not sort or window == 1:
@@ -106,7 +108,7 @@ def sort_and_trim(
         }
         lengths = torch.stack([merged["prompt_mask"].sum(dim=1), merged["completion_mask"].sum(dim=1)])
         order = lengths.sum(dim=0).argsort(stable=True)
-        longest = lengths[:, order].view(2, window, -1).amax(dim=2).T.tolist()  # at once: each transfer waits for a GPU
+        longest = lengths[:, order].view(2, window, -1).amax(dim=2).T.tolist()  # one transfer: each waits for the GPU
         chunks = _divide(_select(merged, order), window)
         for index in permutation(window).tolist():
             prompt, completion = longest[index]
@@ -115,7 +117,7 @@ def sort_and_trim(
 
 
 def sorted_chunks(attention_mask: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Chunks of rows of like length, for a pass without gradients.
+    """Cut a batch into chunks of rows of similar length, for a pass without gradients.
 
     Args:
         attention_mask: `[B, W]`, prompts padded left and completions right.
@@ -129,3 +131,66 @@ def sorted_chunks(attention_mask: Tensor, chunk_size: int) -> Iterator[tuple[Ten
     for rows in (last - first).argsort(stable=True).split(chunk_size):
         low, high = torch.stack([first[rows].amin(), last[rows].amax()]).tolist()
         yield rows, low, high
+
+
+class MicroBatchTrainer(GRPOTrainer):
+    """GRPOTrainer that computes less padding: micro-batches and chunks hold rows of similar length.
+
+    `args.trim_micro_batches` turns it on. The gradient is the same.
+    """
+
+    args: Any  # with the field trim_micro_batches
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batches; those of a new rollout are regrouped by length and trimmed."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.args.trim_micro_batches or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = sort_and_trim(
+            self._buffered_inputs,
+            self.args.gradient_accumulation_steps,
+            sort=self._rows_may_meet_any_others(),
+            multiple=self.pad_to_multiple_of,
+            permutation=self._common_permutation,
+        )
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _common_permutation(self, size: int) -> Tensor:
+        """One order for all processes, whose random numbers differ: the first one's."""
+        return broadcast(torch.randperm(size).to(self.accelerator.device))
+
+    def _rows_may_meet_any_others(self) -> bool:
+        """Whether the sum over an optimizer step is the same however its rows are grouped into micro-batches."""
+        return not (
+            self.loss_type == "bnpo"  # divides by the micro-batch's own tokens
+            or self.top_entropy_quantile < 1.0  # a quantile of the micro-batch
+            or self._entropy_bonus_enabled  # a mean over the micro-batch
+            or self.aux_loss_enabled
+        )
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's; old and reference log-probabilities are computed in chunks of similar length, each trimmed."""
+        score = super()._get_per_token_logps_and_entropies
+        options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **kwargs}
+        num_rows, width = input_ids.shape
+        whole = torch.is_grad_enabled() or compute_entropy or not self.args.trim_micro_batches
+        if whole or batch_size is None or batch_size >= num_rows:
+            return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **options)
+        log_probs = torch.zeros(num_rows, logits_to_keep, device=input_ids.device)
+        for rows, first, last in sorted_chunks(attention_mask, batch_size):
+            keep = max(1, last - (width - logits_to_keep))  # a masked response still has one column
+            first, last = min(first, width - logits_to_keep - 1), width - logits_to_keep + keep
+            chunk, _, _ = score(model, input_ids[rows, first:last], attention_mask[rows, first:last], keep, **options)
+            log_probs[rows, :keep] = chunk.to(log_probs.dtype)
+        return log_probs, None, None

@@ -1,4 +1,4 @@
-"""Folders of models that recipes name: whether they hold a whole model, and its tokenizer."""
+"""Checks of the model folders that recipes name: a whole model, with its tokenizer."""
 
 import json
 from pathlib import Path
@@ -34,9 +34,10 @@ def check_model_path(field: str, name: str | None) -> None:
 
 
 def check_finished(field: str, name: str) -> None:
-    """UserError if a folder holds neither a whole model nor a whole adapter; a hub id passes.
+    """Check that a folder holds a whole model or a whole adapter; a hub id passes.
 
-    The message says which stage has not finished there, how to go on, and which checkpoint is whole.
+    Raises:
+        UserError: it does not. The message names the unfinished stage, the remedy and the newest whole checkpoint.
     """
     folder = Path(name)
     if not folder.is_dir() or (found := _unfinished(folder)) is None:
@@ -59,10 +60,10 @@ def check_finished(field: str, name: str) -> None:
 
 
 def _unfinished(folder: Path) -> str | None:
-    """What a folder lacks of a whole model or adapter; None if it has all of it.
+    """Say which part of a model or an adapter a folder lacks; None if it is whole.
 
-    In folders that our stages write, weights and tokenizer count, too: a stage can be killed while it saves them. Other
-    tools' folders have many layouts.
+    Weights and tokenizer are checked only in folders that this library's stages write, because a stage can be killed
+    while it saves them. Folders of other tools have many layouts.
     """
     config = next((name for name in ("config.json", ADAPTER_CONFIG) if (folder / name).is_file()), None)
     if config is None:
@@ -87,7 +88,11 @@ def _unfinished(folder: Path) -> str | None:
 
 
 def tokenizer_of(field: str, name: str | None, **kwargs: Any) -> Any:
-    """The tokenizer of the model that a field names; UserError if there is no such model, or it has none."""
+    """Load the tokenizer of the model that a field names.
+
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
     check_model_path(field, name)
     try:
         return AutoTokenizer.from_pretrained(name, **kwargs)

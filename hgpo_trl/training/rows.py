@@ -1,8 +1,8 @@
-"""A row of a data set, opened as its stage will open it, and what is wrong with it.
+"""Open a row of a data set as its stage will, and find its fault.
 
 A prompt, or a prompt with its completion, is rendered through the tokenizer's chat template; a completion is split as
-the rewards will split it. A chat template arranges texts and rarely looks into them, so one row stands for all rows of
-its shape (roles, kinds of content); a row in which the template finds a text that it looks for is rendered itself.
+the rewards will split it. Chat templates arrange texts and rarely read them. So one row is rendered for all rows of its
+shape (roles, kinds of content); rows with a text that the template searches for are rendered one by one.
 """
 
 import json
@@ -54,25 +54,25 @@ KINDS = {
     Fault.EMPTY_ANSWER: "a completion without an answer",
     "too_long": "more tokens than the model has positions",
 }
-"""What can be wrong with a row, in words for the user. The first that applies is a row's only fault."""
+"""Kinds of faults, described for the user. The first that applies is a row's only fault."""
 
 
-class FaultyRow(Exception):  # noqa: N818 (what `open_row` has to say, not what goes wrong)
-    """A row cannot be used: the kind of its fault, of `KINDS`, and an excerpt or what the chat template says."""
+class FaultyRow(Exception):  # noqa: N818 (a result of `open_row`, not a failure)
+    """A row cannot be used: the kind of its fault, of `KINDS`, and an excerpt or the chat template's message."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
 
 
-# --- what a chat template makes of a row ------------------------------------------------------------------------
+# --- rendering a row --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Rendering:
-    """What a chat template makes of a row."""
+    """The result of rendering a row through a chat template."""
 
-    refusal: str | None = None  # the chat template's words, where it refuses
+    refusal: str | None = None  # the chat template's message, where it refuses
     opened: bool = False  # it opens a mode itself at the prompt's end
     added_bytes: int = 0
     rewritten: str | None = None  # the completion, where it is not rendered as it is written
@@ -83,7 +83,7 @@ _PROBE = "An answer to look for."
 
 
 def as_trained(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """A copy of a tokenizer as Stage I makes it: with the mode tags, and a chat template that knows the modes.
+    """Copy a tokenizer and prepare it as Stage I does: with the mode tags, and a chat template that knows the modes.
 
     Raises:
         ValueError: see `add_mode_tokens` and `set_chat_template`.
@@ -146,14 +146,14 @@ class Renderer:
         return most, response if found.rewritten is None else split_response(found.rewritten)
 
     def text(self, row: Row) -> str:
-        """What is tokenised of a row: prompt and, if it has one, completion."""
+        """Render the text of a row that is tokenised: prompt and, if it has one, completion."""
         prompt, completion = row["prompt"], row.get("completion")
         if isinstance(prompt, str):
             return prompt + (completion or "")
         return self._render([*prompt, *(completion or ())], completion is None, _row_kwargs(row))
 
     def _rendering(self, row: Row, texts: Sequence[str], completion: tuple[Any, ...]) -> _Rendering:
-        """The rendering of a row, or of an earlier one of its shape, if the template looks for none of the texts.
+        """Render a row, or reuse the rendering of a row of its shape if the template searches for none of its texts.
 
         Raises:
             FaultyRow: see `prompt`.
@@ -205,7 +205,7 @@ class Renderer:
         )
 
     def _turn_end(self, prompt: Messages, kwargs: dict[str, Any]) -> str:
-        """What ends the assistant's turn."""
+        """Find the text that ends the assistant's turn."""
         if self._end_of_turn is None:
             probe = self._render([*prompt, {"role": "assistant", "content": _PROBE}], False, kwargs)
             self._end_of_turn = probe.rpartition(_PROBE)[2]
@@ -228,10 +228,10 @@ _SEARCHES = frozenset(
 
 
 def texts_looked_for(template: str) -> tuple[str, ...] | None:
-    """The texts that a chat template looks for in messages, as `</think>`; None if they cannot be told.
+    """Find the texts that a chat template searches for in messages, such as `</think>`; None if they are not constants.
 
-    They are what stands left of `in`, what is compared with anything but a role or a part's type, and the arguments of
-    methods like `startswith` and `split`.
+    They are the left operands of `in`, texts that are compared with anything but a role or a part's type, and the
+    arguments of methods like `startswith` and `split`.
     """
     environment = jinja2.Environment(extensions=[loopcontrols, _GenerationBlock])
     try:
@@ -283,7 +283,7 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
 
 
 def _shape(message: Mapping[str, Any]) -> tuple[str, Any]:
-    """By what a chat template tells messages apart, if it does not look into their texts."""
+    """The properties by which a chat template tells messages apart if it does not read their texts."""
     content = message.get("content")
     if isinstance(content, str):
         return message["role"], bool(content.strip())
@@ -291,7 +291,7 @@ def _shape(message: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _row_kwargs(row: Row) -> dict[str, Any]:
-    """What TRL gives to the chat template from a row's own columns."""
+    """The arguments that TRL passes to the chat template from a row's own columns."""
     if "tools" not in row and "chat_template_kwargs" not in row:
         return {}
     tools = row.get("tools")
@@ -316,7 +316,7 @@ def _ends_open(text: str) -> bool:
     return text.rstrip().endswith(_OPEN_TAGS)
 
 
-# --- what is wrong with a row -----------------------------------------------------------------------------------
+# --- faults of a row --------------------------------------------------------------------------------------------
 
 
 def _check_messages(messages: Any) -> None:
@@ -390,7 +390,7 @@ def _check_completion(completion: Any) -> None:
 
 
 def _traces(message: Mapping[str, Any]) -> dict[str, str]:
-    """What a message holds in the fields in which models keep their trace."""
+    """The traces in those fields of a message in which models keep them."""
     if len(message) == 2:  # role and content
         return {}
     return {name: message[name] for name in TRACE_FIELDS if isinstance(message.get(name), str) and message[name]}

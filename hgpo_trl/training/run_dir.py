@@ -1,4 +1,4 @@
-"""A run's directory: what was run there, and whether this run may go on in it."""
+"""A run's directory: the record of the run, and the check that a later run may go on in it."""
 
 import json
 import logging
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 RESPONSES = "responses.jsonl"  # of `hgpo-trl export`
 
-# What a resumed run may change: where it runs, what it saves, measures and reports, not what it learns from.
-_FREE_PREFIXES = ("ddp_", "eval_", "hub_", "log_", "logging_", "save_", "trackio_", "vllm_server_")
-_FREE = {
+# Settings that a resumed run may change: they say where it runs, saves and reports, not what it learns from.
+_MAY_CHANGE_PREFIXES = ("ddp_", "eval_", "hub_", "log_", "logging_", "save_", "trackio_", "vllm_server_")
+_MAY_CHANGE = {
     "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "deepspeed", "disable_tqdm", "do_eval", "local_rank", "num_completions_to_print", "num_generations_eval",
     "off_mode_warning", "output_dir", "per_device_eval_batch_size", "project", "push_to_hub", "report_to",
@@ -31,9 +31,9 @@ _FREE = {
 
 
 def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
-    """Everything that was configured, as JSON: {"stage": ..., field: value, ...}, and how many processes train.
+    """Describe a run as JSON: {"stage": ..., field: value, ...}, and the number of processes.
 
-    What JSON does not have, infinite numbers too, stands there as text.
+    Values that JSON does not have, such as infinite numbers, are written as text.
     """
     run: dict[str, Any] = {"stage": stage}
     for config in configs:
@@ -45,30 +45,29 @@ def describe_run(stage: str, *configs: Any) -> dict[str, Any]:
 
 
 def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -> str | None:
-    """Take `output_dir` for this run, before anything is loaded, and note there what is run (`run.json`).
+    """Claim `output_dir` for this run before anything is loaded, and record the run there (`run.json`).
 
-    Every process looks into its folder, which on several nodes need not be the same one, and all agree.
+    Every process checks its own folder, which may differ between nodes; then all agree on one step.
 
     Returns:
-        The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the newest of `output_dir` that is
-        whole for every process, if this very run has left it; None to start afresh. Torn ones that are passed over are
-        named in the log.
+        The checkpoint to resume from: `resume_from_checkpoint` if it names one, else the newest one in `output_dir`
+        that is whole for every process; None to start afresh. A warning names torn checkpoints that are skipped.
 
     Raises:
         UserError: `output_dir` holds another run's checkpoints or model (the message lists what differs),
             `resume_from_checkpoint` names no folder or a torn checkpoint, or no checkpoint is whole for all processes.
-            It is raised by every process.
+            Every process raises it.
     """
     directory = Path(str(training_args.output_dir))  # TrainingArguments has filled in a default
     run = describe_run(stage, *configs, training_args)
     requested = training_args.resume_from_checkpoint
     if requested in ("True", "true", True):
-        requested = None  # what happens anyway
+        requested = None  # the default
     problem = None
     try:
         if requested is not None:
             _check_requested(Path(requested))
-        if training_args.process_index == 0:  # which writes the record and the results
+        if training_args.process_index == 0:  # it writes the record and the results
             _check_results(directory, run)
     except UserError as error:
         problem = str(error)
@@ -92,20 +91,20 @@ def _checkpoint(directory: Path, step: int) -> str:
 
 
 def _check_requested(checkpoint: Path) -> None:
-    """UserError unless a checkpoint that was asked for by name can be resumed from."""
+    """Raise UserError unless a run can resume from a checkpoint that the user has named."""
     remedy = "Leave it out to resume from the last complete checkpoint of output_dir, or name another checkpoint-STEP."
     if not checkpoint.is_dir():
         raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is not a folder. {remedy}")
     foreign = not (checkpoint / SEAL).exists() and (checkpoint / TRAINER_STATE_NAME).is_file()
-    if not foreign and (found := fault(checkpoint)):  # one that another tool wrote has a state and no seal
+    if not foreign and (found := fault(checkpoint)):  # checkpoints of other tools have a state and no seal
         raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
 
 
 def claim_results(directory: Path, run: dict[str, Any]) -> None:
-    """The same for a stage of one process that has no checkpoints.
+    """Claim a folder for a stage of one process that has no checkpoints.
 
     Args:
-        run: of `describe_run`, or what of it decides the results.
+        run: `describe_run`, or the part of it that decides the results.
 
     Raises:
         UserError: the folder holds another run's results.
@@ -115,25 +114,25 @@ def claim_results(directory: Path, run: dict[str, Any]) -> None:
 
 
 def _check_results(directory: Path, run: dict[str, Any]) -> None:
-    """UserError if a folder holds checkpoints, a model or responses, and not this run's."""
+    """Raise UserError if a folder holds checkpoints, a model or responses of another run."""
     results = (f"{PREFIX_CHECKPOINT_DIR}-*", "config.json", "adapter_config.json", RESPONSES)
     if any(any(directory.glob(pattern)) for pattern in results):
         check_same_run(directory / RUN_FILE, run)
 
 
 def is_free(key: str) -> bool:
-    """Whether a resumed run may change a setting: it says where a run runs, saves or reports, not what it learns."""
-    return key in _FREE or key.startswith(_FREE_PREFIXES)
+    """Whether a resumed run may change a setting."""
+    return key in _MAY_CHANGE or key.startswith(_MAY_CHANGE_PREFIXES)
 
 
 def check_same_run(record: Path, run: dict[str, Any]) -> None:
-    """Compare a run with the one whose results lie in a folder.
+    """Check that the results in a folder are those of this run.
 
     Args:
-        record: file of that folder in which the other run was noted.
+        record: file of that folder that describes the run that left them.
 
     Raises:
-        UserError: there is no such file, or the runs differ; the message lists in what.
+        UserError: there is no such file, or the runs differ; the message lists the fields that do.
     """
     directory = str(record.parent)
     remedy = "Choose another output_dir, remove this one, or use the recipe it was made with to resume it."

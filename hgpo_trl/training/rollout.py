@@ -1,0 +1,80 @@
+"""The scored rollout: one value from which advantages and metrics follow."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgpo_trl.modes import MODES, Fault, Response
+from hgpo_trl.rewards.functions import weighted_sum
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The scored responses of a global batch.
+
+    Shapes: `B = Q * N` responses to `Q` queries, query-major, the think half of every query first; `F` reward
+    functions. Every process holds all of it.
+    """
+
+    rewards_per_func: Tensor  # [B, F], NaN where a function gives no reward; the lowest where the format is broken
+    weights: Tensor  # [F], of the reward functions
+    lengths: Tensor  # [B], tokens, the decision token included
+    truncated: Tensor  # [B], 1 where a response ran out of tokens
+    faults: Tensor  # [B, len(Fault)], 1 where a response has the fault
+    group_size: int  # N
+    decided: Tensor | None = None  # [Q], queries without think samples; None: `lazy_thinking` is off
+
+    @property
+    def rewards(self) -> Tensor:
+        """`[Q, 2, N/2]`, the weighted sums r of Eq. 7."""
+        return weighted_sum(self.rewards_per_func, self.weights).view(-1, len(MODES), self.group_size // len(MODES))
+
+    @property
+    def unsampled(self) -> Tensor:
+        """`[B]`, boolean, see `unsampled_rows`."""
+        return unsampled_rows(len(self.lengths), self.group_size, self.decided, self.lengths.device)
+
+
+def row_modes(num_rows: int, group_size: int, first: int = 0) -> list[int]:
+    """Modes (0 = think, 1 = no_think) of `num_rows` rows of a global batch, from row `first` on.
+
+    A group can straddle two processes, so the place that counts is the one in the global batch, modulo N.
+    """
+    return [int(place % group_size >= group_size // 2) for place in range(first, first + num_rows)]
+
+
+def think_rows(num_rows: int, group_size: int, device: torch.device) -> Tensor:
+    """`[B]`, boolean: which rows of a global batch of `num_rows` rows think."""
+    return torch.arange(num_rows, device=device) % group_size < group_size // 2
+
+
+def unsampled_rows(num_rows: int, group_size: int, decided: Tensor | None, device: torch.device) -> Tensor:
+    """`[B]`, boolean: think rows of decided queries (`[Q]`; None: no such), which are the decision token alone."""
+    think = think_rows(num_rows, group_size, device)
+    return torch.zeros_like(think) if decided is None else think & decided.repeat_interleave(group_size)
+
+
+def inspect_responses(responses: list[Response], completion_ids: list[list[int]], ends: Collection[int]) -> Tensor:
+    """Measure one process's responses.
+
+    Args:
+        ends: tokens that end a response which has not run out of tokens.
+
+    Returns:
+        `[b, 2 + len(Fault)]`, integers: length in tokens, 1 where it is truncated, 1 for each fault it has.
+    """
+    rows = [
+        (len(ids), ids[-1] not in ends, *_fault_indicators(response.faults))
+        for response, ids in zip(responses, completion_ids, strict=True)
+    ]
+    return torch.from_numpy(np.array(rows))  # faster than torch.tensor on nested tuples
+
+
+@cache
+def _fault_indicators(faults: tuple[Fault, ...]) -> tuple[bool, ...]:
+    """For every kind of fault, in the order of `Fault`, whether it is among `faults`."""
+    return tuple(fault in faults for fault in Fault)
