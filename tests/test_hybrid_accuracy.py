@@ -18,7 +18,7 @@ from hgpo_trl.modes.hybrid_accuracy import (
     biased_choice,
     bootstrap_intervals,
     decision_bias_curve,
-    figures,
+    evaluation_metrics,
     group_labels,
     per_prompt_table,
     summarize,
@@ -457,13 +457,13 @@ def test_accuracy_at_a_budget_by_hand(budget: float, expected: float) -> None:
     ]
     scored, choice = arrays(prompts)
     assert accuracy_at_budget(*scored, *choice, budget) == pytest.approx(expected, nan_ok=True)
-    found = figures(*scored, *choice, margin=0.1, token_budget=budget)
+    found = evaluation_metrics(*scored, *choice, margin=0.1, token_budget=budget)
     table = table_of(prompts, 0.1)
     assert list(found) == [*table, "accuracy_at_budget"]
     assert found == pytest.approx(
         {name: column.mean() for name, column in table.items()} | {"accuracy_at_budget": expected}, nan_ok=True
     )
-    assert list(figures(*scored, *choice)) == list(table)
+    assert list(evaluation_metrics(*scored, *choice)) == list(table)
 
 
 def test_thinking_where_it_helps_little_is_not_always_worth_its_tokens() -> None:

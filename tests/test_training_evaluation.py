@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes.decision import Decision
-from hgpo_trl.modes.hybrid_accuracy import figures
+from hgpo_trl.modes.hybrid_accuracy import evaluation_metrics
 from hgpo_trl.scripts import hgpo
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.metrics import BUDGET_METRIC, EVALUATION_METRICS
@@ -411,8 +411,8 @@ def test_a_known_metric(tmp_path: Path, metric: str) -> None:
 def test_the_names_of_the_metrics_are_those_that_are_computed() -> None:
     one, half = np.ones((1, 2, 1)), np.full(1, 0.5)
     samples = (one, one, half, half, np.zeros(1, dtype=np.int64))
-    assert tuple(figures(*samples)) == EVALUATION_METRICS
-    assert tuple(figures(*samples, token_budget=1.0)) == (*EVALUATION_METRICS, BUDGET_METRIC)
+    assert tuple(evaluation_metrics(*samples)) == EVALUATION_METRICS
+    assert tuple(evaluation_metrics(*samples, token_budget=1.0)) == (*EVALUATION_METRICS, BUDGET_METRIC)
 
 
 @pytest.mark.parametrize("figure", [*EVALUATION_METRICS, BUDGET_METRIC])

@@ -229,7 +229,7 @@ def accuracy_at_budget(
     return max((accuracy for accuracy in within if not np.isnan(accuracy)), default=np.nan)
 
 
-def figures(
+def evaluation_metrics(
     scores: Array,
     lengths: Array,
     prob_think: Array,
@@ -251,7 +251,7 @@ def figures(
     return found
 
 
-GREATER_IS_BETTER = {  # of `figures`, by the part of the name before the slash; None: neither end is better
+GREATER_IS_BETTER = {  # of `evaluation_metrics`, by the part of the name before the slash; None: neither end is better
     "hybrid_accuracy": True,
     "accuracy": True,
     "accuracy_at_budget": True,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hgpo_trl.modes import MODES, Fault
 from hgpo_trl.modes.decision import Decision
-from hgpo_trl.modes.hybrid_accuracy import figures
+from hgpo_trl.modes.hybrid_accuracy import evaluation_metrics
 from hgpo_trl.training.advantages import query_signal
 from hgpo_trl.training.rollout import Rollout
 
@@ -101,14 +101,14 @@ class EvaluationMetrics:
         return queries
 
     def compute(self, margin: float, token_budget: float | None) -> dict[str, float]:
-        """`hybrid_accuracy.figures` over all queries, by `EVALUATION_METRICS`; NaN where one has no value.
+        """`hybrid_accuracy.evaluation_metrics` over all queries, by `EVALUATION_METRICS`; NaN where one has no value.
 
         Args:
             margin: of Eq. 13.
             token_budget: tokens per response for `BUDGET_METRIC`; None leaves that out.
         """
         scores, lengths, think, no_think, picked = map(np.concatenate, zip(*self._batches, strict=True))
-        return figures(scores, lengths, think, no_think, picked, margin, token_budget)
+        return evaluation_metrics(scores, lengths, think, no_think, picked, margin, token_budget)
 
     def out_of_reach(self, metrics: dict[str, float]) -> bool:
         """Whether responses were scored, but no decision bias keeps to the token budget."""
