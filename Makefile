@@ -25,7 +25,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(AC
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep reproduce test lint clean
+.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep reproduce test test-fast lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -74,10 +74,7 @@ report: $(INSTALLED)  ## tables and figures of RECIPE's evaluations and training
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml $(ARGS)
 
 demo: $(INSTALLED)  ## the whole method on the embedded task: data, HFT, HGPO, evaluation, report
-	@for stage in data train-hft train-hgpo evaluate report; do \
-		printf '\n=== %s ===\n' "$$stage"; $(MAKE) --no-print-directory "$$stage"; \
-	done
-	@printf '\nRead %s\n' '$(RUN)/report/report.html'
+	$(BIN)/hgpo-trl demo --recipe $(RECIPE)
 
 # N = 16: with binary rewards a mode's mean is a multiple of 2/N, and any margin below that acts like 0.
 sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all of them in the report
@@ -92,8 +89,14 @@ sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all
 reproduce: $(INSTALLED)  ## the paper's Table 1 and figures on the embedded tasks, three seeds: about an hour
 	$(MAKE) --no-print-directory -j $(JOBS) -f benchmarks/reproduce.mk BIN=$(BIN)
 
-test: $(INSTALLED_ALL) lint  ## everything that proves it
-	$(BIN)/python -m pytest
+# Whole files go to a worker, since their tests share models and engines; an engine takes a whole GPU.
+PYTEST := $(BIN)/python -m pytest --dist loadfile -n $(if $(filter gpu,$(DEVICE)),0,2)
+
+test: $(INSTALLED_ALL) lint  ## style, types and all tests: 25 minutes on two cores at most
+	$(PYTEST) $(ARGS)
+
+test-fast: $(INSTALLED_ALL)  ## the tests that start no program: 3 minutes at most
+	$(PYTEST) -m unit $(ARGS)
 
 lint: $(INSTALLED_ALL)  ## style and types
 	$(BIN)/ruff check .

@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hgpo_trl.common.files import write_atomically
-from hgpo_trl.evaluation.evaluate import PROMPT_ID, prompt_table, report_on
-from hgpo_trl.modes.hybrid_accuracy import Table as PromptTable
+from hgpo_trl.evaluation.metrics import prompt_table, report_on
+from hgpo_trl.evaluation.samples import PROMPT_ID
+from hgpo_trl.modes.hybrid_accuracy import PromptTable
 from hgpo_trl.reporting.documents import Block, Bullets, Heading, Paragraph, Picture, Table, to_markdown
 from hgpo_trl.reporting.figures import INK, PERCENT_TICKS, STYLE, WIDTH, to_png
 from hgpo_trl.reporting.report import load_training_log

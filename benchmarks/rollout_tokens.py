@@ -38,7 +38,10 @@ from trl import ModelConfig
 
 from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.files import write_atomically, write_json
-from hgpo_trl.evaluation.evaluate import Generated, report_on, sample_both_modes, samples_table, score_samples
+from hgpo_trl.evaluation.metrics import report_on
+from hgpo_trl.evaluation.samples import Generated, samples_table
+from hgpo_trl.evaluation.scores import score_samples
+from hgpo_trl.evaluation.transformers_backend import sample_both_modes
 from hgpo_trl.inference.generate import complete, end_tokens, render, sampling_config
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.reporting.figures import PERCENT_TICKS, STYLE, to_png

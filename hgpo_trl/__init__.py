@@ -6,11 +6,13 @@ if TYPE_CHECKING:
     from hgpo_trl.training.config import HGPOConfig
     from hgpo_trl.training.trainer import HGPOTrainer
 
-__all__ = ["HGPOConfig", "HGPOTrainer"]
+__all__ = ["HGPOConfig", "HGPOTrainer", "__version__"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainer only when it is asked for: `hgpo-trl --help` need not load torch."""
+    """Import the trainer on first use, so that `hgpo-trl --help` does not load torch."""
     if name == "HGPOConfig":
         from hgpo_trl.training.config import HGPOConfig
 

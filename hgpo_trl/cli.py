@@ -7,6 +7,8 @@ from hgpo_trl.common.environment import apply_env
 from hgpo_trl.common.errors import run_stage
 
 STAGES = {
+    "demo": "the whole method on an embedded task, in the current folder: five minutes on a CPU",
+    "recipes": "list the recipes that --config finds by name",
     "data": "build data sets: an embedded task, or either stage's from any sources",
     "hft": "Stage I, Hybrid Fine-Tuning",
     "hgpo": "Stage II, Hybrid Group Policy Optimization",
@@ -17,10 +19,10 @@ STAGES = {
     "report": "tables and figures from evaluations and training logs",
     "card": "a model's card, from its run and its report; push to the hub",
     "chat": "talk to a model in the terminal",
-    "serve": "vLLM's OpenAI-compatible server, modes taken apart",
+    "serve": "vLLM's OpenAI-compatible server, with reasoning split from answers",
 }
 
-_USAGE = "usage: hgpo-trl STAGE --config RECIPE.yaml [--FIELD VALUE ...]\n\nstages:\n" + "\n".join(
+_USAGE = "usage: hgpo-trl STAGE --config RECIPE [--FIELD VALUE ...]\n\nstages:\n" + "\n".join(
     f"  {stage:<10}{summary}" for stage, summary in STAGES.items()
 )
 

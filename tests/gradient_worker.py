@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from parity_worker import GROUP, FixedRollouts, reward
+from settings import ON_CPU
 from transformers import PreTrainedTokenizerFast
 from workers import end
 
@@ -46,13 +47,8 @@ def step(model: str, prompts: str, output: str, loss_type: str, *, trim: bool, u
         max_grad_norm=0.0,
         beta=0.04,
         ddp_backend="gloo",
-        use_cpu=use_cpu,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=0,
+        **ON_CPU | {"use_cpu": use_cpu},
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     trainer = Counted(model, reward, args, Dataset.from_parquet(prompts), processing_class=tokenizer)

@@ -14,6 +14,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from conftest import well_formed_ids
 from datasets import Dataset
+from settings import ON_CPU
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
 from workers import end, stand_in_for_gpus
@@ -76,14 +77,9 @@ def main() -> None:
         learning_rate=1e-2,
         beta=0.0,
         ddp_backend="gloo",
-        use_cpu="cpu" in fields,
-        bf16=False,
-        gradient_checkpointing=False,
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=0,
+        **ON_CPU | {"use_cpu": "cpu" in fields},
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     trainer = Recorded(model, reward, args, Dataset.from_parquet(prompts), processing_class=tokenizer)

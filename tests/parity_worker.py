@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from settings import ON_CPU
 from transformers import PreTrainedTokenizerFast
 from workers import end, stand_in_for_gpus
 
@@ -77,15 +78,10 @@ def main() -> None:
         eval_token_budget=6.0,
         no_think_cap=1.0,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-        use_cpu="cpu" in fields,
-        bf16=False,
-        gradient_checkpointing="checkpointing" in fields,
         decision_weighting="uniform" if "uniform" in fields else "saturating",
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=0,
+        **ON_CPU | {"use_cpu": "cpu" in fields, "gradient_checkpointing": "checkpointing" in fields},
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     data = Dataset.from_parquet(prompts)

@@ -12,15 +12,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, load_dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 from hgpo_trl import cli
 from hgpo_trl.evaluation.baselines import as_dataset, best_responses, preference_pairs
-from hgpo_trl.evaluation.samples import prompts_hash
-from hgpo_trl.modes import format_response
 from hgpo_trl.reporting.model_card import STAGES
 from hgpo_trl.scripts import baselines, evaluate
 from hgpo_trl.scripts.evaluate import EvaluateArguments
@@ -94,7 +92,6 @@ def test_what_is_wrong_faulty_or_cut_off_is_not_taught() -> None:
     assert pairs.values.tolist() == [[3, "3 think 0", "3 no_think 0"]]
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(*[st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0, np.nan]), min_size=3, max_size=3)] * 2),
@@ -156,26 +153,6 @@ def test_a_plain_text_query_stays_plain_text() -> None:
 # --- from end to end ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sampled(prompts: Dataset, tmp_path: Path) -> dict[str, str]:
-    """Samples as `hgpo-trl evaluate` leaves them: thinking is always right, no-think for even prompts alone."""
-    data, folder = tmp_path / "queries.parquet", tmp_path / "samples"
-    folder.mkdir()
-    prompts.to_parquet(data)
-    rows = []
-    for i, answer in enumerate(prompts["answer"]):
-        for sample in range(2):
-            right = format_response("think", answer, "a + 1 = 1")
-            rows.append(row(i, "think", sample, 1.0) | {"completion": right})
-            short = format_response("no_think", answer if i % 2 == 0 else "10")
-            rows.append(row(i, "no_think", sample, float(i % 2 == 0)) | {"completion": short})
-    pd.DataFrame(rows).to_parquet(folder / "samples.parquet")
-    (folder / "report.json").write_text(json.dumps({"dataset": str(data)}), encoding="utf-8")
-    record = {"num_prompts": len(prompts), "prompts": prompts_hash(prompts["prompt"])}
-    (folder / "samples.json").write_text(json.dumps(record), encoding="utf-8")
-    return {"train_data": str(data), "samples": str(folder), "output_dir": str(tmp_path / "run")}
-
-
 SMALL = {"max_steps": 2, "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
 
 
@@ -185,9 +162,9 @@ def argv(kind: str, fields: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["rft", "dpo"])
-def test_the_recipe_trains(kind: str, sampled: dict[str, str], model_dir: str, prompts: Dataset) -> None:
-    baselines.main(argv(kind, {**SMALL, **sampled, "model_name_or_path": model_dir, "margin": 0.2}))
-    out = Path(sampled["output_dir"])
+def test_the_recipe_trains(kind: str, hft_samples: dict[str, str], model_dir: str, prompts: Dataset) -> None:
+    baselines.main(argv(kind, {**SMALL, **hft_samples, "model_name_or_path": model_dir, "margin": 0.2}))
+    out = Path(hft_samples["output_dir"])
     before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (model_dir, out))
     assert all(not torch.equal(before[name], after[name]) for name in before)
     run = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -200,18 +177,18 @@ def test_the_recipe_trains(kind: str, sampled: dict[str, str], model_dir: str, p
     assert modes == [i % 2 == 0 for i in range(len(prompts))]
 
 
-def test_dpo_with_lora(sampled: dict[str, str], model_dir: str) -> None:
-    fields = {**SMALL, **sampled, "model_name_or_path": model_dir, "use_peft": True, "lora_r": 2}
+def test_dpo_with_lora(hft_samples: dict[str, str], model_dir: str) -> None:
+    fields = {**SMALL, **hft_samples, "model_name_or_path": model_dir, "use_peft": True, "lora_r": 2}
     baselines.main([*argv("dpo", fields), "--lora_target_modules", "q_proj", "v_proj"])
-    assert (Path(sampled["output_dir"]) / "adapter_model.safetensors").is_file()
+    assert (Path(hft_samples["output_dir"]) / "adapter_model.safetensors").is_file()
 
 
 def test_the_reference_of_dpo_is_the_hft_model(
-    sampled: dict[str, str], model_dir: str, monkeypatch: pytest.MonkeyPatch
+    hft_samples: dict[str, str], model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[DPOTrainer] = []
     monkeypatch.setattr(baselines, "train_and_save", lambda trainer, checkpoint: found.append(trainer))
-    baselines.main(argv("dpo", {**SMALL, **sampled, "model_name_or_path": model_dir}))
+    baselines.main(argv("dpo", {**SMALL, **hft_samples, "model_name_or_path": model_dir}))
     hft = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
     assert all(torch.equal(hft[name], weight) for name, weight in found[0].ref_model.state_dict().items())
     assert (
@@ -231,46 +208,46 @@ def test_the_reference_of_dpo_is_the_hft_model(
     ],
 )
 def test_bad_input(
-    change: dict[str, str], message: str, sampled: dict[str, str], model_dir: str, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, str], message: str, hft_samples: dict[str, str], model_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {**SMALL, **sampled, "model_name_or_path": model_dir, **change}
+    fields = {**SMALL, **hft_samples, "model_name_or_path": model_dir, **change}
     monkeypatch.setattr(sys, "argv", ["hgpo-trl", "baselines", *argv("rft", fields)])
     with refused(re.escape(message)):
         cli.main()
 
 
-def test_samples_of_which_none_is_fit(sampled: dict[str, str], model_dir: str) -> None:
-    path = Path(sampled["samples"]) / "samples.parquet"
+def test_samples_of_which_none_is_fit(hft_samples: dict[str, str], model_dir: str) -> None:
+    path = Path(hft_samples["samples"]) / "samples.parquet"
     pd.read_parquet(path).assign(reward=0.0).to_parquet(path)
     with pytest.raises(ValueError, match="no query has a response that is well-formed and not wrong"):
-        baselines.main(argv("dpo", {**SMALL, **sampled, "model_name_or_path": model_dir}))
+        baselines.main(argv("dpo", {**SMALL, **hft_samples, "model_name_or_path": model_dir}))
 
 
-def test_samples_of_more_prompts_than_there_are(sampled: dict[str, str], model_dir: str, prompts: Dataset) -> None:
-    prompts.select(range(31)).to_parquet(sampled["train_data"])
+def test_samples_of_more_prompts_than_there_are(hft_samples: dict[str, str], model_dir: str, prompts: Dataset) -> None:
+    prompts.select(range(31)).to_parquet(hft_samples["train_data"])
     with pytest.raises(ValueError, match="are of 32 prompts, but train_data has only 31 rows"):
-        baselines.main(argv("rft", {**SMALL, **sampled, "model_name_or_path": model_dir}))
+        baselines.main(argv("rft", {**SMALL, **hft_samples, "model_name_or_path": model_dir}))
 
 
 def test_samples_of_other_prompts_under_the_same_name(
-    sampled: dict[str, str], model_dir: str, prompts: Dataset
+    hft_samples: dict[str, str], model_dir: str, prompts: Dataset
 ) -> None:
     """Built anew with another seed: every response would belong to another query."""
-    prompts.select(range(32)[::-1]).to_parquet(sampled["train_data"])
+    prompts.select(range(32)[::-1]).to_parquet(hft_samples["train_data"])
     with pytest.raises(ValueError, match=r"are not of the prompts that train_data=.* the data has been built anew"):
-        baselines.main(argv("rft", {**SMALL, **sampled, "model_name_or_path": model_dir}))
+        baselines.main(argv("rft", {**SMALL, **hft_samples, "model_name_or_path": model_dir}))
 
 
-def test_samples_of_the_first_prompts(sampled: dict[str, str], model_dir: str, prompts: Dataset) -> None:
+def test_samples_of_the_first_prompts(hft_samples: dict[str, str], model_dir: str, prompts: Dataset) -> None:
     """`num_prompts` of the evaluation, as the evaluation itself notes it."""
-    folder = Path(sampled["samples"])
+    folder = Path(hft_samples["samples"])
     samples = pd.read_parquet(folder / "samples.parquet").query("prompt_id < 3")
     samples.to_parquet(folder / "samples.parquet")
-    claimed = EvaluateArguments(model_dir, sampled["train_data"], output_dir=str(folder.with_name("again")))
+    claimed = EvaluateArguments(model_dir, hft_samples["train_data"], output_dir=str(folder.with_name("again")))
     first = prompts.select(range(3))
     evaluate._claim(claimed, first, evaluate._settings(claimed, first))
     (folder / "samples.json").write_bytes((folder.with_name("again") / "samples.json").read_bytes())
-    args = baselines.BaselineArguments(sampled["samples"], sampled["train_data"])
+    args = baselines.BaselineArguments(hft_samples["samples"], hft_samples["train_data"])
     found, queries = baselines._load_samples(args)
     assert (found["prompt_id"].nunique(), len(queries)) == (3, 32)
 

@@ -11,6 +11,7 @@ import huggingface_hub
 import pandas as pd
 import pytest
 from datasets import Dataset
+from settings import argv
 
 from hgpo_trl.evaluation.benchmarks import BENCHMARKS, CHOICE_INSTRUCTION, INSTRUCTION, as_prompts, load_benchmark
 from hgpo_trl.rewards import accuracy_reward
@@ -66,7 +67,7 @@ def test_a_real_copy_is_evaluated(name: str, model_dir: str, shared_data: Path, 
         "model": model_dir, "data": name, "data_dir": shared_data, "output_dir": tmp_path, "num_prompts": 4,
         "samples_per_mode": 2, "max_new_tokens": 6,
     }  # fmt: skip
-    main([word for key, value in fields.items() for word in (f"--{key}", str(value))])
+    main(argv(fields))
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert (report["dataset"], report["num_prompts"], report["settings"]["split"]) == (name, 4, BENCHMARKS[name].split)
     rows = load_benchmark(name, str(shared_data)).select(range(4))

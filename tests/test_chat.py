@@ -190,6 +190,7 @@ def test_the_command_answers_until_the_end_of_its_input(
     assert printed[1] == text != printed[2]
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_at_the_prompt_does_not_end_the_program(model_dir: str) -> None:
     program = subprocess.Popen(

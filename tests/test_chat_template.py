@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
+from settings import ON_CPU, argv
 from tokenizers import processors
 from tokenizers_zoo import (
     FAMILIES,
@@ -553,10 +554,7 @@ def _sft_batch(tokenizer, row, tmp_path, **config):
             output_dir=str(tmp_path),
             max_steps=1,
             per_device_train_batch_size=2,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
+            **ON_CPU,
             **config,
         ),
         train_dataset=Dataset.from_list([row, row]),
@@ -596,16 +594,8 @@ def r1_model(tmp_path):
 def _hft(model, tmp_path, *more):
     rows = [{"prompt": TURNS, "completion": [assistant(response)]} for response in (THINK, NO_THINK)]
     Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
-    paths = [
-        "--model_name_or_path",
-        model,
-        "--train_data",
-        f"{tmp_path}/data.parquet",
-        "--output_dir",
-        f"{tmp_path}/hft",
-    ]
-    run = ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
-    hft.main([*paths, *run, *more])
+    fields = {"model_name_or_path": model, "train_data": f"{tmp_path}/data.parquet", "output_dir": f"{tmp_path}/hft"}
+    hft.main([*argv(ON_CPU | fields | {"max_steps": 1}), *more])
     return AutoTokenizer.from_pretrained(tmp_path / "hft"), GenerationConfig.from_pretrained(tmp_path / "hft")
 
 

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from settings import ON_CPU, argv
 from tokenizers_zoo import FAMILIES, qwen2, tiny_qwen2
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -206,7 +207,7 @@ ROWS = st.lists(st.fixed_dictionaries({"prompt": PROMPT, "completion": COMPLETIO
 
 
 @given(rows=ROWS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_rendering_for_all_of_a_shape_says_the_same_as_one_for_each(tokenizer: Any, rows: list[Row]) -> None:
     shared, alone = Renderer(tokenizer), Renderer(tokenizer, share=False)
 
@@ -381,10 +382,8 @@ def test_of_a_stream_the_first_row_is_looked_at(tokenizer: PreTrainedTokenizerBa
 
 # --- in the stages ----------------------------------------------------------------------------------------------
 
-TRAINING = {
-    "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 2, "logging_steps": 1,
-    "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True, "report_to": "none",
-    "attn_implementation": "sdpa",
+TRAINING = ON_CPU | {
+    "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "attn_implementation": "sdpa",
 }  # fmt: skip
 
 
@@ -429,7 +428,7 @@ def write(path: Path, rows: list[Row]) -> Path:
 
 
 def words(**fields: Any) -> list[str]:
-    return [word for key, value in fields.items() for word in (f"--{key}", str(value))]
+    return argv(fields)
 
 
 def hft_words(base: Path, data: Path, out: Path, **fields: Any) -> list[str]:

@@ -97,6 +97,7 @@ def test_unknown_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "stages:" in error
 
 
+@pytest.mark.processes
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from hgpo_trl.cli import main; main(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -362,6 +363,7 @@ exec(snippet.replace('"' + sys.argv[1].split("/")[-1] + '"', repr(sys.argv[1])))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", ["hft", "hgpo"])
 def test_a_trained_model_needs_none_of_our_code(stage: str, whole_run: Path) -> None:
     """Tags, template, generation config; and the example on its card runs."""
@@ -468,6 +470,7 @@ def test_training_resumes_to_the_same_model(
     assert (tmp_path / stage / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
 
 
+@pytest.mark.processes
 def test_accelerate_launch(whole_run: Path, tmp_path: Path) -> None:
     config = hgpo_config(whole_run) | {"output_dir": str(tmp_path / "hgpo"), "eval_strategy": "no"}
     recipe = tmp_path / "hgpo.yaml"

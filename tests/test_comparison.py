@@ -19,8 +19,15 @@ from refusals import refused
 
 from hgpo_trl.cli import main
 from hgpo_trl.common.files import nan_to_null, write_json
-from hgpo_trl.evaluation.comparison import COMPARED, Evaluation, compare, holm, paired_difference, write_comparison
-from hgpo_trl.evaluation.evaluate import prompt_table, report_on
+from hgpo_trl.evaluation.comparison import (
+    COMPARED,
+    EvaluationOutput,
+    compare,
+    holm,
+    paired_difference,
+    write_comparison,
+)
+from hgpo_trl.evaluation.metrics import prompt_table, report_on
 
 LEVELS = [1, 2, 3, 4] * 10
 FILES = {"comparison.json", "comparison.md", "comparison.html", "differences.png"}
@@ -51,10 +58,10 @@ def samples_of(seed: int, accuracy: float = 0.5, prompts: int = 40, samples: int
     return table.sample(frac=1, random_state=seed)
 
 
-def evaluation(seed: int, decision_bias: float = 0.0, **model: Any) -> Evaluation:
+def evaluation(seed: int, decision_bias: float = 0.0, **model: Any) -> EvaluationOutput:
     samples = samples_of(seed, **model)
     report = report_on(samples, margin=0.1, levels=LEVELS, decision_bias=decision_bias)
-    return Evaluation({"model": f"model-{seed}", "dataset": "eval.parquet", **report}, samples)
+    return EvaluationOutput({"model": f"model-{seed}", "dataset": "eval.parquet", **report}, samples)
 
 
 def at(nested: Any, path: str) -> Any:

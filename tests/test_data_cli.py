@@ -145,6 +145,7 @@ def test_without_a_kind_it_is_the_embedded_task(tmp_path: Path) -> None:
 # --- builds ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_hft_from_a_recipe(recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = in_a_process("hft", "--config", str(recipes["hft"]), "--max_rows", "1000")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -239,6 +240,7 @@ def test_rows_that_the_chat_template_refuses_are_left_out(kind: str, tmp_path: P
     assert len(load_data("train_data", str(out))) == len(TOPICS) - 1
 
 
+@pytest.mark.processes
 def test_hgpo_from_a_recipe(recipes: dict[str, Path], tmp_path: Path) -> None:
     done = in_a_process("hgpo", "--config", str(recipes["hgpo"]))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -323,6 +325,7 @@ def test_bad_field(
     assert not (tmp_path / kind / "manifest.json").exists()
 
 
+@pytest.mark.processes
 def test_a_refusal_is_one_message_with_status_2(recipes: dict[str, Path]) -> None:
     done = in_a_process("hgpo", "--config", str(recipes["hgpo"]), "--decontamination", '{"path": "no/such/a.jsonl"}')
     assert done.returncode == 2

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl.data.example import Drop
-from hgpo_trl.evaluation import difficulty
+from hgpo_trl.evaluation import difficulty, transformers_backend
 from hgpo_trl.evaluation.difficulty import DifficultyArguments, check_model, informative, measure, pass_rates, verdicts
 from hgpo_trl.training.advantages import assign_rewards
 
@@ -228,14 +228,14 @@ def test_a_tokenizer_without_the_tags_is_refused(tokenizer: PreTrainedTokenizerF
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Small blocks; how many prompts were sampled, block by block."""
     calls: list[int] = []
-    scores = difficulty._scores
+    sample = transformers_backend.sample_both_modes
 
-    def count(sample: Any, part: Dataset, *rest: Any) -> pd.DataFrame:
-        calls.append(len(part))
-        return scores(sample, part, *rest)
+    def count(model: Any, tokenizer: Any, prompts: list, **settings: Any) -> pd.DataFrame:
+        calls.append(len(prompts))
+        return sample(model, tokenizer, prompts, **settings)
 
     monkeypatch.setattr(difficulty, "BLOCK", 4)
-    monkeypatch.setattr(difficulty, "_scores", count)
+    monkeypatch.setattr(transformers_backend, "sample_both_modes", count)
     return calls
 
 
@@ -263,14 +263,15 @@ def test_no_block_has_the_seed_of_another_runs_block(
 ) -> None:
     seeds: list[int] = []
 
-    def scores(sample: Any, part: Dataset, per_mode: int, seed: int) -> pd.DataFrame:
-        seeds.append(seed)
-        rows = [(row, mode, place) for row in range(len(part)) for mode in ("no_think", "think") for place in range(2)]
+    def sample(model: Any, tokenizer: Any, prompts: list, **settings: Any) -> pd.DataFrame:
+        seeds.append(settings["seed"])
+        modes = ("no_think", "think")
+        rows = [(row, mode, place) for row in range(len(prompts)) for mode in modes for place in range(2)]
         columns = pd.DataFrame(rows, columns=["prompt_id", "mode", "sample"])
-        return columns.assign(reward=0.0, num_tokens=1, truncated=False)
+        return columns.assign(completion="", num_tokens=1, truncated=False)
 
     monkeypatch.setattr(difficulty, "BLOCK", 4)
-    monkeypatch.setattr(difficulty, "_scores", scores)
+    monkeypatch.setattr(transformers_backend, "sample_both_modes", sample)
     for seed in range(3):
         measure(prompts, arguments(model_dir, samples_per_mode=2), tmp_path / str(seed), seed)
     assert len(set(seeds)) == len(seeds) == 24
@@ -280,17 +281,17 @@ KILLED = """
     import signal, sys
     from pathlib import Path
     from datasets import Dataset
-    from hgpo_trl.evaluation import difficulty
+    from hgpo_trl.evaluation import difficulty, parts
 
     model, folder = sys.argv[1:]
-    write = difficulty._write
+    write = parts.write_samples
 
     def write_and_wait(path, *rest):
         write(path, *rest)
         if path.name.endswith("00001.parquet"):
             signal.pause()
 
-    difficulty.BLOCK, difficulty._write = 4, write_and_wait
+    difficulty.BLOCK, parts.write_samples = 4, write_and_wait
     args = difficulty.DifficultyArguments(
         model, difficulty_samples_per_mode=8, difficulty_max_new_tokens=6, difficulty_dtype="float32"
     )
@@ -298,6 +299,7 @@ KILLED = """
 """
 
 
+@pytest.mark.processes
 def test_a_killed_run_goes_on(markov_dir: str, prompts: Dataset, tmp_path: Path, sampled: list[int]) -> None:
     data = planted(prompts, 20)  # 12 of them with an answer: three blocks
     data.to_parquet(tmp_path / "prompts.parquet")

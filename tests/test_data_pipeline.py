@@ -357,6 +357,7 @@ t.run(json.loads({recipe!r}), Path({out!r}))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("at", "moment"),
     [
@@ -447,6 +448,7 @@ def test_no_room(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert contents(out) == contents(tmp_path / "whole" / "out")
 
 
+@pytest.mark.processes
 def test_a_limit_of_the_system(recipe: Any, tmp_path: Path) -> None:
     code = (
         f"import sys, json, resource, signal; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -470,6 +472,7 @@ def _dies(examples: list[Example]) -> list[Drop | None]:
     return []
 
 
+@pytest.mark.processes
 def test_a_killed_worker(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"A worker process was killed, perhaps for lack of memory\. Lower"):
         run(recipe, tmp_path / "out", processes=2, steps=[("dies", _dies)])
@@ -507,6 +510,7 @@ def _waits(examples: list[Example]) -> list[Drop | None]:
     return [None] * len(examples)
 
 
+@pytest.mark.processes
 def test_workers_end_with_their_parent(recipe: Any, tmp_path: Path) -> None:
     code = (
         f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"

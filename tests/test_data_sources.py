@@ -126,7 +126,7 @@ def _damaged(compress: Any) -> bytes:
         ("data.jsonl.gz", b"not compressed"),
         ("data.jsonl.gz", _damaged(gzip.compress)),
         ("data.jsonl.xz", _damaged(lzma.compress)),
-        ("data.jsonl.gz", gzip.compress(b'{"i": 1}\n' * 1000)[:-20]),
+        ("data.jsonl.gz", gzip.compress(b'{"i": 1}\n' * 1000, mtime=0)[:-20]),
         ("data.parquet", b"PAR1 and then nothing"),
     ],
 )

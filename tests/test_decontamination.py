@@ -103,7 +103,7 @@ WORDS = st.lists(st.sampled_from("abcdefgh"), min_size=0, max_size=14)
 
 
 @given(question=WORDS.filter(bool), row=WORDS, n=st.integers(1, 4), threshold=st.sampled_from([0.25, 0.5, 1.0]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_against_plain_counting(question: list[str], row: list[str], n: int, threshold: float) -> None:
     def grams(words: list[str]) -> set[tuple[str, ...]]:
         return {tuple(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))} - {()}

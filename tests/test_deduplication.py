@@ -185,7 +185,7 @@ def reference(keys: np.ndarray) -> list[int]:
 
 
 @given(arrays(np.uint64, st.tuples(st.integers(0, 25), st.integers(1, 4)), elements=st.integers(0, 30)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_clusters_are_those_of_a_plain_search(keys: np.ndarray) -> None:
     assert first_of_each(keys).tolist() == reference(keys)
 

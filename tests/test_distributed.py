@@ -7,10 +7,8 @@ which hold other rows; sampled completions follow each process's own random numb
 """
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,22 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from fork_server import ForkServer
 from run_logs import log_of
 from safetensors.torch import load_file
+from settings import ON_CPU, argv
 from tokenizers_zoo import word_level
 
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.tasks.embedded import build_model
 from hgpo_trl.training.advantages import compute_advantages, decided_without_think
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+pytestmark = pytest.mark.processes
+
+ACCELERATE = "-m accelerate.commands.launch --num_processes 2 --main_process_port 0 --config_file".split()
 # DeepSpeed and FSDP on gloo where accelerate would look for GPUs. What DeepSpeed compiles stays with this environment:
 # in the user's cache another environment's build, or the lock of one that was killed, would be in the way.
-ON_CPU = {
+ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "ACCELERATE_TORCH_DEVICE": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -38,22 +39,31 @@ ON_CPU = {
 }
 
 Result = dict[str, Any]
+Launch = Callable[..., str]
+Stage = Callable[..., Path]
 
 
-def launch(config: str | None, *words: str | Path) -> str:
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """Run a script in one process, or in two with one of the repository's accelerate configs; what it printed."""
-    command = [sys.executable] if config is None else [*LAUNCH, "--config_file", f"recipes/accelerate/{config}.yaml"]
-    environment = os.environ | ON_CPU
-    done = subprocess.run(
-        [*command, *map(str, words)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-    return done.stdout
+    servers: dict[str | None, ForkServer] = {}
+
+    def run(config: str | None, *words: str | Path) -> str:
+        if config not in servers:
+            launcher = (
+                [sys.executable]
+                if config is None
+                else [sys.executable, *ACCELERATE, f"recipes/accelerate/{config}.yaml"]
+            )
+            folder = tmp_path_factory.mktemp(config or "alone")
+            servers[config] = ForkServer(launcher, 1 if config is None else 2, ENVIRONMENT, folder)
+        done = servers[config].run(*words)
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+    yield run
+    for server in servers.values():
+        server.close()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,7 @@ def data(prompts: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def parity(model_dir: str, data: Path) -> Callable[..., Result]:
+def parity(launch: Launch, model_dir: str, data: Path) -> Callable[..., Result]:
     """Three steps of tests/parity_worker.py; each way of running it is run once."""
     results: dict[tuple, Result] = {}
 
@@ -140,7 +150,9 @@ NORMALISERS = ("dr_grpo", "grpo", "bnpo", "dapo", "luspo")  # the others divide 
 
 
 @pytest.mark.parametrize("config", ["cpu_ddp", "zero3"])
-def test_gradient_of_trimmed_micro_batches(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
+def test_gradient_of_trimmed_micro_batches(
+    config: str, launch: Launch, model_dir: str, data: Path, tmp_path: Path
+) -> None:
     """As in tests/test_micro_batches.py for one process: the gradient is that of TRL's padded micro-batches.
 
     And in every micro-batch the two processes have the one that is as long among their own as the other's.
@@ -171,7 +183,9 @@ def test_gradient_of_trimmed_micro_batches(config: str, model_dir: str, data: Pa
 
 
 @pytest.mark.parametrize("config", ["cpu_ddp", "zero3", "fsdp2"])
-def test_lazy_thinking_decides_groups_that_straddle(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
+def test_lazy_thinking_decides_groups_that_straddle(
+    config: str, launch: Launch, model_dir: str, data: Path, tmp_path: Path
+) -> None:
     """The decision is of the whole group's no-think responses; a process without undecided queries takes part."""
     fields = {"cpu_ddp": ["cpu"], "fsdp2": ["fsdp"]}.get(config, [])
     launch(config, "tests/lazy_worker.py", model_dir, data, tmp_path / "out.json", *fields)
@@ -200,24 +214,23 @@ def test_lazy_thinking_decides_groups_that_straddle(config: str, model_dir: str,
 # --- the stages themselves --------------------------------------------------------------------------------------
 
 
-def stage(config: str | None, name: str, output_dir: Path, **fields: Any) -> Path:
+SETTINGS = ON_CPU | {
+    "logging_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning_rate": 1e-2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stage(launch: Launch) -> Stage:
     """Run a stage to its end; the folder that it leaves."""
-    common: dict[str, Any] = {
-        "output_dir": output_dir,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-    }
-    where = {"use_cpu": True} if config in (None, "cpu_ddp") else {}
-    backend = {} if config is None else {"ddp_backend": "gloo"}
-    words = [word for key, value in (common | where | backend | fields).items() for word in (f"--{key}", str(value))]
-    launch(config, "tests/workers.py", *(["--fsdp"] if config == "fsdp2" else []), name, *words)
-    return output_dir
+
+    def run(config: str | None, name: str, output_dir: Path, **fields: Any) -> Path:
+        settings = SETTINGS | {"output_dir": output_dir, "use_cpu": config in (None, "cpu_ddp")}
+        backend = {} if config is None else {"ddp_backend": "gloo"}
+        words = argv(settings | backend | fields)
+        launch(config, "tests/workers.py", *(["--fsdp"] if config == "fsdp2" else []), name, *words)
+        return output_dir
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +251,13 @@ def hft_fields(prompts: Dataset, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="module")
-def hft_alone(hft_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hft_alone(stage: Stage, hft_fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stage(None, "hft", tmp_path_factory.mktemp("alone") / "hft", per_device_train_batch_size=8, **hft_fields)
 
 
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
 def test_hft_adds_the_tags_and_takes_the_steps_of_one_process(
-    config: str, hft_fields: dict[str, Any], hft_alone: Path, tmp_path: Path
+    config: str, stage: Stage, hft_fields: dict[str, Any], hft_alone: Path, tmp_path: Path
 ) -> None:
     folder = stage(config, "hft", tmp_path / "hft", per_device_train_batch_size=4, **hft_fields)
     for mine, alone in zip(log_of(folder), log_of(hft_alone), strict=True):
@@ -258,7 +271,7 @@ def test_hft_adds_the_tags_and_takes_the_steps_of_one_process(
 
 
 @pytest.mark.parametrize("config", ["cpu_ddp", "zero2", "zero3", "fsdp2"])
-def test_hgpo_resumes_under_sharding(config: str, model_dir: str, data: Path, tmp_path: Path) -> None:
+def test_hgpo_resumes_under_sharding(config: str, stage: Stage, model_dir: str, data: Path, tmp_path: Path) -> None:
     """Plain generation in every process; groups straddle the two. An epoch is one step under DDP, five elsewhere."""
     fields = {"model_name_or_path": model_dir, "train_data": data, "per_device_train_batch_size": 6}
     fields |= {"gradient_accumulation_steps": 2, "num_generations": 4, "max_completion_length": 8, "beta": 0.04}
@@ -269,7 +282,7 @@ def test_hgpo_resumes_under_sharding(config: str, model_dir: str, data: Path, tm
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_hft_resumes_within_a_later_epoch(hft_fields: dict[str, Any], tmp_path: Path) -> None:
+def test_hft_resumes_within_a_later_epoch(stage: Stage, hft_fields: dict[str, Any], tmp_path: Path) -> None:
     """Two steps an epoch; the third of five is the middle of the second."""
     fields = hft_fields | {"per_device_train_batch_size": 2, "train_split": "train[:8]", "max_steps": 5}
     whole = stage("cpu_ddp", "hft", tmp_path / "whole", **fields)
@@ -279,14 +292,11 @@ def test_hft_resumes_within_a_later_epoch(hft_fields: dict[str, Any], tmp_path: 
 
 
 def test_processes_with_folders_of_their_own_resume_from_the_same_checkpoint(
-    hft_fields: dict[str, Any], tmp_path: Path
+    launch: Launch, hft_fields: dict[str, Any], tmp_path: Path
 ) -> None:
     """Each process stands for a node. Process 0 alone writes weights, so the other has no whole checkpoint at first."""
-    fields: dict[str, Any] = hft_fields | {"per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1}
-    fields |= {"bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True}
-    fields |= {"learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "ddp_backend": "gloo"}
-    words = [word for key, value in fields.items() for word in (f"--{key}", str(value))]
-    printed = launch("cpu_ddp", "tests/node_local_worker.py", tmp_path, *words)
+    fields = SETTINGS | hft_fields | {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    printed = launch("cpu_ddp", "tests/node_local_worker.py", tmp_path, *argv(fields))
     first, second = (json.loads((tmp_path / f"{process}.json").read_text(encoding="utf-8")) for process in range(2))
     assert first["refused"] == second["refused"]
     assert "checkpoint-3 is for process 0, and is not for process 1 (it has no complete.json" in first["refused"]
@@ -295,7 +305,7 @@ def test_processes_with_folders_of_their_own_resume_from_the_same_checkpoint(
     assert first["same"], "the same log and weights as without the interruption"
 
 
-def test_groups_straddle_two_processes(model_dir: str, data: Path, tmp_path: Path) -> None:
+def test_groups_straddle_two_processes(stage: Stage, model_dir: str, data: Path, tmp_path: Path) -> None:
     """N = 4 and 6 rows per process and micro-batch: every other group begins on one process and ends on the next."""
     fields = {"model_name_or_path": model_dir, "train_data": data, "max_completion_length": 8, "save_strategy": "no"}
     fields |= {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_generations": 4}
@@ -313,7 +323,7 @@ def test_groups_straddle_two_processes(model_dir: str, data: Path, tmp_path: Pat
 
 
 def test_a_reward_model_is_whole_in_every_process(
-    model_dir: str, reward_model_dir: str, prompts: Dataset, tmp_path: Path
+    stage: Stage, model_dir: str, reward_model_dir: str, prompts: Dataset, tmp_path: Path
 ) -> None:
     """Under ZeRO-3, which shards what is loaded: a sharded model cannot score the rows of one process."""
     answers = [None if row % 2 else answer for row, answer in enumerate(prompts["answer"])]
@@ -324,7 +334,7 @@ def test_a_reward_model_is_whole_in_every_process(
     assert all("rewards/reward_model/mean" in entry for entry in log_of(folder) if "loss" in entry)
 
 
-def test_processes_that_do_not_divide_the_groups(model_dir: str, data: Path, tmp_path: Path) -> None:
+def test_processes_that_do_not_divide_the_groups(stage: Stage, model_dir: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(
         AssertionError, match=r"per_device_train_batch_size=3 x 2 processes x steps_per_generation=1 = 6"
     ):

@@ -45,6 +45,7 @@ def test_a_fault_inside_the_package_keeps_its_traceback() -> None:
         run_stage(main, "hft", [])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("entry", "more", "words"),
     [
@@ -66,6 +67,7 @@ def test_every_entry_ends_alike(entry: str, more: str, words: str, tmp_path: Pat
         assert (launcher, done.returncode) == ("", 2)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", ["01", "1"], ids=["all processes", "one of them"])
 def test_of_several_processes_one_says_it_and_all_end(ranks: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]

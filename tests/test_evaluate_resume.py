@@ -1,12 +1,16 @@
 """`hgpo-trl evaluate` interrupted, resumed, started again with other settings, and scored again."""
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -15,10 +19,12 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from settings import argv
 
 from hgpo_trl.common.seeds import derived_seed
-from hgpo_trl.evaluation import backends as sampling
-from hgpo_trl.evaluation.samples import SCHEMA, chunks_by_length, read_samples, write_samples
+from hgpo_trl.evaluation import transformers_backend
+from hgpo_trl.evaluation.parts import draw_missing, parts_by_length, read_parts
+from hgpo_trl.evaluation.samples import SCHEMA, Sampler, read_samples, write_samples
 from hgpo_trl.inference.generate import batches
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
@@ -45,10 +51,6 @@ def fields(model_dir: str, prompts: Dataset, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def words(fields: dict[str, Any]) -> list[str]:
-    return [word for key, value in fields.items() for word in (f"--{key}", str(value))]
-
-
 def results(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in RESULTS]
 
@@ -60,7 +62,7 @@ class Interrupted(Exception):  # noqa: N818
 @pytest.fixture
 def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Run the command until it has drawn so many parts, or to its end; the prompts of each part drawn."""
-    sample = sampling.sample_both_modes
+    sample = transformers_backend.sample_both_modes
 
     def run(after: int | None = None, well_formed: bool = False, **changes: Any) -> list[int]:
         drawn: list[int] = []
@@ -78,9 +80,9 @@ def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callab
             return samples
 
         with monkeypatch.context() as patch:
-            patch.setattr(sampling, "sample_both_modes", watched)
+            patch.setattr(transformers_backend, "sample_both_modes", watched)
             try:
-                main(words(fields | changes))
+                main(argv(fields | changes))
             except Interrupted:
                 assert after is not None
         return drawn
@@ -91,11 +93,12 @@ def interrupt(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callab
 # --- Parts --------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_is_as_if_it_had_not_been(fields: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL while a part is begun, twice, while samples.parquet is, and while report.json is."""
-    main(words(fields | {"output_dir": tmp_path / "whole"}))
+    main(argv(fields | {"output_dir": tmp_path / "whole"}))
     deaths = "parts/:3,parts/:2,eval/.samples.parquet:1,eval/.report.json:1"
-    command = [sys.executable, "-m", "tests.kill_evaluation", deaths, *words(fields)]
+    command = [sys.executable, "-m", "tests.kill_evaluation", deaths, *argv(fields)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr[-3000:]
     left = [line for line in run.stdout.splitlines() if line.startswith("killed")]
@@ -120,7 +123,7 @@ def test_only_what_is_missing_is_drawn(
     assert interrupt(0) == []  # all is there
     assert "All samples are there" in capsys.readouterr().out
     again = results(tmp_path / "eval")
-    main(words(fields | {"output_dir": tmp_path / "whole"}))
+    main(argv(fields | {"output_dir": tmp_path / "whole"}))
     assert again == results(tmp_path / "whole")
     assert "already" not in capsys.readouterr().out
 
@@ -178,9 +181,53 @@ def test_a_claim_without_samples_can_be_changed(interrupt: Callable[..., list[in
 def test_chunks_have_the_batches_of_all(lengths: list[int], size: int, factor: int) -> None:
     """Sampling in chunks pads no more than sampling all at once, if they are of whole batches."""
     rows = [[0] * length for length in lengths]
-    chunks = chunks_by_length(lengths, size * factor)
+    chunks = [part.prompts for part in parts_by_length(Path(), lengths, size * factor, 0)]
     found = [[chunk[row] for row in batch] for chunk in chunks for batch in batches([rows[i] for i in chunk], size)]
     assert found == list(batches(rows, size))
+
+
+class CountingSampler:
+    """Samples that tell their prompt and seed; counts how often it was entered and which prompts were drawn."""
+
+    def __init__(self) -> None:
+        self.entered, self.drawn = 0, list[str]()
+
+    @contextmanager
+    def loaded(self) -> Iterator[Sampler]:
+        self.entered += 1
+        yield self.sample
+
+    def sample(self, prompts: list[str], *, samples_per_mode: int, seed: int, progress: Any) -> pd.DataFrame:
+        self.drawn += prompts
+        keys = itertools.product(range(len(prompts)), ("no_think", "think"), range(samples_per_mode))
+        samples = pd.DataFrame(keys, columns=["prompt_id", "mode", "sample"])
+        return samples.assign(completion=[f"{prompts[row]} {seed}" for row in samples["prompt_id"]])
+
+
+@given(size=st.integers(1, 4), kept=st.sets(st.integers(0, 9)), stale=st.sets(st.integers(0, 9)))
+def test_missing_parts_are_drawn_and_no_others(size: int, kept: set[int], stale: set[int]) -> None:
+    """Whichever parts an earlier run has left, and whichever of them depend on other settings."""
+    prompts = [f"prompt {number}" for number in range(9)]
+    with TemporaryDirectory() as name:
+        parts = parts_by_length(Path(name), [len(prompts) - row for row in range(len(prompts))], size, 0)
+        parts = [replace(part, key="settings") for part in parts]
+        first, second = CountingSampler(), CountingSampler()
+        draw_missing(parts, first.loaded(), prompts, samples_per_mode=2)
+        whole = read_parts(parts)
+        for number, part in enumerate(parts):
+            if number not in kept:
+                part.path.unlink()
+            elif number in stale:
+                write_samples(part.path, whole.head(1), "other settings")
+        draw_missing(parts, second.loaded(), prompts, samples_per_mode=2)
+        missing = [part for number, part in enumerate(parts) if number not in kept - stale]
+        assert second.drawn == [prompts[row] for part in missing for row in part.prompts]
+        assert second.entered == bool(missing)
+        pd.testing.assert_frame_equal(read_parts(parts), whole)
+        assert whole["prompt_id"].tolist() == sorted(4 * [*range(9)])
+        assert all(
+            text.startswith(f"prompt {row} ") for row, text in zip(whole["prompt_id"], whole["completion"], strict=True)
+        )
 
 
 def test_seeds_of_parts_differ() -> None:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.evaluation import backends as sampling
-from hgpo_trl.evaluation.evaluate import report_on, sample_both_modes, score_samples
+from hgpo_trl.evaluation import transformers_backend
+from hgpo_trl.evaluation.metrics import report_on
+from hgpo_trl.evaluation.scores import score_samples
+from hgpo_trl.evaluation.transformers_backend import sample_both_modes
 from hgpo_trl.inference import vllm_support
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
 from hgpo_trl.modes.decision import OFF_MODE, Decision, read_decision
@@ -621,6 +623,7 @@ def test_evaluate_with_a_decision_bias(evaluate: Callable[..., Path], prompts: D
         assert args.decision_bias == expected
 
 
+@pytest.mark.processes
 def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -> None:
     example = Path(__file__).parents[1] / "examples" / "decision_bias_sweep.py"
 
@@ -733,7 +736,7 @@ def test_a_reward_model_scores_rows_without_an_answer(
     evaluate: Callable[..., Path], prompts: Dataset, reward_model_dir: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The others are the rule's."""
-    sample = sampling.sample_both_modes
+    sample = transformers_backend.sample_both_modes
 
     def sample_well(*args: Any, **kwargs: Any) -> pd.DataFrame:
         samples = sample(*args, **kwargs)
@@ -744,7 +747,7 @@ def test_a_reward_model_scores_rows_without_an_answer(
         ]
         return samples.assign(completion=texts)
 
-    monkeypatch.setattr(sampling, "sample_both_modes", sample_well)
+    monkeypatch.setattr(transformers_backend, "sample_both_modes", sample_well)
     references = ["4" if row % 2 else None for row in range(len(prompts))]
     mixed = prompts.remove_columns("answer").add_column("answer", references)
     mixed.to_parquet(tmp_path / "mixed.parquet")

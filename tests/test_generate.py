@@ -173,7 +173,7 @@ def test_what_is_counted(
 # --- the bias -----------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     logits=st.lists(st.floats(-20, 20, width=32), min_size=5, max_size=9),
     bias=st.floats(-20, 20, width=32),

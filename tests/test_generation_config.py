@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl.evaluation import vllm_backend as vllm_sampling
-from hgpo_trl.evaluation.evaluate import sample_both_modes
+from hgpo_trl.evaluation import vllm_backend
+from hgpo_trl.evaluation.transformers_backend import sample_both_modes
 from hgpo_trl.inference.generate import SAMPLING, generate, set_generation_config, stream
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import accuracy_reward
@@ -107,7 +108,7 @@ def test_evaluation_with_vllm_names_every_setting(tokenizer: PreTrainedTokenizer
     tokens = mode_tokens(tokenizer)
     ids = [tokenizer.apply_chat_template(prompts["prompt"][0], return_dict=False)]
     with pytest.raises(ValueError, match="shorter"):  # there are no responses
-        list(vllm_sampling._generate(Engine(), ids, tokens, [3], 2, 8, 0.6, 0.95, 0))  # type: ignore[arg-type]
+        list(vllm_backend._generate(Engine(), ids, tokens, [3], 2, 8, 0.6, 0.95, 0))  # type: ignore[arg-type]
     defaults = vllm.SamplingParams()
     assert len(asked) == 2
     for params in asked:
@@ -125,8 +126,7 @@ def test_evaluation_with_vllm_names_every_setting(tokenizer: PreTrainedTokenizer
 def trainer_of(path: str, tokenizer: Any, prompts: Dataset, folder: Path, **settings: Any) -> HGPOTrainer:
     args = HGPOConfig(
         str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=1, beta=0.0,
-        bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no",
-        disable_tqdm=True, **settings,
+        **ON_CPU, **settings,
     )  # fmt: skip
     return HGPOTrainer(path, accuracy_reward, args, prompts, processing_class=tokenizer)
 
@@ -162,9 +162,9 @@ def test_what_hft_saves(lora: bool, changed_dir: str, tokenizer: PreTrainedToken
     hft_dataset(queries, 0.6, 0).to_parquet(tmp_path / "hft.parquet")
     fields = {
         "model_name_or_path": changed_dir, "train_data": tmp_path / "hft.parquet", "output_dir": tmp_path / "run",
-        "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "use_peft": lora,
+        "max_steps": 1, "use_peft": lora,
     }  # fmt: skip
-    hft.main([word for name, value in fields.items() for word in (f"--{name}", str(value))])
+    hft.main(argv(ON_CPU | fields))
     saved = tmp_path / "run"
     if lora:
         saved = tmp_path / "merged"
@@ -173,20 +173,9 @@ def test_what_hft_saves(lora: bool, changed_dir: str, tokenizer: PreTrainedToken
 
 
 def test_dpo_takes_it_out_as_well(
-    changed_dir: str, tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path: Path, monkeypatch: Any
+    changed_dir: str, tokenizer: PreTrainedTokenizerFast, hft_samples: dict[str, str], tmp_path: Path
 ) -> None:
-    pairs = prompts.select_columns("prompt").map(
-        lambda row: {
-            name: [{"role": "assistant", "content": f"<no_think> {answer} </no_think>"}]
-            for name, answer in (("chosen", 1), ("rejected", 2))
-        }
-    )
-    monkeypatch.setattr(baselines, "_build", lambda *args: pairs)
-    fields = {
-        "samples": tmp_path, "train_data": "d", "model_name_or_path": changed_dir, "output_dir": tmp_path / "run",
-        "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
-    }  # fmt: skip
-    baselines.main(["dpo", *(word for name, value in fields.items() for word in (f"--{name}", str(value)))])
+    baselines.main(["dpo", *argv(ON_CPU | hft_samples | {"model_name_or_path": changed_dir, "max_steps": 1})])
     check_saved(json.loads((tmp_path / "run" / "generation_config.json").read_text(encoding="utf-8")), tokenizer)
 
 

@@ -26,7 +26,7 @@ from hgpo_trl.evaluation.harnesses import (
     HARNESSES,
     Answer,
     answer_all,
-    check_server,
+    check_chat_server,
     closing_message,
     load_answers,
     local_answers,
@@ -426,15 +426,15 @@ def test_an_error_of_a_request_costs_no_other(tmp_path: Path, monkeypatch: pytes
 
 def test_servers_that_will_not_do(base_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client = OpenAI(base_url=base_url, api_key="none", max_retries=0)
-    check_server(client, base_url, "tiny")
+    check_chat_server(client, base_url, "tiny")
     with pytest.raises(ValueError, match=r"model='other': the server at .* has tiny"):
-        check_server(client, base_url, "other")
+        check_chat_server(client, base_url, "other")
     monkeypatch.setattr(Server, "apart", False)
     with pytest.raises(ValueError, match=r"leaves reasoning and answer in one text.*hgpo-trl serve --model tiny"):
-        check_server(client, base_url, "tiny")
+        check_chat_server(client, base_url, "tiny")
     for nowhere in ("http://127.0.0.1:9/v1", base_url.removesuffix("/v1")):
         with pytest.raises(ValueError, match=r"no such server answers there.*ends with /v1"):
-            check_server(OpenAI(base_url=nowhere, api_key="none", max_retries=0), nowhere, "tiny")
+            check_chat_server(OpenAI(base_url=nowhere, api_key="none", max_retries=0), nowhere, "tiny")
 
 
 # --- bad input ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hgpo_trl.modes import hybrid_accuracy
 from hgpo_trl.modes.hybrid_accuracy import (
-    Table,
+    PromptTable,
     accuracy_at_budget,
     better_mode,
     biased_choice,
@@ -44,7 +44,7 @@ class Prompt:
     picked: int = THINK
 
 
-def table_of(prompts: list[Prompt], margin: float = 0.0) -> Table:
+def table_of(prompts: list[Prompt], margin: float = 0.0) -> PromptTable:
     """Call the code under test."""
     return per_prompt_table(
         np.array([prompt.scores for prompt in prompts], dtype=np.float64),
@@ -264,7 +264,7 @@ def test_nothing_valid_at_all() -> None:
 # --- Against the reference ----------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(prompts=prompt_lists(), margin=st.sampled_from([0.0, 0.2, 0.25, 0.5]))
 def test_matches_the_reference(prompts: list[Prompt], margin: float) -> None:
     table = table_of(prompts, margin)
@@ -281,7 +281,7 @@ def test_matches_the_reference(prompts: list[Prompt], margin: float) -> None:
         assert value == pytest.approx(mean([row[name] for row in rows]), nan_ok=True), name
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(prompts=prompt_lists(binary=True))
 def test_bounds(prompts: list[Prompt]) -> None:
     table = table_of(prompts)
@@ -301,7 +301,7 @@ def test_bounds(prompts: list[Prompt]) -> None:
         assert (cost <= np.maximum(*tokens) + 1e-9).all()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(prompts=prompt_lists(), margins=st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)))
 def test_a_larger_margin_never_makes_the_oracle_longer(prompts: list[Prompt], margins: tuple[float, float]) -> None:
     small, large = (table_of(prompts, margin)["mean_tokens/oracle"] for margin in sorted(margins))
@@ -334,7 +334,7 @@ def arrays(prompts: list[Prompt]) -> tuple[tuple, tuple]:
 biases = st.floats(-30, 30) | st.sampled_from([-math.inf, 0.0, math.inf])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(logits=st.tuples(*[st.floats(-10, 10)] * 3), bias=st.floats(-30, 30))
 def test_the_bias_is_that_of_the_logits(logits: tuple[float, float, float], bias: float) -> None:
     """Against the softmax of the shifted logits, with a single token that is neither mode."""
@@ -356,7 +356,7 @@ def test_the_bias_is_that_of_the_logits(logits: tuple[float, float, float], bias
         assert not clear or found[2][0] == order[after.index(max(after))]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(prompts=consistent_prompts(), pair=st.tuples(biases, biases), margin=st.sampled_from([0.0, 0.25]))
 def test_a_larger_bias_never_thinks_less(prompts: list[Prompt], pair: tuple[float, float], margin: float) -> None:
     scored, choice = arrays(prompts)
@@ -368,7 +368,7 @@ def test_a_larger_bias_never_thinks_less(prompts: list[Prompt], pair: tuple[floa
     assert all(rank[one] <= rank[other] for one, other in zip(before[2].tolist(), after[2].tolist(), strict=True))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(prompts=consistent_prompts(), margin=st.sampled_from([0.0, 0.25]))
 def test_the_ends_are_never_and_always_thinking_and_0_is_the_models_own(prompts: list[Prompt], margin: float) -> None:
     scored, choice = arrays(prompts)
@@ -390,7 +390,7 @@ def test_the_ends_are_never_and_always_thinking_and_0_is_the_models_own(prompts:
     assert [entry["thinking_ratio"]["auto"] for entry in (never, always)] == [0.0, 1.0]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(prompts=consistent_prompts(), data=st.data())
 def test_the_sweep_leaves_no_choice_out(prompts: list[Prompt], data: st.DataObject) -> None:
     """Whatever the bias, its picks are those of one in the sweep, if it lies at no threshold."""
@@ -476,7 +476,7 @@ def test_thinking_where_it_helps_little_is_not_always_worth_its_tokens() -> None
     assert [accuracy_at_budget(*scored, *choice, budget) for budget in (2, 6, 10)] == [0.5, 1.0, 1.0]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(prompts=consistent_prompts(), budget=st.floats(0.5, 60), data=st.data())
 def test_no_bias_within_the_budget_does_better(prompts: list[Prompt], budget: float, data: st.DataObject) -> None:
     scored, choice = arrays(prompts)
@@ -494,7 +494,7 @@ def test_no_bias_within_the_budget_does_better(prompts: list[Prompt], budget: fl
 # --- Intervals ----------------------------------------------------------------
 
 
-def example_table(num_prompts: int = 60, seed: int = 0) -> Table:
+def example_table(num_prompts: int = 60, seed: int = 0) -> PromptTable:
     rng = np.random.default_rng(seed)
     column = rng.random(num_prompts)
     column[::7] = NAN
@@ -598,7 +598,7 @@ def test_summarize_by_sorts_numbers_before_text() -> None:
     assert all(set(group["intervals"]) == {"hybrid_accuracy", "accuracy"} for group in groups)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(prompts=prompt_lists(), data=st.data())
 def test_a_group_is_summarized_as_if_alone(prompts: list[Prompt], data: st.DataObject) -> None:
     labels = data.draw(st.lists(st.sampled_from([1, 2, "x"]), min_size=len(prompts), max_size=len(prompts)))

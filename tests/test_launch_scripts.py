@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([ROOT / "recipes" / "vllm_server.sh", *ROOT.glob("recipes/slurm/*.slurm")])
 PAIRS = sorted(ROOT.glob("recipes/*/hgpo_server.yaml"))

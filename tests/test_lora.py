@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from refusals import refused
 from safetensors.torch import load_file
+from settings import ON_CPU
 from tokenizers_zoo import qwen2, tiny_llama, tiny_qwen2
 from transformers import (
     AutoModelForCausalLM,
@@ -43,15 +44,13 @@ from hgpo_trl.training.lora import load_merged, train_tag_rows
 
 TOKENS = ModeTokens(7, 8, 9, 10)
 IDS = [7, 8, 9, 10]
-TRAINING = {
-    "bf16": False,
-    "use_cpu": True,
+TRAINING = ON_CPU | {
+    "gradient_checkpointing": True,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
     "logging_steps": 1,
+    "save_strategy": "steps",
     "save_steps": 1,
-    "disable_tqdm": True,
-    "report_to": "none",
     "use_peft": True,
     "max_steps": 2,
 }
@@ -272,10 +271,6 @@ def test_merging_keeps_what_a_recipe_has_trained_apart(config: Config, tied: boo
 # --- Stage II ---------------------------------------------------------------------------------------------------
 
 
-def lottery(completions: list, **kwargs: Any) -> list[float]:
-    return [float(i % 3) for i in range(len(completions))]
-
-
 def hgpo_config(root: Path, model: str) -> Config:
     return TRAINING | {
         "model_name_or_path": model,
@@ -285,7 +280,7 @@ def hgpo_config(root: Path, model: str) -> Config:
         "num_generations": 4,
         "max_completion_length": 8,
         "beta": 0.1,
-        "reward_funcs": [f"{Path(__file__)}:lottery"],
+        "reward_funcs": [f"{Path(__file__).with_name('settings.py')}:lottery"],
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from settings import ON_CPU
 
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
@@ -65,7 +66,6 @@ def cut(batch: Batch, num_batches: int) -> list[Batch]:
     ]
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_regrouping_keeps_every_row_within_its_optimizer_step(data: st.DataObject) -> None:
     num_batches = data.draw(st.integers(1, 6))
@@ -92,7 +92,7 @@ def test_like_lengths_meet() -> None:
     assert [batch["completion_ids"].shape[1] for batch in sort_and_trim(batches, 4, sort=False)] == [9] * 4
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 9), min_size=8, max_size=8), min_size=2, max_size=3),
     seed=st.integers(0, 2**32 - 1),
@@ -147,7 +147,7 @@ def test_sorted_chunks_cover_all_real_tokens() -> None:
 # --- in the trainer -------------------------------------------------------------------------------------------------
 
 
-def lottery(completions: list, **kwargs: Any) -> list[float]:
+def by_content(completions: list, **kwargs: Any) -> list[float]:
     return [float(zlib.crc32(completion[0]["content"].encode()) % 3) for completion in completions]
 
 
@@ -169,15 +169,9 @@ def gradient(
             "max_grad_norm": 0.0,
             "weight_decay": 0.0,
             "beta": 0.1,
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
         }
-        args = HGPOConfig(**(settings | config), trim_micro_batches=trim_micro_batches)
-        trainer = HGPOTrainer(model_dir, lottery, args, prompts)
+        args = HGPOConfig(**(ON_CPU | settings | config), trim_micro_batches=trim_micro_batches)
+        trainer = HGPOTrainer(model_dir, by_content, args, prompts)
         generate = GENERATE
 
         def short_and_long(self: HGPOTrainer, prompt_ids: list, *rest: Any) -> tuple[list[list[int]], None]:

@@ -39,7 +39,7 @@ def test_a_share_of_zero_drops_and_max_rows_scales() -> None:
     assert quotas(CELLS, counts(100, 50, 60, 20), shares, 40).tolist() == [20, 0, 15, 5]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_shares_hold_and_nothing_more_fits(data: st.DataObject) -> None:
     axis = data.draw(st.sampled_from(AXES))

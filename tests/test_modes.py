@@ -9,7 +9,7 @@ from dataclasses import astuple
 import pytest
 import torch
 import transformers.integrations
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_zoo import FAMILIES, llama3, qwen2, tiny_llama, tiny_qwen2, word_level
@@ -93,7 +93,6 @@ FREE = rf"((?:(?!{'|'.join(TAGS)}).)*)"
 WELL_FORMED = re.compile(rf"\s*(?:<think>{FREE}</think>{FREE}|<no_think>{FREE}</no_think>\s*)", re.DOTALL)
 
 
-@settings(deadline=None)
 @given(anything)
 def test_every_text_can_be_split_and_only_the_two_formats_are_well_formed(text):
     response = split_response(text)
@@ -105,7 +104,6 @@ def test_every_text_can_be_split_and_only_the_two_formats_are_well_formed(text):
     assert response.well_formed == bool(match and (match[2] or match[3] or "").strip())
 
 
-@settings(deadline=None)
 @given(st.sampled_from(MODES), tag_free.filter(str.strip), tag_free)
 def test_what_was_formatted_splits_into_the_same_parts(mode, answer, reasoning):
     reasoning = reasoning if mode is Mode.THINK else ""

@@ -124,6 +124,7 @@ def test_recipe_loads_through_its_stage(path: Path, parse: Parse) -> None:
             assert type(values[key]) in (type(value), float)
 
 
+@pytest.mark.processes
 def test_make_reproduce_runs_what_there_is(parse: Parse) -> None:
     """Every command of `make reproduce` parses, and reads only what an earlier one writes."""
     listing = subprocess.run(
@@ -566,6 +567,7 @@ print(json.dumps([constants.HF_HOME, constants.HF_HUB_OFFLINE, threads, devices]
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "entry",
     [
@@ -744,7 +746,7 @@ def test_config_without_a_path(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--config: expected one argument" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES.keys() - {"serve"}))  # its fields are vLLM's
+@pytest.mark.parametrize("stage", sorted(STAGES.keys() - {"serve", "demo", "recipes"}))  # these take no recipe
 def test_help_lists_the_fields(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     kind = {"data": ["task"], "baselines": ["dpo"]}.get(stage, [])
     with pytest.raises(SystemExit) as caught:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from run_logs import log_of
+from settings import ON_CPU, argv
 
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.scripts import hft, hgpo
@@ -18,15 +19,11 @@ from hgpo_trl.training.checkpoints import SEAL
 
 Fields = dict[str, Any]
 
-COMMON: Fields = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "disable_tqdm": True,
+COMMON: Fields = ON_CPU | {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "linear",
     "logging_steps": 1,
+    "save_strategy": "steps",
     "save_steps": 1,
     "seed": 3,
 }
@@ -34,10 +31,6 @@ STAGES: dict[str, Fields] = {
     "hgpo": {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6, "beta": 0.01},
     "hft": {"per_device_train_batch_size": 4, "max_length": 64},
 }
-
-
-def argv(fields: Fields) -> list[str]:
-    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 
 def same_end(folder: Path, other: Path) -> None:
@@ -141,6 +134,7 @@ def test_a_run_that_fails_says_what_is_left(
 KILLER = Path(__file__).with_name("kill_and_resume.py")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", ["hgpo", "hft"])
 def test_killed_ten_times_nothing_is_lost(
     stage: str, model_dir: str, train_data: dict[str, str], run: Callable[..., Path], tmp_path: Path

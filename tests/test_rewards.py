@@ -132,7 +132,7 @@ def test_references_may_be_numbers(reference: Any) -> None:
     assert score("<no_think> 5 </no_think>", reference) == 0.0
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @example(answer="\x1f0\u00a0", reasoning="", mode=MODES[0])
 @given(answer=st.text(min_size=1).filter(str.strip), reasoning=st.text(), mode=st.sampled_from(MODES))
 def test_any_text_equals_itself(answer: str, reasoning: str, mode: str) -> None:
@@ -144,7 +144,7 @@ def test_any_text_equals_itself(answer: str, reasoning: str, mode: str) -> None:
 scores = st.sampled_from([math.nan, -2.5, 0.0, 0.25, 7.0])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.tuples(scores, scores)), min_size=1, max_size=12),
 )
@@ -164,7 +164,7 @@ def test_faults_get_the_lowest_reward(rows: list[tuple[int, bool, tuple[float, f
             assert after == before or (math.isnan(after) and math.isnan(before))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.tuples(scores, scores)), min_size=1, max_size=12),
     others=st.lists(st.tuples(st.integers(4, 6), st.booleans(), st.tuples(scores, scores)), max_size=12),
@@ -188,7 +188,7 @@ def test_a_query_is_floored_the_same_in_any_batch(
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     rows=st.lists(st.tuples(scores, scores), min_size=1, max_size=5),
     weights=st.tuples(*[st.sampled_from([0.0, 0.5, 2.0])] * 2),
@@ -202,7 +202,7 @@ def test_the_weighted_sum_is_of_what_scores_a_response(
         assert total == pytest.approx(sum(parts) if parts else math.nan, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     rows=st.lists(st.tuples(st.booleans(), st.tuples(scores, scores)), min_size=1, max_size=6),
     weights=st.tuples(*[st.sampled_from([-2.0, -0.5, 0.0, 1.0])] * 2),
@@ -240,7 +240,7 @@ def test_an_infinite_reward_names_its_function(value: float) -> None:
 lengths = st.integers(0, 9)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     groups=st.lists(st.lists(st.tuples(lengths, st.booleans()), min_size=4, max_size=4), min_size=1, max_size=4),
     cap=st.none() | st.sampled_from([0.5, 1.0, 1.5]),

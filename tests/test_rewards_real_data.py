@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from settings import ON_CPU, argv
 from tokenizers_zoo import qwen2
 from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
 
@@ -16,10 +17,9 @@ from hgpo_trl.tasks.embedded import build_model
 from hgpo_trl.training.trainer import HGPOTrainer
 
 ROWS = 4  # of each kind; N = 4, so that a step of 16 rows has four queries
-SMALL = {
+SMALL = ON_CPU | {
     "per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 24, "max_steps": 2,
-    "learning_rate": 1e-3, "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "logging_steps": 1,
-    "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0, "num_train_epochs": 2,
+    "learning_rate": 1e-3, "logging_steps": 1, "seed": 0, "num_train_epochs": 2,
 }  # fmt: skip
 
 
@@ -62,11 +62,11 @@ def folder(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
     return root
 
 
-def argv(folder: Path, output: Path, **fields: Any) -> list[str]:
+def command(folder: Path, output: Path, **fields: Any) -> list[str]:
     paths = {
         "model_name_or_path": folder / "policy", "train_data": folder / "train.parquet", "output_dir": output,
     }  # fmt: skip
-    return [word for key, value in (SMALL | paths | fields).items() for word in (f"--{key}", str(value))]
+    return argv(SMALL | paths | fields)
 
 
 def test_both_kinds_of_reward_train_one_policy(
@@ -101,7 +101,7 @@ def test_both_kinds_of_reward_train_one_policy(
     monkeypatch.setattr(HGPOTrainer, "_calculate_rewards", look)
     found = {}
     monkeypatch.setattr(hgpo, "train_and_save", lambda trainer, _: found.update(trainer=trainer, run=trainer.train()))
-    hgpo.main(argv(folder, tmp_path / "run", reward_model=folder / "scorer"))
+    hgpo.main(command(folder, tmp_path / "run", reward_model=folder / "scorer"))
 
     seen = {True: 0, False: 0}
     for rewards, answers, modes in rollouts:
@@ -127,9 +127,9 @@ def test_both_kinds_of_reward_train_one_policy(
 
 def test_rows_without_an_answer_need_somebody_to_score_them(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train_data: 4 of 8 rows have no `answer`.*Name a reward_model"):
-        hgpo.main(argv(folder, tmp_path / "run"))
+        hgpo.main(command(folder, tmp_path / "run"))
 
 
 def test_a_reward_model_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reward_model='\./nowhere': there is no such folder"):
-        hgpo.main(argv(folder, tmp_path / "run", reward_model="./nowhere"))
+        hgpo.main(command(folder, tmp_path / "run", reward_model="./nowhere"))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from settings import ON_CPU
 
 from hgpo_trl import HGPOConfig
 from hgpo_trl.modes import Mode
@@ -95,7 +96,8 @@ def test_forced_log_probs_changes_the_first_token_alone() -> None:
 
 def build(rule: str, model_dir: str, prompts: Dataset, tokenizer: Any, tmp_path: Path, **fields: Any) -> Any:
     config = HGPOConfig(
-        **{
+        **ON_CPU
+        | {
             "output_dir": str(tmp_path),
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 4,
@@ -103,11 +105,6 @@ def build(rule: str, model_dir: str, prompts: Dataset, tokenizer: Any, tmp_path:
             "max_completion_length": 12,
             "beta": 0.0,
             "max_steps": 1,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
             "learning_rate": 1e-3,
             **RULES[rule].fields,
             **fields,

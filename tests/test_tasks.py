@@ -61,7 +61,7 @@ def queries(draw: st.DrawFn) -> tuple[ModuleType, Query]:
     return task, task.sample(level, random.Random(draw(st.integers(0, 2**32))))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(queries())
 def test_answers_and_traces_are_right(drawn: tuple[ModuleType, Query]) -> None:
     """Against solvers that share nothing with the tasks; a trace says what happens at every step."""
@@ -81,7 +81,7 @@ def test_answers_and_traces_are_right(drawn: tuple[ModuleType, Query]) -> None:
         assert [" ".join(words[at + 1 : at + 3]) for at in range(0, len(words), size)] == swaps
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(queries())
 def test_vocabulary_covers_a_query_and_its_length_is_small(drawn: tuple[ModuleType, Query]) -> None:
     _, query = drawn
@@ -112,7 +112,7 @@ def test_draws_keep_the_parts_and_the_answers_apart(task: ModuleType) -> None:
 
 
 @given(st.integers(0, 40), st.sampled_from([TASKS, TASKS[:1], TASKS[::-1]]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_tasks_take_turns(num_queries: int, tasks: tuple[ModuleType, ...]) -> None:
     """Each draws what it draws alone."""
     found = list(draw_equally(tasks, num_queries, held_out=False, fraction=0.2, seed=3))

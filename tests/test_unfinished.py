@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hgpo_trl.common.errors import UserError
@@ -120,39 +121,33 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("stage", ["hft", "hgpo", "evaluate", "baselines", "merge", "card", "chat", "export", "serve"])
 def test_every_stage_says_it(
-    stage: str, stage_folder: Path, model_dir: str, tmp_path: Path, prompts: Any, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    stage_folder: Path,
+    hft_samples: dict[str, str],
+    tmp_path: Path,
+    prompts: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     break_it(stage_folder, "still running")
     data, out, model = str(tmp_path / "data.parquet"), str(tmp_path / "out"), str(stage_folder)
     prompts.add_column("completion", prompts["prompt"]).to_parquet(data)
     (tmp_path / "prompts.json").write_text(json.dumps([{"instruction": "Hi", "output": "", "dataset": "x"}]))
-    training = ["--model_name_or_path", model, "--train_data", data, "--output_dir", out]
-    training += ["--use_cpu", "true", "--bf16", "false"]
-    monkeypatch.setattr(baselines, "_load_samples", lambda args: (None, None))
+    training = argv(ON_CPU | {"model_name_or_path": model, "train_data": data, "output_dir": out})
+    baseline = argv(ON_CPU | hft_samples | {"model_name_or_path": model})
+    prompts_file = str(tmp_path / "prompts.json")
+    export_words = ["--tool", "alpaca_eval", "--prompts", prompts_file, "--model", model, "--output_dir", out]
     commands: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
         "hft": (hft.main, training),
         "hgpo": (hgpo.main, training),
         "evaluate": (evaluate.main, ["--model", model, "--data", data, "--output_dir", out]),
-        "baselines": (baselines.main, ["dpo", "--samples", out, *training]),
+        "baselines": (baselines.main, ["dpo", *baseline]),
         "merge": (merge.main, ["--model", model, "--output_dir", out]),
         "card": (card.main, ["--model", model]),
         "chat": (chat.main, ["--model", model]),
-        "export": (
-            export.main,
-            [
-                "--tool",
-                "alpaca_eval",
-                "--prompts",
-                str(tmp_path / "prompts.json"),
-                "--model",
-                model,
-                "--output_dir",
-                out,
-            ],
-        ),
+        "export": (export.main, export_words),
         "serve": (serve.main, ["--model", model]),
     }
     monkeypatch.setattr(serve, "check_vllm_installed", lambda name: None)
-    main, argv = commands[stage]
+    main, words = commands[stage]
     with pytest.raises(UserError, match=r"`hgpo-trl hft` has not finished there.*checkpoint-20"):
-        main(argv)
+        main(words)

@@ -229,14 +229,14 @@ def test_unequal(reference: str, answer: str) -> None:
     assert not equal(reference, answer)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(reference=st.decimals(allow_nan=False, allow_infinity=False, places=3), answer=st.integers(-10, 10))
 def test_numbers_are_compared_exactly(reference: Any, answer: int) -> None:
     assert equal(f"{reference:f}", str(answer)) == (reference == answer)
     assert equal(f"{reference:,f}", f" ${reference:f}$. ")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     reference=st.sampled_from(["4", "\\frac{1}{2}", "\\text{even}"]),
     answer=st.text("4 \\{}$()[]^_.,/=+-%afrctex", max_size=20),
@@ -324,7 +324,7 @@ def test_other_real_answers_are_wrong(shared_data: Path, name: str) -> None:
 # --- Batches ------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(
@@ -340,7 +340,7 @@ def test_a_batch_equals_one_by_one(pairs: list[tuple[str, str]]) -> None:
     assert verdicts == [equal(*pair) for pair in pairs]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(reference=st.text(max_size=40), answer=st.text(max_size=200))
 def test_the_exact_rungs_take_any_text(reference: str, answer: str) -> None:
     assert exact.settle(reference, answer)[0] in (True, False, None)
@@ -385,6 +385,7 @@ def test_a_killed_server_is_replaced() -> None:
 # --- Processes and threads ----------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
     done = run_script(
         tmp_path,
@@ -419,6 +420,7 @@ def in_child(connection: Any) -> None:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_in_a_daemonic_child_process(method: str) -> None:
     """Which may not start children by multiprocessing; a forked one inherits the workers' other end."""
@@ -440,6 +442,7 @@ def run_script(tmp_path: Path, body: str, **kwargs: Any) -> subprocess.Completed
     return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, **kwargs)
 
 
+@pytest.mark.processes
 def test_a_script_without_main_guard(tmp_path: Path) -> None:
     """It is not run again by the workers, and the interpreter ends."""
     done = run_script(
@@ -454,6 +457,7 @@ def test_a_script_without_main_guard(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "started\n[True, False]\n", "")
 
 
+@pytest.mark.processes
 def test_neither_torch_nor_sympy_is_loaded_here(tmp_path: Path) -> None:
     done = run_script(
         tmp_path,
@@ -467,6 +471,7 @@ def test_neither_torch_nor_sympy_is_loaded_here(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
 
 
+@pytest.mark.processes
 def test_no_process_is_left_behind(tmp_path: Path) -> None:
     done = run_script(
         tmp_path,
@@ -503,7 +508,7 @@ expressions = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(expressions)
 def test_values_are_sympys(expression: sympy.Expr) -> None:
     """What is evaluated at all is evaluated right, however sympy writes it; whatever is ambiguous is left alone."""

@@ -58,7 +58,7 @@ HEDGES = (
 number = st.integers(-999, 999).map(str) | st.decimals(0, 99, places=2, allow_nan=False).map("{:f}".format)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(st.lists(number, min_size=2, max_size=2, unique_by=Fraction))
 def test_two_candidates_are_no_answer(values: list[str]) -> None:
     """Neither of them, in whatever order."""
@@ -68,7 +68,7 @@ def test_two_candidates_are_no_answer(values: list[str]) -> None:
     )
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(st.lists(number, min_size=2, max_size=2, unique_by=Fraction))
 def test_hedged_words_are_no_answer(values: list[str]) -> None:
     a, b = (f"\\frac{{{abs(round(float(value) * 100))}}}{{7}}" for value in values)
@@ -106,13 +106,13 @@ DENIALS = (
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(number.filter(lambda text: Fraction(text) != 1234))
 def test_a_denied_candidate_is_no_answer(value: str) -> None:
     assert wrong_verdicts({value: [denial.format(a=value) for denial in DENIALS]}, False) == []
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.sampled_from(["Navin", "Paris", "even", "East"]), st.sampled_from(["Bob", "Rome", "odd", "West"]))
 def test_hedged_words(a: str, b: str) -> None:
     hedges = ("{a} or {b}", "The winner is {a} or {b}.", "either {a} or {b}", "\\boxed{{\\text{{{a} or {b}}}}}",
@@ -173,7 +173,7 @@ NAMES = (
 )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.sampled_from(NAMES), st.lists(st.integers(-50, 50).map(str), min_size=2, max_size=3, unique=True))
 def test_named_unknowns_keep_their_names(names: tuple[str, ...], values: list[str]) -> None:
     pairs = list(zip(names, values, strict=False))
@@ -287,7 +287,7 @@ integers = st.integers(1, 10**6)
 exponents = st.integers(0, 2000)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     integers,
     exponents,
@@ -306,7 +306,7 @@ def test_numbers_are_equal_or_not(a: int, m: int, b: int, n: int, offset: int, f
     assert check_answers([left], [form.format(f"({offset}+{a}^{{{m}}})")]) == [True]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 10**12), st.integers(1, 10**6))
 def test_spellings_of_a_number(value: int, bottom: int) -> None:
     thousands = f"{value:,}"
@@ -419,7 +419,7 @@ def test_spellings(reference: str) -> None:
 WORKED = "She packs 3 + 4 = <<3+4=7>>7 boxes.\nShe sells {x} of them.\n#### {x}"
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(-(10**6), 10**6), st.booleans())
 def test_the_reference_of_a_worked_solution(value: int, comma: bool) -> None:
     """What follows `####` is the reference in training, evaluation and the builder."""

@@ -8,7 +8,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,19 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from settings import argv
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hgpo_trl.evaluation import vllm_backend as vllm_sampling
-from hgpo_trl.evaluation.evaluate import render, sample_both_modes
+from hgpo_trl.evaluation import vllm_backend
+from hgpo_trl.evaluation.transformers_backend import sample_both_modes
+from hgpo_trl.inference.generate import render
 from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.scripts import evaluate
 from hgpo_trl.scripts.evaluate import main
 from hgpo_trl.tasks.embedded import build_model
 
 # Looked up, not imported: that takes seconds, also where these tests are not the ones to run.
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
+pytestmark = pytest.mark.engine
 
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS, POSITIONS = 32, 3, 24, 512
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # GiB
@@ -61,7 +62,7 @@ def engine(path: str) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        with vllm_sampling.running_engine(path, longest_prompt=longest, max_new_tokens=MAX_NEW_TOKENS) as engine:
+        with vllm_backend.running_engine(path, longest_prompt=longest, max_new_tokens=MAX_NEW_TOKENS) as engine:
             yield engine
 
 
@@ -69,7 +70,7 @@ def engine(path: str) -> Iterator[Any]:
 def sample(engine: Any, tokenizer: PreTrainedTokenizerFast, few: Dataset) -> Callable[..., pd.DataFrame]:
     def run(prompts: Any = few["prompt"], **changes: Any) -> pd.DataFrame:
         settings = {"samples_per_mode": SAMPLES, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 1.0, "top_p": 1.0}
-        return vllm_sampling.sample_both_modes(engine, tokenizer, prompts, **(settings | changes))
+        return vllm_backend.sample_both_modes(engine, tokenizer, prompts, **(settings | changes))
 
     return run
 
@@ -179,7 +180,7 @@ def test_a_benchmark(
         assert longest_prompt + max_new_tokens <= POSITIONS
         yield engine
 
-    monkeypatch.setattr(vllm_sampling, "running_engine", running_engine)
+    monkeypatch.setattr(vllm_backend, "running_engine", running_engine)
     monkeypatch.setattr(evaluate, "VLLM_CHUNK", 8)  # responses, of two prompts
     reports = {}
     for backend in ("vllm", "transformers"):
@@ -187,7 +188,7 @@ def test_a_benchmark(
             "backend": backend, "model": path, "data": name, "data_dir": shared_data, "temperature": 0,
             "output_dir": tmp_path / backend, "num_prompts": 5, "samples_per_mode": 2, "max_new_tokens": MAX_NEW_TOKENS,
         }  # fmt: skip
-        main([word for field, value in fields.items() for word in (f"--{field}", str(value))])
+        main(argv(fields))
         reports[backend] = json.loads((tmp_path / backend / "report.json").read_text(encoding="utf-8"))
         assert reports[backend].pop("settings")["backend"] == backend
     samples = [pd.read_parquet(tmp_path / backend / "samples.parquet") for backend in reports]
@@ -214,9 +215,8 @@ def command(path: str, few: Dataset, tmp_path: Path) -> Callable[..., subprocess
             "samples_per_mode": SAMPLES,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
-        argv = [word for name, value in (fields | changes).items() for word in (f"--{name}", str(value))]
         return subprocess.run(
-            [sys.executable, "-m", "hgpo_trl.cli", "evaluate", *argv],
+            [sys.executable, "-m", "hgpo_trl.cli", "evaluate", *argv(fields | changes)],
             env=os.environ | ENVIRONMENT,
             capture_output=True,
             text=True,
@@ -259,7 +259,7 @@ def test_too_few_positions_are_refused(path: str, model: LlamaForCausalLM) -> No
     )
     with (
         pytest.raises(ValueError, match=message),
-        vllm_sampling.running_engine(path, longest_prompt=1, max_new_tokens=positions),
+        vllm_backend.running_engine(path, longest_prompt=1, max_new_tokens=positions),
     ):
         pass
 
@@ -271,4 +271,4 @@ def test_an_adapter_is_refused(path: str, few: Dataset, tmp_path: Path) -> None:
     few.to_parquet(tmp_path / "eval.parquet")
     fields = {"backend": "vllm", "model": adapter, "data": tmp_path / "eval.parquet", "output_dir": tmp_path / "out"}
     with pytest.raises(ValueError, match=r"model=.*adapter' is a LoRA adapter of None; merge it first"):
-        main([word for name, value in fields.items() for word in (f"--{name}", str(value))])
+        main(argv(fields))

@@ -5,16 +5,14 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
+from settings import ON_CPU, lottery
 from workers import end
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parents[1]
-
-
-def lottery(completions: list, **kwargs: Any) -> list[float]:
-    return [float(i % 3) for i in range(len(completions))]
 
 
 def train_and_compare(root: Path) -> None:
@@ -48,10 +46,7 @@ def train_and_compare(root: Path) -> None:
             max_completion_length=8,
             max_steps=2,
             learning_rate=1e-2,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
+            **ON_CPU,
             use_vllm=True,
             vllm_mode="colocate",
             vllm_max_model_length=64,
@@ -109,7 +104,6 @@ def train_and_compare(root: Path) -> None:
 
 
 def test_engine_takes_the_merged_weights(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

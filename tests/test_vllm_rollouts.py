@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from workers import end
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 GROUP, STEPS, MAX_LENGTH = 4, 3, 10
 LONG_PROMPT = 300  # tokens: two whole blocks of 128, vLLM's block on a CPU
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
+pytestmark = pytest.mark.engine
 
 
 def train(folder: Path, *argv: str) -> None:
@@ -76,10 +76,9 @@ def words(tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path_factory
         "model_name_or_path": folder / "model", "train_data": folder / "prompts.parquet", "use_vllm": True,
         "vllm_max_model_length": 320, "reward_funcs": f"{folder}/reward.py:ends", "num_generations": GROUP,
         "per_device_train_batch_size": 8, "max_completion_length": MAX_LENGTH, "max_steps": STEPS,
-        "learning_rate": 1e-2, "save_steps": 1, "logging_steps": 1, "use_cpu": True, "bf16": False,
-        "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+        "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,
     }  # fmt: skip
-    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    return argv(ON_CPU | fields)
 
 
 def run(folder: Path, *argv: str) -> Path:

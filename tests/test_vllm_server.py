@@ -14,13 +14,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workers import end
 
@@ -53,7 +53,7 @@ def test_vllm_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_vllm_of_another_version(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_support, "find_spec", lambda name: object())
-    monkeypatch.setattr(vllm_support, "_installed_version", lambda: version)
+    monkeypatch.setattr(vllm_support, "version", lambda distribution: version)
     if fits:
         check_vllm_installed("use_vllm=true")
         return
@@ -156,14 +156,12 @@ def folder(tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path_factor
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed (the extra `vllm`)")
     port = free_port()
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")),
         *("--port", str(port), "--host", "127.0.0.1", "--max-model-len", "128", "--dtype", "float32"),
-        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--enforce-eager"),
     ]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
@@ -185,30 +183,35 @@ def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
 
 
 def launch(folder: Path, url: str, output: Path, processes: int, **fields: Any) -> subprocess.CompletedProcess[str]:
-    common: dict[str, Any] = {
+    common: dict[str, Any] = ON_CPU | {
         "model_name_or_path": folder / "model", "train_data": folder / "prompts.parquet", "use_vllm": True,
         "vllm_mode": "server", "vllm_server_base_url": url, "num_generations": GROUP, "max_completion_length": 8,
         "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 2, "save_steps": 1,
-        "logging_steps": 1, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
-        "disable_tqdm": True, "ddp_backend": "gloo", "output_dir": output / "run", "learning_rate": 1e-3,
+        "logging_steps": 1, "save_strategy": "steps", "ddp_backend": "gloo", "output_dir": output / "run",
+        "learning_rate": 1e-3,
     }  # fmt: skip
-    words = [word for name, value in (common | fields).items() for word in (f"--{name}", str(value))]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
-        *(__file__, str(output), *words),
+        *(__file__, str(output), *argv(common | fields)),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_each_mode_of_a_query_is_one_request_for_half_the_group(
-    folder: Path, server: tuple[str, subprocess.Popen], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """Two processes of 6 x 2 rows, N = 4: every other group straddles them."""
-    done = launch(folder, server[0], tmp_path, processes=2)
+@pytest.fixture(scope="module")
+def trained(folder: Path, server: tuple[str, subprocess.Popen]) -> Path:
+    """What two processes of 6 x 2 rows, N = 4, sent and received: every other group straddles them."""
+    done = launch(folder, server[0], folder, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.engine
+def test_each_mode_of_a_query_is_one_request_for_half_the_group(
+    trained: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     tokens = mode_tokens(tokenizer)
-    requests = json.loads((tmp_path / "requests.json").read_text(encoding="utf-8"))
+    requests = json.loads((trained / "requests.json").read_text(encoding="utf-8"))
     for step in range(2):
         request = requests[step]
         assert (request["n"], request["max_tokens"]) == (GROUP // 2, 7), "the decision token is one of the 8"
@@ -216,7 +219,7 @@ def test_each_mode_of_a_query_is_one_request_for_half_the_group(
         for think, no_think in zip(request["prompts"][::2], request["prompts"][1::2], strict=True):
             assert think[:-1] == no_think[:-1], "both modes of one query follow each other"
 
-        rollouts = [torch.load(tmp_path / f"rollout_{step}_{process}.pt", weights_only=True) for process in range(2)]
+        rollouts = [torch.load(trained / f"rollout_{step}_{process}.pt", weights_only=True) for process in range(2)]
         rows = [
             (prompt[mask.bool()].tolist(), ids)
             for rollout in rollouts
@@ -235,18 +238,16 @@ def test_each_mode_of_a_query_is_one_request_for_half_the_group(
                 assert gap[mask].abs().max() < 1e-3, "same weights, same type: same log-probabilities"
 
 
-def test_the_weights_are_announced_by_the_names_they_have(
-    folder: Path, server: tuple[str, subprocess.Popen], tmp_path: Path
-) -> None:
-    done = launch(folder, server[0], tmp_path, processes=1)
-    assert done.returncode == 0, done.stderr[-3000:]
-    announced = json.loads((tmp_path / "announced.json").read_text(encoding="utf-8"))
+@pytest.mark.engine
+def test_the_weights_are_announced_by_the_names_they_have(trained: Path) -> None:
+    announced = json.loads((trained / "announced.json").read_text(encoding="utf-8"))
     assert len(announced) == 2, "once for each step"
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(trained / "model", dtype="float32")
     expected = [[name, "float32", list(value.shape)] for name, value in model.named_parameters()]
     assert announced[0] == announced[1] == expected
 
 
+@pytest.mark.engine
 def test_a_server_that_dies_during_the_training(
     folder: Path, server: tuple[str, subprocess.Popen], tmp_path: Path
 ) -> None:

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -32,7 +31,7 @@ from hgpo_trl.scripts import hft
 from hgpo_trl.tasks import chain_sum
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
+pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 128

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,7 @@ TYINGS = ["untied", "tied", "tied, saved twice"]
 STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 CLOSURES = {"handler": "oneDNN", "packed_weight": "sgl-kernel", "zen_weight": "zentorch"}  # variables of `cpu_linear`
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (the extra `vllm`)")
+pytestmark = pytest.mark.engine
 
 
 def save_model(folder: Path, tying: str, seed: int) -> PreTrainedModel:

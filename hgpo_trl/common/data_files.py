@@ -1,4 +1,4 @@
-"""Reading data sets by the one name that a recipe gives them."""
+"""Load data sets by the name that a recipe gives."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
             f"{field}={name!r} cannot be read: {reason}. All rows need the same columns, each of one kind throughout; "
             "mend the file, or build the data with `hgpo-trl data`, which leaves such rows out."
         ) from error
-    except (StopIteration, ValueError) as error:  # datasets' ways of saying that there are no rows
+    except (StopIteration, ValueError) as error:  # raised by datasets if there are no rows
         if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
             raise
         raise UserError(f"{field}={name!r} has no rows. Give it at least one.") from None
@@ -55,15 +55,15 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
 
 
 def _load_folder(path: Path, split: str) -> Dataset:
-    """The files that a folder (its README.md, if it has one) gives for a split.
+    """Load a split of a folder, from the files that its README.md, if it has one, names for it.
 
-    `load_dataset(folder)` keeps what it has read under the folder's name, and takes another folder of that name with
-    the same README configuration for it; files that are named are told apart by path and time.
+    `load_dataset(folder)` caches by the folder's name and README configuration, and so confuses two folders of one
+    name; named files are cached by path and time.
     """
     data_files = load_dataset_builder(str(path)).config.data_files or {}
     files = [str(file) for file in data_files.get(split, [])]
     if not files or Path(files[0]).suffix not in _BUILDERS:
-        return load_dataset(str(path), split=split)  # which says what is wrong, or knows the type
+        return load_dataset(str(path), split=split)  # raises a clear error, or knows the file type
     return load_dataset(_BUILDERS[Path(files[0]).suffix], data_files=files, split="train")
 
 
@@ -74,7 +74,7 @@ def _lines_of(path: Path) -> list[Path]:
 
 
 def _first_odd_row(files: Sequence[Path]) -> str | None:
-    """The first row of JSON lines that is broken, or has a column or a kind of value that the first block has not."""
+    """The first row of JSON lines that is broken, or has a column or a kind of value that the first block lacks."""
     for file in files:
         kinds: dict[str, tuple[str, int]] = {}
         position = row = 0
@@ -98,7 +98,7 @@ _NAMES = {str: "text", bool: "a truth value", int: "a number", float: "a number"
 
 
 def _kinds(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Where a row has values that are not null, as `prompt[].content`, and of what kind they are."""
+    """Yield the place of every value that is not null, such as `prompt[].content`, and its kind."""
     if value is None:
         return
     if place:

@@ -2,20 +2,20 @@
 
 Libraries read many variables while they are imported: HF_HOME and HF_HUB_OFFLINE, OMP_NUM_THREADS. So the commands take
 a recipe's `env` before they import the stage, and for `python -m` and `accelerate launch -m` the package
-`hgpo_trl.scripts` does so while it is imported itself. Values are the text that stands in the recipe: 1e-4, yes and 010
-stay as they are.
+`hgpo_trl.scripts` does so while it is imported itself. Values are the recipe's text, unchanged: 1e-4, yes
+and 010 are not converted.
 """
 
 import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import expand_path
+from hgpo_trl.common.recipe_files import find_recipe
 
 # Python and the dynamic linker read these before the first line of a program.
 _READ_BEFORE_START = re.compile(r"PYTHON\w+|(LD|DYLD|MALLOC|GLIBC)_\w+")
@@ -29,14 +29,15 @@ _READ_AT_IMPORT = re.compile(
 def apply_env(argv: Sequence[str]) -> None:
     """Set the variables of the recipe that a command line names.
 
-    A recipe that cannot be read is left to the stage's parser, which says what is wrong with it.
+    A recipe that cannot be read is left to the stage's parser, which reports the error.
 
     Raises:
         UserError: as `set_env`.
     """
-    path = _config(argv)
+    name = _config(argv)
+    path = None if name is None else find_recipe(name)
     try:
-        recipe = None if path is None else yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
+        recipe = None if path is None else yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return
     if isinstance(recipe, dict) and isinstance(recipe.get("env"), dict):
@@ -51,8 +52,7 @@ def set_env(where: str, env: dict[str, object]) -> None:
         env: name -> text, as YAML's BaseLoader reads it.
 
     Raises:
-        UserError: a value is no text, or a variable has been read already: by Python itself, or by a library that is
-            imported.
+        UserError: a value is not text, or Python or an imported library has already read the variable.
     """
     for name, value in env.items():
         if not isinstance(value, str):
@@ -74,11 +74,11 @@ def set_env(where: str, env: dict[str, object]) -> None:
 
 
 def _config(argv: Sequence[str]) -> str | None:
-    """The recipe that a command line names last."""
-    path = None
+    """The last recipe that a command line names."""
+    name = None
     for place, word in enumerate(argv):
         if word == "--config" and place + 1 < len(argv):
-            path = argv[place + 1]
+            name = argv[place + 1]
         elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
-    return None if path is None else expand_path("--config", path)
+            name = word.removeprefix("--config=")
+    return name

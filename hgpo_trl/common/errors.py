@@ -1,4 +1,4 @@
-"""Errors that tell a user what to change, and how a command ends on one: the same way however it was started.
+"""Errors that tell a user what to change. Every way to start a command reports them alike.
 
 hgpo-trl hft ...                                    hgpo-trl hft: error: train_data='x': there is no such ...
 python -m hgpo_trl.scripts.hft ...                  the same
@@ -30,7 +30,7 @@ class ServerError(UserError, ConnectionError):
 
 
 class UnsupportedError(UserError, NotImplementedError):
-    """A setting or a data set asks for a thing that this library does not do."""
+    """A setting or a data set asks for something that this library does not support."""
 
 
 def run_stage(main: Callable[[Sequence[str]], None], stage: str, argv: Sequence[str]) -> None:
@@ -54,9 +54,9 @@ def refuse(command: str, message: str) -> NoReturn:
 
 
 def _is_first() -> bool:
-    """Whether no other process that the launcher has started on this machine has asked before.
+    """Whether this process is the first of its launch on this machine to ask.
 
-    An error may meet any of them, and some of them only. torchrun, which `accelerate launch` is for several processes,
+    An error may meet any of them, and only some of them. torchrun, which `accelerate launch` is for several processes,
     gives each a file in a folder of its own: .../attempt_0/RANK/error.json. Without it every process counts as first.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -66,6 +66,6 @@ def _is_first() -> bool:
         (Path(error_file).parents[1] / "refused").touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the folder cannot be written to: better said twice than never
+    except OSError:  # the folder is read-only: twice is better than never
         return True
     return True

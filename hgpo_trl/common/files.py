@@ -1,4 +1,4 @@
-"""Paths and files: what a name in a recipe stands for, and writing that leaves a whole file or none."""
+"""Paths and files: expand the paths of a recipe, and write a whole file or none."""
 
 import json
 import math
@@ -20,9 +20,9 @@ def looks_like_path(name: str) -> bool:
 
 
 def expand_path(field: str, text: str) -> str:
-    """A path as a shell would read it: `~` at its beginning, or behind NAME=, and `$NAME` or `${NAME}` replaced.
+    """Expand a path as a shell does: `~` at its beginning, or behind NAME=, and `$NAME` or `${NAME}` replaced.
 
-    Text that is no path comes back as it is: a variable is replaced in text without blanks that has a slash or is the
+    Other text is returned unchanged: a variable is replaced only in text without blanks that has a slash or is the
     variable alone.
 
     Args:
@@ -91,7 +91,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def nan_to_null(value: Any) -> Any:
-    """The same mappings and lists with None, which JSON can hold, for NaN."""
+    """Replace NaN in mappings and lists by None, which JSON can hold."""
     match value:
         case Mapping():
             return {key: nan_to_null(item) for key, item in value.items()}

@@ -4,8 +4,8 @@ import hashlib
 
 
 def derived_seed(seed: int, part: int | str) -> int:
-    """The seed of a run's part, of 32 bits; no two parts, and no two runs, share one but by chance.
+    """Derive a 32-bit seed for a part of a run. Two parts, or two runs, share one only by chance.
 
-    `seed + part` would give a run's second part the random numbers of the next seed's first one.
+    With `seed + part`, part 1 of seed 0 would draw the same random numbers as part 0 of seed 1.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed} {part}".encode(), digest_size=4).digest())

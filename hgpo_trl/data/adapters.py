@@ -1,7 +1,7 @@
-"""Adapters: a source's rows, with that source's own schema, as examples.
+"""Adapters: convert a source's rows, in its own schema, to examples.
 
 One adapter per source of the paper (section 2, Stage I and II), by its id on the hub, and `generic` for a user's own
-files. What is wrong with a row is a `Drop` that says so, never an exception.
+files. A faulty row gives a `Drop` with the reason, never an exception.
 """
 
 import ast
@@ -22,7 +22,7 @@ Messages = list[dict[str, str]]
 
 
 class Parts(TypedDict, total=False):
-    """What a row says of an example; the adapter knows the rest."""
+    """Fields of an example that a row gives; the adapter gives the rest."""
 
     prompt: Messages
     mode: Mode | None
@@ -36,19 +36,19 @@ class Parts(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A source and how its rows are read. Picklable.
+    """A source and the function that reads its rows. Picklable.
 
     Args:
         name: id on the hub, or "generic".
-        licence: of the data set, as its card says.
-        stage: "hft" (responses) or "hgpo" (prompts): what it is good for.
-        domain: of its examples where a row does not say.
-        mode: of its responses; None for prompts alone, or where a row says.
-        read: a row's parts.
+        licence: of the data set, from its card.
+        stage: "hft" (responses) or "hgpo" (prompts).
+        domain: of its examples, unless a row gives it.
+        mode: of its responses; None for prompts alone, or if a row gives it.
+        read: returns a row's parts.
         subset: configuration on the hub to take by default.
         split: split to take by default.
-        files: glob of the files to read in place of the subset's, where those cannot be read row by row.
-        note: what to know before it is used.
+        files: glob of the files to read in place of the subset's, if those cannot be read row by row.
+        note: advice to its users.
     """
 
     name: str
@@ -64,18 +64,18 @@ class Adapter:
 
 
 def adapt(adapter: Adapter, row: Row, source: str) -> Example | Drop:
-    """One row as an example, or why it is none.
+    """Convert a row to an example, or to a `Drop` with the reason.
 
     Reasons: "missing_field" (absent or null), "empty_field", "not_text", "null_messages", "unknown_role",
     "roles_out_of_order", "two_systems" (a system message and a system column that differ), "two_traces" (one in the
     content, another in a field), "no_prompt", "no_answer", "unknown_format" (a response without the marks of a trace),
     "unbalanced_tags", "unopened_trace" (a trace that ends and never begins), "tag_in_text" (one of the four mode tags
-    inside a part), "trace_in_no_think" (a trace in other marks), "invalid_unicode", "wrong_mode" and what a source says
-    against its own row: "toxic", "redacted", "not_verified", "truncated".
+    inside a part), "trace_in_no_think" (a trace in other marks), "invalid_unicode", "wrong_mode" and a source's own
+    flags: "toxic", "redacted", "not_verified", "truncated".
 
     Args:
-        adapter: how to read it.
-        row: as the file has it.
+        adapter: reads the row.
+        row: as in the file.
         source: name of the source in the recipe.
     """
     try:
@@ -96,7 +96,7 @@ def adapt(adapter: Adapter, row: Row, source: str) -> Example | Drop:
 
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """How responses mark a trace: `open` trace `close` answer, the answer perhaps within marks of its own."""
+    """Marks of a trace in responses: `open` trace `close` answer, the answer perhaps within marks of its own."""
 
     open: str
     close: str
@@ -116,7 +116,7 @@ def has_trace(text: str) -> bool:
 
 
 def unopened(text: str) -> Convention | None:
-    """The convention of a response that ends its trace and never begins it: the mark stood in the prompt."""
+    """The convention of a response that ends a trace without opening it, because the prompt did."""
     ended = (convention for convention in CONVENTIONS if convention.close in text)
     return next((convention for convention in ended if convention.open not in text), None)
 
@@ -139,7 +139,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _unwrap(answer: str, convention: Convention) -> str:
-    """The answer without the marks around it, where the convention has some and they are there."""
+    """The answer without the marks around it, if it has those of the convention."""
     marks = [mark for mark in (convention.answer_open, convention.answer_close) if mark]
     counts = {mark: answer.count(mark) for mark in marks}
     if not any(counts.values()):
@@ -181,7 +181,7 @@ def _optional(row: Row, *names: str) -> str | None:
 
 
 def _text(row: Row, *names: str) -> str:
-    """The same where there must be one."""
+    """As `_optional`, but the value is required."""
     if (value := _optional(row, *names)) is not None:
         return value
     present = [name for name in names if row.get(name) is not None]
@@ -193,7 +193,7 @@ def _user(text: str) -> Messages:
 
 
 def _check_text(example: Example) -> None:
-    """Refuse mode tags inside a part, which would be decisions where none belong, and what UTF-8 cannot hold."""
+    """Refuse mode tags inside a part, which would be decisions in the wrong place, and text that UTF-8 cannot hold."""
     prompt = "\n".join(message["content"] for message in example.prompt)
     for name, text in (("prompt", prompt), ("reasoning", example.reasoning), ("answer", example.answer)):
         if tag := next((tag for tag in TAGS if tag in text), None):
@@ -251,7 +251,7 @@ def _messages(row: Row, name: str) -> Messages:
 
 
 def _content(content: Any) -> str:
-    """A message's text, of which the parts are joined as a chat template joins them."""
+    """A message's text; parts are joined as by a chat template."""
     if not isinstance(content, (list, tuple)):
         return content if isinstance(content, str) else ""
     for part in content:
@@ -594,7 +594,7 @@ ADAPTERS: dict[str, Adapter] = {
 # --- a user's own files ---------------------------------------------------------------------------------------
 
 FIELDS = ("prompt", "messages", "system", "reasoning", "answer", "response", "reference", "level", "id", "domain")
-_JOINED = ("prompt", "system", "reasoning", "answer", "response")  # what several columns may hold together
+_JOINED = ("prompt", "system", "reasoning", "answer", "response")  # may be joined from several columns
 
 Fields = Mapping[str, str | Sequence[str]]
 
@@ -623,12 +623,12 @@ def generic(
         fields: our names to the file's columns: `prompt` or `messages`; `reasoning` and `answer`, or `response`;
             `reference`, `level`, `id` (else a hash of the content), `domain`, `system`. Several columns of a text are
             joined by a blank line, those that are empty left out: {"prompt": ["instruction", "input"]}.
-        mode: the only mode of the file's responses, if they have but one: others are dropped as "wrong_mode".
-        domain: of rows that do not say.
-        opened_in_prompt: the prompt opened the trace, so responses only end it. So it is with `mode` think.
+        mode: the only mode of the file's responses; others are dropped as "wrong_mode". None: both.
+        domain: of rows that do not give it.
+        opened_in_prompt: the prompt opened the trace, so responses only end it. `mode` think implies it.
 
     Raises:
-        ValueError: a name is unknown, two exclude each other, one needs another, none gives the prompt, one cannot have
+        UserError: a name is unknown, two exclude each other, one needs another, none gives the prompt, one cannot have
             several columns, or they cannot give the mode.
     """
     if unknown := [name for name in fields if name not in FIELDS]:
@@ -650,7 +650,7 @@ def generic(
 
 
 def _wanted(fields: Fields, mode: Mode | str) -> Mode:
-    """A source's only mode, which its fields can give."""
+    """A source's only mode; UserError if its fields cannot give it."""
     if mode not in list(Mode):
         raise UserError(f"mode must be {' or '.join(Mode)}, or left out; got {mode!r}.")
     wanted, needed = Mode(mode), "answer and reasoning" if mode == Mode.THINK else "answer without reasoning"
@@ -697,9 +697,9 @@ def _joined(row: Row, columns: Sequence[str]) -> str | None:
 
 
 def _required(row: Row, columns: Sequence[str]) -> str:
-    """The same where there must be one."""
+    """As `_joined`, but the text is required."""
     text = _joined(row, columns)
-    return _text(row, *columns) if text is None else text  # which says what is missing
+    return _text(row, *columns) if text is None else text  # raises, with the missing column
 
 
 def _with_system(messages: Messages, system: str | None) -> Messages:
@@ -714,7 +714,7 @@ def _with_system(messages: Messages, system: str | None) -> Messages:
 
 
 def _opened(message: dict[str, str], opened: bool) -> str:
-    """An assistant's text; a trace that it only ends is begun, if `opened` says that the prompt did."""
+    """An assistant's text; a trace that it only ends is opened, if `opened` says that the prompt did so."""
     text = message["content"]
     if message["role"] != "assistant" or (convention := unopened(text)) is None:
         return text
@@ -725,7 +725,7 @@ def _opened(message: dict[str, str], opened: bool) -> str:
 
 
 def _tagged(response: str) -> Parts:
-    """A response that says its mode."""
+    """A response that names its mode by its tags."""
     text, (opened, closed) = response.strip(), (Mode.NO_THINK.open_tag, Mode.NO_THINK.close_tag)
     if not text.startswith(opened):
         return _thought(text)

@@ -1,4 +1,4 @@
-"""A built data set's README.md, which is also its card on the hub, and the figures in it; all from its manifest."""
+"""A built data set's README.md, its card on the hub, with its figures; all from the manifest."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def write_card(output_dir: Path, manifest: Manifest) -> None:
 
     Args:
         output_dir: the data set's folder, which has `data/*.parquet`.
-        manifest: what `manifest.json` there holds. The same manifest gives the same bytes.
+        manifest: the content of its `manifest.json`. The same manifest gives the same bytes.
     """
     pictures = _pictures(manifest)
     for picture in pictures:
@@ -64,12 +64,12 @@ def _licence(source: SourceManifest) -> str:
 
 
 def _licences(manifest: Manifest) -> list[str]:
-    """Of the sources of which rows are left."""
+    """Licences of the sources with rows left."""
     return sorted({_licence(source) for source in manifest["sources"].values() if source["kept"]})
 
 
 def _front_matter(manifest: Manifest) -> dict[str, object]:
-    """What the hub reads, `load_dataset` included: without `data_files` it would take removed.parquet for data."""
+    """The hub's and `load_dataset`'s settings: without `data_files`, removed.parquet would be read as data."""
     size = next((name for name, limit in _SIZES if _rows(manifest) < limit), "10M<n<100M")
     return {
         "license": _licences(manifest),
@@ -246,7 +246,7 @@ def _licence_note(manifest: Manifest) -> Paragraph:
 
 
 def _not_read(sources: Mapping[str, SourceManifest]) -> list[Block]:
-    """What the sources hold beside what was read."""
+    """Name the columns of the sources that look like content and were not read."""
     unread = {name: source.get("not_read") or [] for name, source in sources.items()}
     lines = [f"{name}: {', '.join(f'`{column}`' for column in columns)}" for name, columns in unread.items() if columns]
     return [Paragraph("Columns that look like content and were not read:"), Bullets(lines)] if lines else []
@@ -276,7 +276,7 @@ def _blocks(manifest: Manifest, pictures: list[Picture], output_dir: Path) -> li
         pictures[0],
         Heading("What was removed"),
         _removal_table(sources),
-        Paragraph("`removed.parquet` names every removed row, the step, the reason and what there is to say of it."),
+        Paragraph("`removed.parquet` names every removed row with the step, the reason and details."),
     ]
     if manifest["decontamination"]:
         hits = [f"{name}: {count:,}" for name, count in manifest["decontamination"].items()]
@@ -288,6 +288,6 @@ def _blocks(manifest: Manifest, pictures: list[Picture], output_dir: Path) -> li
     return [
         *blocks,
         Heading("How it was built"),
-        Paragraph(f"`hgpo-trl data {stage}` with the recipe below ({versions}). `manifest.json` holds all figures."),
+        Paragraph(f"`hgpo-trl data {stage}` with the recipe below ({versions}). `manifest.json` holds all counts."),
         Code(recipe, "yaml"),
     ]

@@ -75,8 +75,8 @@ class ReasoningQueryClassifier:
     Args:
         weights: [features].
         bias: of the linear model.
-        threshold: probability from which on a query counts as one for reasoning.
-        metadata: what it was trained on and how well it does.
+        threshold: lowest probability of a reasoning query.
+        metadata: its training data and its quality.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ReasoningQueryClassifier:
         self.bias, self.threshold, self.metadata = float(bias), float(threshold), dict(metadata)
 
     def probability(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Of each text, [n]."""
+        """Probability of each text, `[n]`."""
         if not texts:
             return np.zeros(0)
         scores = np.asarray(vectorise(texts) @ self.weights, dtype=np.float64) + self.bias
@@ -124,11 +124,11 @@ class ReasoningQueryClassifier:
 
 
 def no_reasoning_queries(classifier: ReasoningQueryClassifier, threshold: float | None = None) -> Step:
-    """Drops no-think examples whose user asks for complex reasoning, as "reasoning_query"; others are kept.
+    """Drop no-think examples whose user asks for complex reasoning, as "reasoning_query"; keep all others.
 
     Args:
-        classifier: judges what the user said in all turns.
-        threshold: probability from which on an example is dropped; None for the classifier's own.
+        classifier: judges the user's messages of all turns.
+        threshold: lowest probability at which an example is dropped; None: the classifier's own.
 
     Raises:
         UserError: the threshold does not lie in (0, 1].
@@ -161,7 +161,7 @@ def _vectoriser() -> HashingVectorizer:
 
 
 def vectorise(texts: Sequence[str]) -> csr_matrix:
-    """Features of queries, [n, features], sparse."""
+    """Features of queries, `[n, features]`, sparse."""
     return _vectoriser().transform(map(_prepare, texts))
 
 
@@ -175,7 +175,7 @@ def _prepare(text: str) -> str:
 
 
 def seed_kinds(text: str) -> list[str]:
-    """Which kinds of seed terms a query holds."""
+    """The kinds of seed terms in a query."""
     lower = _ADDRESS.sub(" ", text.lower())
     return [kind for kind, pattern in _SEEDS.items() if pattern.search(lower)]
 
@@ -192,9 +192,9 @@ def train(
 ) -> ReasoningQueryClassifier:
     """Fit a classifier to queries of both kinds, by the names of their sources.
 
-    General queries are never free of code and maths. So those of `other` that hold a seed term count as reasoning
-    queries, half the weight of that class; of the rest those that cross-validation takes for reasoning queries with a
-    probability of 0.9 are left out. Both classes weigh the same. The metadata says how many there were of each.
+    General queries always include some code and maths. So queries of `other` with a seed term count as reasoning
+    queries, with half the weight of that class. Of the rest, those that cross-validation takes for reasoning queries
+    with a probability of 0.9 are left out. Both classes have the same weight. The metadata gives the number of each.
     """
     others = [text for texts in other.values() for text in texts]
     relabelled = [text for text in others if seed_kinds(text)]
@@ -232,7 +232,7 @@ def train(
 def precision_and_recall(
     reasoning: NDArray[np.float64], other: NDArray[np.float64], thresholds: Sequence[float]
 ) -> list[dict[str, float | None]]:
-    """One row per threshold, from the probabilities of queries of both kinds; precision is None where none is found."""
+    """One row per threshold, from the probabilities of queries of both kinds; precision is None if none is found."""
     rows = []
     for threshold in thresholds:
         hits, false = int((reasoning >= threshold).sum()), int((other >= threshold).sum())

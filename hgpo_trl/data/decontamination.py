@@ -11,13 +11,13 @@ from hgpo_trl.data.text import BRACKETS, tokens
 
 
 class Decontaminator:
-    """Drops examples whose prompt holds at least a share of the n-grams of some question of a benchmark.
+    """Drop examples whose prompt holds at least a given share of the n-grams of some question of a benchmark.
 
-    A step, and picklable. The share is the criterion of Tülu 3 (arXiv 2411.15124): of 8-grams, a half. N-grams are of
-    words, numbers and mathematical signs, without brackets, as `hgpo_trl.data.text.tokens` sees them, so that blanks,
-    case, punctuation and ways to write LaTeX do not count. Each message of a prompt is looked at. A question of fewer
-    than n tokens is found only where it is a whole message. A variant with other numbers is found where enough of the
-    wording is left; a paraphrase is not.
+    A picklable step. The defaults are the criterion of Tülu 3 (arXiv 2411.15124): half of the 8-grams. N-grams consist
+    of the words, numbers and mathematical signs of `hgpo_trl.data.text.tokens`, without brackets, so that blanks, case,
+    punctuation and ways to write LaTeX do not count. Each message of a prompt is searched. A question of fewer than n
+    tokens is found only as a whole message. A variant with other numbers is found if enough of the wording is left; a
+    paraphrase is not.
 
     A drop has the reason "contaminated" and in its detail `benchmark`, `row` of it, `overlap` (the share) and `text`
     (the first n-gram that both have).
@@ -56,7 +56,7 @@ class Decontaminator:
         return [self._verdict(example) for example in examples]
 
     def _grams(self, words: list[str]) -> Iterator[int]:
-        """Hashes of a message's n-grams; a shorter message is one gram, which no longer one has."""
+        """Hashes of a message's n-grams; a message of fewer than n words is one gram."""
         for i in range(max(len(words) - self.n, 0) + 1):
             gram = words[i : i + self.n]
             if gram:
@@ -64,7 +64,7 @@ class Decontaminator:
 
     def _verdict(self, example: Example) -> Drop | None:
         messages = [_words(message["content"]) for message in example.prompt]
-        found: dict[int, tuple[int, int]] = {}  # n-gram to where it first stands
+        found: dict[int, tuple[int, int]] = {}  # n-gram to its first place
         for m, words in enumerate(messages):
             for i, gram in enumerate(self._grams(words)):
                 if gram in self._index:

@@ -1,7 +1,7 @@
-"""Duplicates among prompts, exact and near, within a source and across sources, with a few numbers per example.
+"""Exact and near duplicates among prompts, within a source and across sources, from a few numbers per example.
 
-The keys of an example depend on it alone, so that they can be computed in any order and process; which rows belong
-together is found afterwards, from the columns of keys.
+The keys of an example depend on it alone, so they can be computed in any order and process. Clusters of duplicates are
+found afterwards, from the columns of keys.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,23 +30,23 @@ def dedup_keys(
     near: bool = True,
     across_modes: bool = False,
 ) -> NDArray[np.uint64]:
-    """Keys of examples; two that share a key in the same column are duplicates.
+    """Compute keys of examples; two examples that share a key in the same column are duplicates.
 
-    Column 0 is of the whole prompt, as `hgpo_trl.data.text.tokens` sees it: blanks, case, punctuation and ways to write
-    LaTeX do not count. The others are MinHash's bands over pairs of successive tokens, so that prompts with a Jaccard
-    similarity of about `threshold` or more share one. Into each goes the sequence of the prompt's numbers,
+    Column 0 is a hash of the whole prompt's `hgpo_trl.data.text.tokens`: blanks, case, punctuation and ways to write
+    LaTeX do not count. The others are MinHash bands over pairs of successive tokens, so that prompts with a Jaccard
+    similarity of about `threshold` or more share one. Each also contains the sequence of the prompt's numbers,
     mathematical signs and single letters: two problems that differ in a number are never near-duplicates. A prompt of
     fewer than 32 tokens has its exact key in every column: there, another word is another question.
 
     Args:
-        examples: only their prompts and modes are looked at.
+        examples: only their prompts and modes are used.
         num_perm: permutations of MinHash.
-        threshold: similarity from which on two prompts are near-duplicates.
+        threshold: lowest similarity of near-duplicates.
         near: whether to compute the bands.
         across_modes: whether a think and a no-think example of the same prompt are duplicates.
 
     Returns:
-        [n, 1 + bands].
+        `[n, 1 + bands]`.
 
     Raises:
         UserError: the threshold does not lie in (0, 1), or num_perm is below 2.
@@ -75,7 +75,7 @@ def dedup_keys(
 
 @cache  # an integral is solved for each candidate
 def _bands(num_perm: int, threshold: float) -> tuple[int, int]:
-    """Number of bands and of rows in each with the fewest wrong decisions around the threshold."""
+    """Number of bands and of rows per band with the fewest wrong decisions around the threshold."""
     if not 0.0 < threshold < 1.0:
         raise UserError(f"threshold must lie between 0 and 1; got {threshold}.")
     if num_perm < 2:
@@ -95,16 +95,16 @@ def _key(mode: str, words: Iterable[str]) -> int:
 
 
 def first_of_each(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The earliest row of each row's cluster; its own index where it is that row itself.
+    """Find the earliest row of each row's cluster.
 
-    Rows that share a key in some column are in one cluster, and so are rows that are linked by others. One column is
-    read at a time: `keys` may be a memory-mapped file. Memory: about ten numbers per row.
+    Rows that share a key in some column are in one cluster, directly or through other rows. One column is read at a
+    time: `keys` may be a memory-mapped file. Memory: about ten numbers per row.
 
     Args:
-        keys: [N, K].
+        keys: `[N, K]`.
 
     Returns:
-        [N], of rows.
+        `[N]`, row numbers.
     """
     count, columns = keys.shape
     labels = np.arange(count)

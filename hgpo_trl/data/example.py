@@ -1,4 +1,4 @@
-"""One row on its way from a source to a data set, and what a step says of it."""
+"""A row on its way from a source to a data set, and the verdict of a step on it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,17 +9,17 @@ from hgpo_trl.modes import Mode
 
 @dataclass(slots=True)
 class Example:
-    """A query with its response, or without one where prompts are what is wanted.
+    """A query with its response, or without one in a data set of prompts.
 
     Args:
         prompt: conversation up to the response; its last message is the user's.
         source: name of the source, as the recipe has it.
-        domain: as "maths", "code", "general".
+        domain: such as "maths", "code", "general".
         id: unique within the source, the same in every build.
         mode: of the response; None for a prompt alone.
         reasoning: the trace, without tags; empty where the mode is no-think.
         answer: the answer part of the response, without tags; empty for a prompt alone.
-        reference: what the answer can be compared with; None where nothing definite is known.
+        reference: reference answer; None if nothing definite is known.
         level: difficulty, as text; None where the source has none.
         num_tokens: of prompt and response; 0 until the token limit's step has counted them.
     """
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Why an example does not go on: a reason to count, as "too_long", and what there is to say of this one."""
+    """Why an example is dropped: a reason to count, such as "too_long", and details of this example."""
 
     reason: str
     detail: dict[str, Any] = field(default_factory=dict)

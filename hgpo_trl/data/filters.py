@@ -1,6 +1,6 @@
-"""Steps that drop examples for what they are, one by one: quality, language, length, correctness.
+"""Steps that judge examples one by one: quality, language, length, correctness.
 
-Every step is picklable and sees an example as it is in the data set: without tags.
+Every step is picklable and gets an example without tags.
 """
 
 import re
@@ -25,26 +25,25 @@ if TYPE_CHECKING:
 _FENCE = re.compile(r"^\s*(```|~~~)", re.MULTILINE)
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{(\w+\*?)\}")
 _LIST_ITEM = re.compile(r"\s*([-*+•|#>]|\d+[.)]|\w[.)]|https?:)")
-_LONG = 1_000  # characters of an answer from which its end is looked at
-_PROSE = 80  # characters of a last line that is a sentence, not a signature, a heading or a verse
-_LINE = 12  # characters of a line whose repetition says something: not a brace or a rule
+_LONG = 1_000  # fewest characters of an answer whose end is checked
+_PROSE = 80  # fewest characters of a last line that is a sentence, not a signature, a heading or a verse
+_LINE = 12  # fewest characters of a line whose repetition counts: not a brace or a rule
 _TAIL = 200  # characters at the end by which a loop is looked for
 _LOOPS = 10  # periods
 
 
 def quality(*, min_reasoning: int = 40, max_line_repeats: int = 20) -> Step:
-    """Drops what is empty, cut off, or repeats itself.
+    """Drop examples that are empty, cut off or repetitive.
 
     Reasons: "empty_prompt" (no letter or digit), "empty_answer", "empty_reasoning", "short_reasoning", "truncated" and
-    "repetitive". The last two are meant to be sure rather than complete. Truncated is an answer with a code fence, a
-    displayed formula or an environment of LaTeX left open, or one of at least 1,000 characters whose last line is a
-    sentence without an end. A trace cannot be truncated: the mark at its end was found. Repetitive is a part in which
-    one line makes up a fifth of the text and more than `max_line_repeats` lines, or which ends in ten or more copies
-    of the same text.
+    "repetitive". The last two prefer precision to recall. An answer is truncated if a code fence, a displayed formula
+    or an environment of LaTeX is left open, or if it has at least 1,000 characters and its last line is a sentence
+    without an end. A trace cannot be truncated: the mark at its end was found. A part is repetitive if one line makes
+    up a fifth of the text and more than `max_line_repeats` lines, or if it ends in ten or more copies of the same text.
 
     Args:
-        min_reasoning: characters that a trace has at least.
-        max_line_repeats: how often a line may be repeated in any case.
+        min_reasoning: fewest characters of a trace.
+        max_line_repeats: number of times that a line may always be repeated.
 
     Raises:
         UserError: a number is negative.
@@ -79,10 +78,10 @@ def _fault(example: Example, min_reasoning: int, max_line_repeats: int) -> Drop 
 
 
 def unfinished(text: str) -> str | None:
-    """What shows that a text was cut off: "code", "formula", "environment" or "sentence"; None if nothing does."""
+    """The sign that a text was cut off: "code", "formula", "environment" or "sentence"; None if there is none."""
     if len(_FENCE.findall(text)) % 2:
         return "code"
-    prose = re.sub(r"(```|~~~).*?\1|\\.?\$", "", text, flags=re.DOTALL).rstrip()  # no code, no dollars that are money
+    prose = re.sub(r"(```|~~~).*?\1|\\.?\$", "", text, flags=re.DOTALL).rstrip()  # without code and dollar amounts
     if not prose.endswith((".", "!", "?", "}", "$")):  # else a mark was forgotten in the middle
         if prose.count("\\[") - prose.count("\\\\[") > prose.count("\\]") or prose.count("$$") % 2:
             return "formula"
@@ -97,12 +96,12 @@ def unfinished(text: str) -> str | None:
 
 
 def _is_latin(character: str) -> bool:
-    """Letters of scripts whose sentences end with a full stop: Latin, Greek, Cyrillic."""
+    """Whether it is a letter of a script whose sentences end with a full stop: Latin, Greek, Cyrillic."""
     return character.isalpha() and character < "\u0530"
 
 
 def repetition(text: str, max_line_repeats: int) -> str | None:
-    """The line, or the period at the end, that a text repeats over and over; None if it does not."""
+    """The line, or the period at its end, that a text repeats over and over; None if there is none."""
     lines = Counter(line for line in map(str.strip, text.splitlines()) if len(line) >= _LINE)
     if lines:
         line, count = lines.most_common(1)[0]
@@ -126,21 +125,21 @@ _NOT_PROSE = re.compile(
     r"|\\[A-Za-z]+|https?://\S+|<[^<>\n]*>|[\d_^={}|/\\+*#~@&%\[\]]+",
     re.DOTALL,
 )
-_MAX_PROSE = 1_000  # characters: what is judged of a part
+_MAX_PROSE = 1_000  # most characters of a part that are judged
 _MIN_LETTERS = 20
 _SURE = 0.8
 _NO_LANGUAGE = "zxx"
 
 
 def language(wanted: Collection[str]) -> Step:
-    """Drops examples whose query, trace or answer is in another language than the wanted ones, as py3langid says.
+    """Drop examples whose query, trace or answer py3langid takes for another language than the wanted ones.
 
     Only prose is judged, without code, formulas and addresses, and only where there is enough of it (20 letters; a
     letter of a script other than Latin, Greek and Cyrillic counts as four) and the verdict is sure (a probability of
     0.8). So a short query or plain mathematics stays, whatever its language.
 
     Args:
-        wanted: codes of ISO 639, as "en", "de", "zh".
+        wanted: codes of ISO 639, such as "en", "de", "zh".
 
     Raises:
         UserError: no language is wanted, or py3langid does not know one.
@@ -170,7 +169,7 @@ def _foreign(wanted: frozenset[str], example: Example) -> Drop | None:
 
 
 def identify(text: str) -> tuple[str, float]:
-    """Language of a text's prose and its probability; "zxx" (none) where there is not enough of it."""
+    """Language of a text's prose and its probability; "zxx" (none) for too little prose."""
     prose = " ".join(_NOT_PROSE.sub(" ", text[: 4 * _MAX_PROSE]).split())[:_MAX_PROSE]
     letters = sum(1 if character < "\u0530" else 4 for character in prose if character.isalpha())
     if letters < _MIN_LETTERS:
@@ -185,11 +184,11 @@ _TOKENS_PER_MESSAGE = 4  # a chat template's marks of role and end
 
 
 def token_limit(tokenizer: "PreTrainedTokenizerBase | None", max_tokens: int | None) -> Step:
-    """Sets `num_tokens` and drops examples with more than `max_tokens` of them as "too_long".
+    """Set `num_tokens`, and drop examples with more than `max_tokens` as "too_long".
 
-    Counted are the contents of all messages, the response with its mode's tags, and four tokens a message for the
-    chat template's marks: near what the template gives (a system message that it adds by itself is not counted), in
-    one call of the tokenizer for all examples.
+    It counts the contents of all messages, the response with its mode's tags, and four tokens per message for the marks
+    of the chat template, in one call of the tokenizer for all examples. This is close to the template's own number; a
+    system message that the template adds is not counted.
 
     Args:
         tokenizer: of the model to be trained; None counts nothing.
@@ -235,12 +234,12 @@ def _contents(example: Example) -> Iterator[str]:
 
 
 def opened(tokenizer: "PreTrainedTokenizerBase") -> Step:
-    """Drops examples that the stage could not open: the chat template refuses them, or rewrites their response.
+    """Drop examples that the stage could not open: the chat template refuses them, or rewrites their response.
 
     The reasons are those of `hgpo_trl.training.rows.KINDS`.
 
     Args:
-        tokenizer: of the model to be trained; it is given tags and template as Stage I does.
+        tokenizer: of the model to be trained; it gets tags and template as in Stage I.
     """
     return partial(_opened, Renderer(as_trained(tokenizer)))
 
@@ -265,7 +264,7 @@ def _refusal(renderer: Renderer, example: Example) -> Drop | None:
 
 
 def verified_answers() -> Step:
-    """Drops responses to maths problems whose answer is not the reference: "wrong_answer", or "unverifiable".
+    """Drop responses to maths problems whose answer is not the reference: "wrong_answer", or "unverifiable".
 
     Examples of another domain, prompts alone and rows without a reference are kept.
     """

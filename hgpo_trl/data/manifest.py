@@ -1,4 +1,4 @@
-"""What `manifest.json` says of a built data set: enough to build it again, and to see where every row went."""
+"""The content of `manifest.json`: enough to build a data set again, and to see where every row went."""
 
 from typing import Any, NotRequired, TypedDict
 
@@ -11,7 +11,7 @@ class StepCount(TypedDict):
 
 
 class SourceManifest(TypedDict):
-    """One source, from its rows to what is left of them."""
+    """One source, from the rows read to the rows kept."""
 
     path: str  # hub id, file or folder
     licence: str | None

@@ -1,7 +1,7 @@
-"""Mixing: which rows stay, so that modes, domains and sources have the shares that a recipe asks for.
+"""Mixing: select rows so that modes, domains and sources have the shares that a recipe asks for.
 
-Rows are only ever left out, never repeated. Which ones is decided by a fixed random number of each row, so the same
-recipe keeps the same rows, and a smaller cap keeps a part of what a larger one keeps.
+Rows are left out, never repeated. A fixed random number of each row decides, so the same recipe keeps the same rows,
+and a smaller cap keeps a subset of the rows of a larger one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,23 +21,23 @@ _ITERATIONS = 10_000
 def quotas(
     cells: Sequence[Cell], counts: NDArray[np.int64], shares: Mapping[str, Mapping[str, float]], max_rows: int | None
 ) -> NDArray[np.int64]:
-    """How many rows of each cell stay: as many as possible with these shares, in the cells' own proportions otherwise.
+    """Number of rows of each cell to keep: as many as the shares allow, otherwise in the cells' own proportions.
 
     The counts are fitted to the shares of one axis after the other until all hold (iterative proportional fitting),
     then scaled until no cell needs more rows than it has.
 
     Args:
         cells: `[C]`.
-        counts: `[C]`, rows that there are.
-        shares: axis -> value -> share; an axis that is not there is left alone.
-        max_rows: in all; None: no limit.
+        counts: `[C]`, rows of each cell.
+        shares: axis -> value -> share; an axis without shares is left alone.
+        max_rows: of the data set; None: no limit.
 
     Returns:
         `[C]`.
 
     Raises:
-        UserError: an axis's shares do not sum to 1, are negative, name what has no rows or leave out what has, or the
-            shares of several axes exclude each other.
+        UserError: an axis's shares are negative, do not sum to 1, name a value without rows or leave out a value with
+            rows, or the shares of several axes exclude each other.
     """
     groups = [_groups(axis, wanted, cells, counts) for axis, wanted in shares.items() if wanted]
     weights = counts.astype(np.float64)
@@ -90,21 +90,21 @@ def _listing(cells: Sequence[Cell], counts: NDArray[np.int64]) -> str:
     return ", ".join(f"{count:,} {'/'.join(cell)}" for cell, count in zip(cells, counts, strict=True))
 
 
-def smallest(lot: NDArray[np.uint64], group: NDArray[np.int32], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
+def smallest(draw_key: NDArray[np.uint64], group: NDArray[np.int32], quota: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which rows have the `quota[g]` smallest random numbers of their group.
 
     Args:
-        lot: `[N]`, a random number per row.
+        draw_key: `[N]`, a random number per row.
         group: `[N]`, its group; negative: not a candidate.
         quota: `[G]`.
 
     Returns:
         `[N]`.
     """
-    kept = np.zeros(len(lot), dtype=bool)
+    kept = np.zeros(len(draw_key), dtype=bool)
     for index, size in enumerate(quota):
         rows = np.flatnonzero(group == index)
         if size < len(rows):
-            rows = rows[np.argsort(lot[rows], kind="stable")[:size]]
+            rows = rows[np.argsort(draw_key[rows], kind="stable")[:size]]
         kept[rows] = True
     return kept

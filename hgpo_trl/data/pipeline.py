@@ -1,11 +1,11 @@
-"""The builder: sources in, a mixed, shuffled data set with its manifest out, in memory that does not grow with it.
+"""Build a mixed, shuffled data set with its manifest from sources, in memory that does not grow with the data.
 
     units -> rows -> adapter -> steps -> chunks        in worker processes; a finished chunk is never made again
     keys of all chunks -> duplicates -> mix -> ranks   a few numbers per row
-    chunks -> shards                                   each sorted in memory, written whole or not at all
+    chunks -> shards                                   each sorted in memory, written atomically
 
-Units, their order and a row's random number depend on the sources and the seed alone, so the result is the same, byte
-for byte, whatever the number of processes and however often the build was interrupted.
+Units, their order and a row's random numbers depend on the sources and the seed alone, so the result is the same, byte
+for byte, for any number of processes and after any interruption.
 """
 
 import errno
@@ -54,7 +54,7 @@ MANIFEST = "manifest.json"
 REMOVED = "removed.parquet"
 DUPLICATES, MIX, DIFFICULTY, DECONTAMINATION = "duplicates", "mix", "difficulty", "decontamination"  # steps
 _VERSIONS = ("hgpo-trl", "datasets", "pyarrow", "datasketch", "scikit-learn", "math-verify")
-_BLOCK = 1_000  # rows that go through the steps together
+_BLOCK = 1_000  # rows that go through a step at a time
 _ID_BYTES = 96
 _HISTOGRAM_BINS = 40
 _OPEN_SHARDS = 500  # files written at a time: a process may have 1,024 open by default
@@ -74,7 +74,7 @@ _REMOVED_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "source", "s
 
 @dataclass(frozen=True, slots=True)
 class Deduplication:
-    """What counts as the same query (`hgpo_trl.data.deduplication`)."""
+    """Which queries are duplicates (`hgpo_trl.data.deduplication`)."""
 
     near: bool = True
     threshold: float = 0.7
@@ -84,7 +84,7 @@ class Deduplication:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Everything that decides what comes out. Picklable: workers get a copy.
+    """All settings that decide the rows of the data set. Picklable: workers get a copy.
 
     Args:
         stage: "hft" or "hgpo".
@@ -92,10 +92,10 @@ class Build:
         steps: name -> step, in order.
         deduplication: None: every row is kept.
         shares: axis of `mixing.AXES` -> value -> share.
-        max_rows: in all.
+        max_rows: of the data set.
         rows_per_shard: of the files written; a shard is sorted in memory.
         max_row_bytes: longer rows are dropped unread.
-        seed: decides which rows a cap keeps, and the order.
+        seed: decides which rows a cap keeps, and their order.
         not_read: source -> columns that look like content and are not read, for the manifest.
     """
 
@@ -128,7 +128,7 @@ def _fits_stage(stage: str, example: Example) -> Drop | None:
 
 
 def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str, Any]]) -> Iterator[list[Example]]:
-    """What is left of a unit's rows after its adapter and every step, block by block."""
+    """Yield the examples of a unit that pass its adapter and every step, block by block."""
     source, adapter = build.sources[unit.source]
     rows = read_unit(unit, build.max_row_bytes)
     while block := list(islice(rows, _BLOCK)):
@@ -158,18 +158,18 @@ def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str,
 def _removed_row(id_: str, source: str, step: str, drop: Drop) -> dict[str, Any]:
     detail = json.dumps(drop.detail, sort_keys=True, ensure_ascii=False, default=str)
     row = {"id": id_, "source": source, "step": step, "reason": drop.reason, "detail": detail}
-    # half of a surrogate pair, of a text or a file's name, is nothing that parquet can hold
+    # parquet cannot hold half of a surrogate pair, which a text or a file's name may have
     return {name: text.encode(errors="backslashreplace").decode() for name, text in row.items()}
 
 
 def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
-    """Take a unit through everything that concerns single rows, and keep what is left as a chunk. Returns rows read."""
+    """Take a unit's rows through the adapter and all steps, and write a chunk. Returns the number of rows read."""
     counts: Counter = Counter()
     removed: list[dict[str, Any]] = []
-    tables, keys, facts = [], [], []
+    tables, keys, row_info = [], [], []
     for examples in _examples(build, unit, counts, removed):
         tables.append(pa.Table.from_pylist([_row(build.stage, e) for e in examples], schema=_SCHEMAS[build.stage]))
-        facts += [(*_random(build.seed, e), e.num_tokens) for e in examples]
+        row_info += [(*_random(build.seed, e), e.num_tokens) for e in examples]
         if build.deduplication is not None:
             d = build.deduplication
             near, across = d.near, d.across_modes
@@ -179,21 +179,21 @@ def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
     chunk = _Chunk(work, number)
     _write_table(chunk.rows, pa.concat_tables(tables) if tables else _SCHEMAS[build.stage].empty_table())
     _write_table(chunk.removed, pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
-    _write_array(chunk.facts, np.array(facts, dtype=_FACTS))
+    _write_array(chunk.row_info, np.array(row_info, dtype=_ROW_INFO))
     if keys:
         _write_array(chunk.keys, np.concatenate(keys))
     dropped = [[step, reason, n] for (step, reason), n in sorted(counts.items()) if step]
-    write_json(chunk.done, {"read": counts["", "read"], "dropped": dropped})  # last: it says that all is there
+    write_json(chunk.done, {"read": counts["", "read"], "dropped": dropped})  # last: it marks the chunk as complete
     return counts["", "read"]
 
 
-_FACTS = np.dtype([("lot", np.uint64), ("place", np.uint64), ("num_tokens", np.int64)])
+_ROW_INFO = np.dtype([("draw_key", np.uint64), ("shuffle_key", np.uint64), ("num_tokens", np.int64)])
 
 
 def _random(seed: int, example: Example) -> tuple[int, int]:
-    """A row's fixed random numbers: by which it is drawn, and by which it is shuffled.
+    """A row's fixed random numbers, `draw_key` and `shuffle_key`.
 
-    Two, or else the rows of a source of which few are drawn would come first.
+    With a single one, the rows of a source of which few are drawn would come first.
     """
     name = f"{seed}\0{example.source}\0{example.mode}\0{example.id}"
     return divmod(xxhash.xxh3_128_intdigest(name.encode()), 2**64)
@@ -201,7 +201,7 @@ def _random(seed: int, example: Example) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """The files of a unit that is done."""
+    """The files of a finished unit."""
 
     work: Path
     number: int
@@ -218,8 +218,8 @@ class _Chunk:
         return self._file("removed.parquet")
 
     @property
-    def facts(self) -> Path:
-        return self._file("facts.npy")
+    def row_info(self) -> Path:
+        return self._file("row_info.npy")
 
     @property
     def keys(self) -> Path:
@@ -232,7 +232,7 @@ class _Chunk:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """OSErrors say which file could not be written, and what to do."""
+    """Name the file that could not be written, and the remedy, in OSErrors."""
     try:
         yield
     except OSError as error:
@@ -240,23 +240,17 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{error.strerror or error} while writing {path}. {'Make room' if full else 'Mend that'} and start the "
-            "same command again: it goes on with what is done",
+            "same command again: it goes on from the finished chunks",
         ) from error
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    with _naming(path), whole_file(path) as temporary:
-        yield temporary
-
-
 def _write_table(path: Path, table: pa.Table) -> None:
-    with _whole(path) as temporary:
+    with _naming(path), whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:
-    with _whole(path) as temporary, temporary.open("wb") as file:
+    with _naming(path), whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
 
 
@@ -272,7 +266,7 @@ def _start_worker(build: Build, work: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker of a process that was killed would wait for it without end."""
+    """End this worker when its parent is killed; it would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -284,7 +278,7 @@ def _work(number: int, unit: Unit) -> int:
 
 
 def make_chunks(build: Build, work: Path, units: Sequence[Unit], num_processes: int) -> None:
-    """Make every chunk that is not there yet.
+    """Make every missing chunk.
 
     Raises:
         UserError: a file cannot be read; OSError: it cannot be written; RuntimeError: a worker was killed.
@@ -318,7 +312,7 @@ def _run(build: Build, work: Path, todo: Sequence[tuple[int, Unit]], num_process
     except BrokenProcessPool:
         raise RuntimeError(
             "A worker process was killed, perhaps for lack of memory. Lower num_processes and start the same command "
-            "again: it goes on with what is done."
+            "again: it goes on from the finished chunks."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -332,35 +326,35 @@ class _Rows:
     """A few numbers per row of all chunks, in order; arrays of `[N]`."""
 
     offsets: NDArray[np.int64]  # [chunks + 1], of each chunk's first row
-    lot: NDArray[np.uint64]
-    place: NDArray[np.uint64]
+    draw_key: NDArray[np.uint64]
+    shuffle_key: NDArray[np.uint64]
     num_tokens: NDArray[np.int64]
-    cell: NDArray[np.int32]  # place in `cells`
+    cell: NDArray[np.int32]  # index in `cells`
     cells: list[Cell]
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """Number, first row and end of every chunk that has rows."""
+        """Yield number, first row and end of every chunk with rows."""
         for number, (start, stop) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
             if start < stop:
                 yield number, int(start), int(stop)
 
 
 def _gather(build: Build, work: Path, units: Sequence[Unit]) -> _Rows:
-    facts, cells = [], []
+    row_info, cells = [], []
     numbers: dict[Cell, int] = {}
     for number in range(len(units)):
         chunk = _Chunk(work, number)
-        facts.append(np.load(chunk.facts))
+        row_info.append(np.load(chunk.row_info))
         columns = ("mode", "domain", "source") if build.stage == "hft" else ("domain", "source")
         table = pq.read_table(chunk.rows, columns=list(columns)).to_pydict()
         modes = table.get("mode", ["prompt"] * len(table["source"]))
         keys = zip(modes, table["domain"], table["source"], strict=True)
         cells.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int32))
-    joined = np.concatenate([*facts, np.empty(0, dtype=_FACTS)])
+    joined = np.concatenate([*row_info, np.empty(0, dtype=_ROW_INFO)])
     return _Rows(
-        offsets=np.cumsum([0, *map(len, facts)]),
-        lot=np.ascontiguousarray(joined["lot"]),
-        place=np.ascontiguousarray(joined["place"]),
+        offsets=np.cumsum([0, *map(len, row_info)]),
+        draw_key=np.ascontiguousarray(joined["draw_key"]),
+        shuffle_key=np.ascontiguousarray(joined["shuffle_key"]),
         num_tokens=np.ascontiguousarray(joined["num_tokens"]),
         cell=np.concatenate([*cells, np.empty(0, dtype=np.int32)]),
         cells=list(numbers),
@@ -368,9 +362,10 @@ def _gather(build: Build, work: Path, units: Sequence[Unit]) -> _Rows:
 
 
 def _first(build: Build, work: Path, rows: _Rows) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """For each row the first one with the same query, itself where there is none before; and whether one is the same.
+    """Find the first row with the same query for every row, and whether a row repeats an earlier prompt exactly.
 
-    Both `[N]`.
+    Returns:
+        `[N]` row numbers, a row's own where it is the first; `[N]` truth values.
     """
     total = int(rows.offsets[-1])
     if build.deduplication is None or not total:
@@ -393,7 +388,7 @@ def _first(build: Build, work: Path, rows: _Rows) -> tuple[NDArray[np.int64], ND
 
 
 def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which of the rows that are no duplicates stay under the sources' caps and the shares. `[N]`."""
+    """Which unique rows stay under the sources' caps and the shares, `[N]`."""
     by_label = {source.label: source for source, _ in build.sources}
     kept = unique.copy()
     for label, source in by_label.items():
@@ -402,33 +397,33 @@ def _mix(build: Build, rows: _Rows, unique: NDArray[np.bool_]) -> NDArray[np.boo
         mine = [i for i, cell in enumerate(rows.cells) if cell[2] == label]
         if isinstance(source.rows, int):
             groups = np.where(kept & np.isin(rows.cell, mine), 0, -1).astype(np.int32)
-            chosen = smallest(rows.lot, groups, np.array([source.rows]))
+            chosen = smallest(rows.draw_key, groups, np.array([source.rows]))
         else:
             places = {domain: place for place, domain in enumerate(source.rows)}
             place_of = np.full(len(rows.cells), -1, dtype=np.int32)
             for i in mine:
                 place_of[i] = places.get(rows.cells[i][1], -1)
             groups = np.where(kept, place_of[rows.cell], -1)
-            chosen = smallest(rows.lot, groups, np.array(list(source.rows.values())))
+            chosen = smallest(rows.draw_key, groups, np.array(list(source.rows.values())))
         kept &= chosen | ~np.isin(rows.cell, mine)
     shares = {axis: wanted for axis, wanted in build.shares.items() if wanted}
     if not shares and build.max_rows is None:
         return kept
     counts = np.bincount(rows.cell[kept], minlength=len(rows.cells))
     if not shares and build.max_rows is not None and kept.sum() > build.max_rows:
-        return smallest(rows.lot, np.where(kept, 0, -1).astype(np.int32), np.array([build.max_rows]))
+        return smallest(rows.draw_key, np.where(kept, 0, -1).astype(np.int32), np.array([build.max_rows]))
     quota = quotas(rows.cells, counts, shares, build.max_rows)
-    return smallest(rows.lot, np.where(kept, rows.cell, -1).astype(np.int32), quota)
+    return smallest(rows.draw_key, np.where(kept, rows.cell, -1).astype(np.int32), quota)
 
 
 # --- shards ---------------------------------------------------------------------------------------------------
 
 Finish = Callable[["Dataset", Path], tuple[list[Drop | None], dict[str, NDArray[np.float64]]]]
-"""Last word on the finished rows: a verdict on each, as of a `Step`, and new columns (name -> `[R]`, NaN: null)."""
+"""Final step on the mixed rows: a verdict for each, as of a `Step`, and new columns (name -> `[R]`, NaN: null)."""
 
 
 def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: NDArray[np.int64]) -> list[Path]:
-    """Write rows in the given order to `target/shard-*.parquet`; a shard that is there already stays as it is."""
+    """Write rows in the given order to `target/shard-*.parquet`; a shard that exists stays as it is."""
     rank = np.full(int(rows.offsets[-1]), -1, dtype=np.int64)
     rank[by_rank] = np.arange(len(by_rank))
     paths = _shard_paths(target, len(by_rank), build.rows_per_shard)
@@ -454,7 +449,7 @@ def _write_some(
         for number, start, stop in tqdm(list(rows.chunks()), desc="shuffling", unit="chunk"):
             ranks = rank[start:stop]
             order = np.argsort(ranks, kind="stable")
-            order = order[np.searchsorted(ranks[order], 0) :]  # without rows that are left out
+            order = order[np.searchsorted(ranks[order], 0) :]  # without the rows left out
             shards, begins = np.unique(ranks[order] // rows_per_shard, return_index=True)
             if not buckets.keys() & set(shards.tolist()):
                 continue
@@ -477,7 +472,7 @@ def _shard_paths(folder: Path, rows: int, rows_per_shard: int) -> list[Path]:
 
 
 def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> list[Drop | None]:
-    """Have the last word on the rows of these shards, and write what stays, with its new columns, to `target`."""
+    """Apply the final step to these shards, and write the rows that stay, with their new columns, to `target`."""
     from datasets import load_dataset
 
     dataset = load_dataset("parquet", data_files=list(map(str, paths)), split="train", cache_dir=str(work / "cache"))
@@ -495,33 +490,33 @@ def _finish(finish: Finish, paths: Sequence[Path], work: Path, target: Path) -> 
     return verdicts
 
 
-# --- what became of every row ---------------------------------------------------------------------------------
+# --- removed rows and counts ---------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Fate:
-    """What became of the rows that passed every step, each `[N]`: the first that applies."""
+class _Removals:
+    """Why rows that passed every step were removed, each `[N]`; the first reason that applies counts."""
 
     duplicate: NDArray[np.bool_]
     not_drawn: NDArray[np.bool_]
-    late: dict[int, Drop]  # row -> the last word on it
+    by_finish: dict[int, Drop]  # row -> verdict of the final step
 
     @property
     def kept(self) -> NDArray[np.bool_]:
         kept = ~(self.duplicate | self.not_drawn)
-        kept[list(self.late)] = False
+        kept[list(self.by_finish)] = False
         return kept
 
 
 def _write_removed(
-    work: Path, path: Path, rows: _Rows, first: NDArray[np.int64], exact: NDArray[np.bool_], fate: _Fate
+    work: Path, path: Path, rows: _Rows, first: NDArray[np.int64], exact: NDArray[np.bool_], removals: _Removals
 ) -> None:
-    """Every row that was left out, in the order of the sources, with why."""
-    total, left_out = len(first), ~fate.kept
-    ids_path = work / "ids.bin"  # to name the row that a duplicate is one of
+    """Write every removed row with its reason, in the order of the sources."""
+    total, left_out = len(first), ~removals.kept
+    ids_path = work / "ids.bin"  # to name the first row of a duplicate
     with _naming(ids_path):
         ids = np.memmap(ids_path, dtype=f"S{_ID_BYTES}", mode="w+", shape=(max(total, 1),))
-    with _whole(path) as temporary, pq.ParquetWriter(temporary, _REMOVED_SCHEMA) as writer:
+    with _naming(path), whole_file(path) as temporary, pq.ParquetWriter(temporary, _REMOVED_SCHEMA) as writer:
         for number, (start, stop) in enumerate(zip(rows.offsets, rows.offsets[1:], strict=False)):
             chunk = _Chunk(work, number)
             writer.write_table(pq.read_table(chunk.removed))
@@ -531,11 +526,13 @@ def _write_removed(
             removed: list[dict[str, Any]] = []
             for i in np.flatnonzero(left_out[start:stop]):
                 row = start + i
-                if fate.duplicate[row]:
+                if removals.duplicate[row]:
                     original = bytes(ids[first[row]]).decode(errors="ignore")
                     step, drop = DUPLICATES, Drop("exact" if exact[row] else "near", {"first": original})
+                elif removals.not_drawn[row]:
+                    step, drop = MIX, Drop("not_drawn")
                 else:
-                    step, drop = (MIX, Drop("not_drawn")) if fate.not_drawn[row] else (DIFFICULTY, fate.late[row])
+                    step, drop = DIFFICULTY, removals.by_finish[row]
                 removed.append(_removed_row(table["id"][i], table["source"][i], step, drop))
             writer.write_table(pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
     del ids
@@ -556,7 +553,7 @@ def _statistics(num_tokens: NDArray[np.int64]) -> TokenStatistics:
 
 
 def _hits(path: Path) -> dict[str, int]:
-    """Rows that decontamination dropped, by benchmark."""
+    """Number of rows that decontamination dropped, by benchmark."""
     hits: Counter = Counter()
     for batch in pq.ParquetFile(path).iter_batches(columns=["step", "detail"]):
         for row in batch.to_pylist():
@@ -566,17 +563,19 @@ def _hits(path: Path) -> dict[str, int]:
 
 
 def _source_manifests(
-    build: Build, work: Path, units: Sequence[Unit], rows: _Rows, exact: NDArray[np.bool_], fate: _Fate
+    build: Build, work: Path, units: Sequence[Unit], rows: _Rows, exact: NDArray[np.bool_], removals: _Removals
 ) -> dict[str, SourceManifest]:
     names = ["schema", *(name for name, _ in build.steps)]
-    late = {
-        (DUPLICATES, "exact"): fate.duplicate & exact,
-        (DUPLICATES, "near"): fate.duplicate & ~exact,
-        (MIX, "not_drawn"): fate.not_drawn,
+    after_steps = {
+        (DUPLICATES, "exact"): removals.duplicate & exact,
+        (DUPLICATES, "near"): removals.duplicate & ~exact,
+        (MIX, "not_drawn"): removals.not_drawn,
     }
-    for reason in {drop.reason for drop in fate.late.values()}:
-        late[DIFFICULTY, reason] = np.zeros_like(fate.duplicate)
-        late[DIFFICULTY, reason][[row for row, drop in fate.late.items() if drop.reason == reason]] = True
+    for reason in {drop.reason for drop in removals.by_finish.values()}:
+        after_steps[DIFFICULTY, reason] = np.zeros_like(removals.duplicate)
+        after_steps[DIFFICULTY, reason][[row for row, drop in removals.by_finish.items() if drop.reason == reason]] = (
+            True
+        )
     manifests: dict[str, SourceManifest] = {}
     for place, (source, adapter) in enumerate(build.sources):
         mine = [number for number, unit in enumerate(units) if unit.source == place]
@@ -587,7 +586,7 @@ def _source_manifests(
                 dropped[step][reason] += count
         cells = [i for i, cell in enumerate(rows.cells) if cell[2] == source.label]
         of_source = np.isin(rows.cell, cells)
-        for (step, reason), which in late.items():
+        for (step, reason), which in after_steps.items():
             if count := int((which & of_source).sum()):
                 dropped[step][reason] = count
         ran = [*names, *(name for name in (DUPLICATES, MIX, DIFFICULTY) if dropped[name])]
@@ -599,7 +598,7 @@ def _source_manifests(
             "domain": ", ".join(sorted({rows.cells[i][1] for i in cells})) or adapter.domain,
             "rows_read": sum(chunk["read"] for chunk in done),
             "steps": [{"name": name, "dropped": dict(sorted(dropped[name].items()))} for name in ran],
-            "kept": int((fate.kept & of_source).sum()),
+            "kept": int((removals.kept & of_source).sum()),
             "not_read": list(build.not_read.get(source.label, ())),
         }
     return manifests
@@ -620,13 +619,13 @@ def _explain_nothing_left(sources: dict[str, SourceManifest]) -> str:
 
 
 def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Manifest | None:
-    """Take a folder for this build. Returns the manifest of one that is complete already.
+    """Take a folder for this build. Returns the manifest if the build is complete already.
 
     Args:
-        recipe: all that decides what comes out.
+        recipe: all settings that decide the rows of the data set.
 
     Raises:
-        UserError: the folder holds a build of another recipe or of other files, complete or not, or something else.
+        UserError: the folder holds other data, or a build, complete or not, of another recipe or of other files.
     """
     remedy = "Choose another output_dir, or remove this one."
     manifest, plan = output_dir / MANIFEST, output_dir / WORK / "plan.json"
@@ -640,10 +639,10 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
     wanted = json.loads(json.dumps({"recipe": recipe, "units": [asdict(unit) for unit in units]}))
     if plan.is_file():
         before = json.loads(plan.read_text(encoding="utf-8"))
-        what = f"output_dir={str(output_dir)!r} holds the beginning of another build"
-        _check_same(what, before["recipe"], recipe, remedy)
+        problem = f"output_dir={str(output_dir)!r} holds the beginning of another build"
+        _check_same(problem, before["recipe"], recipe, remedy)
         if before["units"] != wanted["units"]:
-            raise UserError(f"{what}: the sources' files have changed since. {remedy}")
+            raise UserError(f"{problem}: the sources' files have changed since. {remedy}")
     elif (output_dir / "data").exists():
         raise UserError(f"output_dir={str(output_dir)!r} has a folder `data` that is not of a build. {remedy}")
     try:
@@ -655,12 +654,12 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
     return None
 
 
-def _check_same(what: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
+def _check_same(problem: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
     now = json.loads(json.dumps(now))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise UserError(f"{what}. Changed: {listing}. {remedy}")
+        raise UserError(f"{problem}. Changed: {listing}. {remedy}")
 
 
 def build_dataset(
@@ -673,17 +672,17 @@ def build_dataset(
 ) -> Manifest:
     """Build a data set into a folder that `claim` has taken: `data/*.parquet`, `removed.parquet`, `manifest.json`.
 
-    A build that is killed at any moment goes on from the chunks that are done. `manifest.json` comes last.
+    A killed build goes on from its finished chunks. `manifest.json` is written last.
 
     Args:
         units: of all sources, in order.
         recipe: for the manifest.
-        num_processes: that read and filter.
-        finish: the last word on rows that are otherwise done.
+        num_processes: processes that read and filter.
+        finish: final step on the mixed rows.
 
     Raises:
-        UserError: a file cannot be read, the shares cannot be had, no row is left, or another process builds here.
-        OSError: no room to write; RuntimeError: a worker was killed. What is done stays, in both cases.
+        UserError: a file cannot be read, the shares are impossible, no row is left, or another process builds here.
+        OSError: a file cannot be written; RuntimeError: a worker was killed. Finished chunks stay, in both cases.
     """
     work = output_dir / WORK
     try:
@@ -706,28 +705,28 @@ def _build(
     num_processes: int,
     finish: Finish | None,
 ) -> Manifest:
-    from hgpo_trl.data.card import write_card  # workers, which import this module, do without figures
+    from hgpo_trl.data.card import write_card  # workers import this module, and need no matplotlib
 
     make_chunks(build, work, units, num_processes)
     rows = _gather(build, work, units)
     first, exact = _first(build, work, rows)
     duplicate = first != np.arange(len(first))
-    fate = _Fate(duplicate, np.zeros_like(duplicate), {})
-    if fate.kept.any():
-        fate.not_drawn = ~duplicate & ~_mix(build, rows, ~duplicate)
-    chosen = np.flatnonzero(fate.kept)
-    by_rank = chosen[np.argsort(rows.place[chosen], kind="stable")]
+    removals = _Removals(duplicate, np.zeros_like(duplicate), {})
+    if removals.kept.any():
+        removals.not_drawn = ~duplicate & ~_mix(build, rows, ~duplicate)
+    chosen = np.flatnonzero(removals.kept)
+    by_rank = chosen[np.argsort(rows.shuffle_key[chosen], kind="stable")]
     if finish is None or not len(by_rank):
         _write_shards(build, work, output_dir / "data", rows, by_rank)
     else:
         paths = _write_shards(build, work, work / "data", rows, by_rank)
         verdicts = _finish(finish, paths, work, output_dir / "data")
-        fate.late = {int(row): drop for row, drop in zip(by_rank, verdicts, strict=True) if drop is not None}
-    kept = fate.kept
-    sources = _source_manifests(build, work, units, rows, exact, fate)
+        removals.by_finish = {int(row): drop for row, drop in zip(by_rank, verdicts, strict=True) if drop is not None}
+    kept = removals.kept
+    sources = _source_manifests(build, work, units, rows, exact, removals)
     if not kept.any():
         raise UserError(_explain_nothing_left(sources))
-    _write_removed(work, output_dir / REMOVED, rows, first, exact, fate)
+    _write_removed(work, output_dir / REMOVED, rows, first, exact, removals)
     values = {axis: [cell[place] for cell in rows.cells] for place, axis in enumerate(AXES)}
     per_cell = np.bincount(rows.cell[kept], minlength=len(rows.cells))
     counts = {
@@ -749,8 +748,8 @@ def _build(
             mode: _statistics(rows.num_tokens[kept & which]) for mode, which in modes.items() if counts["mode"][mode]
         },
         "duplicates": {
-            "exact": int((fate.duplicate & exact).sum()),
-            "near": int((fate.duplicate & ~exact).sum()),
+            "exact": int((removals.duplicate & exact).sum()),
+            "near": int((removals.duplicate & ~exact).sum()),
         },
         "decontamination": _hits(output_dir / REMOVED),
     }

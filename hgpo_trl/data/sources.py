@@ -1,8 +1,7 @@
 """Sources: files, folders and data sets on the hub, read in units that are small enough for any number of rows.
 
 JSON lines are read by ranges of bytes, parquet by row groups, and both are opened in place (`hf://` for the hub), so
-nothing but the rows of one unit is ever in memory. A file that is one JSON list is read whole, a compressed one as one
-unit.
+only the rows of one unit are in memory. A file that is one JSON list is read whole, a compressed file as one unit.
 """
 
 import bz2
@@ -40,18 +39,17 @@ class Source:
 
     Args:
         path: file, folder, or id on the hub.
-        name: what the data set's column `source` says; default: `path`.
-        adapter: id of the source whose schema the rows have; default: `path`, where there is an adapter for it, else
-            "generic".
+        name: value of the data set's column `source`; default: `path`.
+        adapter: id of the source whose schema the rows have; default: `path` if it has an adapter, else "generic".
         subset: configuration on the hub; default: the adapter's.
         split: default: the adapter's.
         files: glob of files within the folder or repository, in place of subset and split.
         licence: for the card; default: the adapter's.
         mode: "think" or "no_think"; generic adapter only, to refuse the other.
-        domain: as "maths"; generic adapter only, the others know it.
+        domain: such as "maths"; generic adapter only, the others have their own.
         fields: generic adapter only: our name -> column, or columns whose texts are joined.
-        rows: at most so many, drawn at random from what is left after all filters, or domain -> so many of it; a domain
-            that is not named is left out. None: all.
+        rows: most rows, drawn randomly after all filters, or domain -> most rows; a domain that is not named is left
+            out. None: all.
     """
 
     path: str
@@ -71,12 +69,12 @@ class Source:
         return self.name or self.path
 
     def cap(self, domain: str) -> int | None:
-        """Most rows of a domain; where `rows` is one number it is for all domains together, and None here."""
+        """Most rows of a domain; None where `rows` is one number for all domains together."""
         return self.rows.get(domain, 0) if isinstance(self.rows, dict) else None
 
 
 def parse_entries(field: str, entries: Sequence[Any], kind: type) -> list[Any]:
-    """Entries of a recipe's list as instances of a dataclass whose first field is `path`.
+    """Parse the entries of a recipe's list into instances of a dataclass whose first field is `path`.
 
     Raises:
         UserError: an entry is no mapping, has an unknown key, lacks `path`, or a value has the wrong type.
@@ -119,16 +117,16 @@ class Unit:
 
 
 def list_files(where: str, name: str, subset: str | None, split: str, pattern: str | None = None) -> list[str]:
-    """The files of a source, in a fixed order: local paths or `hf://` addresses.
+    """List the files of a source in a fixed order: local paths or `hf://` addresses.
 
     Args:
         where: the field of the recipe, for messages.
         name: file, folder, or id on the hub.
         subset, split: of a folder or a data set on the hub, as `datasets` finds them.
-        pattern: glob of files within the folder or repository to take instead.
+        pattern: glob of files within the folder or repository, in place of subset and split.
 
     Raises:
-        UserError: there is nothing there, no such split, or a file is of a type that cannot be read.
+        UserError: the source or the split does not exist, or a file is of a type that cannot be read.
     """
     path = Path(name)
     if path.is_file():
@@ -143,7 +141,7 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
         if not found:
             raise UserError(f"{where}={name!r}: no file there matches {pattern!r}.")
     else:
-        from datasets import load_dataset_builder  # takes seconds to import, and workers do without
+        from datasets import load_dataset_builder  # takes seconds to import, and workers do not need it
 
         with _explaining(where, name):
             data_files = load_dataset_builder(name, subset).config.data_files or {}
@@ -161,7 +159,7 @@ def list_files(where: str, name: str, subset: str | None, split: str, pattern: s
 
 @contextmanager
 def _explaining(where: str, name: str) -> Iterator[None]:
-    """What goes wrong with a folder or on the hub (network, name, access, subset), by the name of the source."""
+    """Name the source in errors of a folder or of the hub (network, name, access, subset)."""
     try:
         yield
     except Exception as error:  # of datasets, huggingface_hub or httpx: they have no base in common
@@ -183,7 +181,7 @@ def _compressed(path: str) -> bool:
 
 
 def split_into_units(source: int, path: str) -> list[Unit]:
-    """A file in units of about `UNIT_BYTES` or `UNIT_ROWS`.
+    """Split a file into units of about `UNIT_BYTES` or `UNIT_ROWS`.
 
     Raises:
         UserError: a parquet file is broken.
@@ -216,14 +214,14 @@ def _row_groups(source: int, path: str) -> list[Unit]:
 
 
 def _open(path: str) -> IO[bytes]:
-    """A file for reading, local or not, decompressed."""
+    """Open a local or remote file for reading, decompressed."""
     remote = "://" in path
     raw = io.BufferedReader(fsspec.open(path, "rb").open(), 2**20) if remote else Path(path).open("rb")  # noqa: SIM115
     return _COMPRESSIONS[PurePosixPath(path).suffix](raw) if _compressed(path) else raw
 
 
 def _is_list(file: IO[bytes]) -> bool:
-    """Whether a JSON file is one list, not lines; the position is its beginning again."""
+    """Whether a JSON file is one list, not lines. The position returns to the beginning."""
     begin = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     file.seek(0)
     return begin.startswith(b"[")
@@ -235,16 +233,15 @@ Row = dict[str, Any]
 
 
 def read_unit(unit: Unit, max_row_bytes: int) -> Iterator[tuple[str, Row | Drop]]:
-    """The rows of a unit, each with its place, as "data.jsonl:118233" (a byte) or "data.parquet:0:17" (group, row).
+    """Yield a unit's rows with their places, such as "data.jsonl:118233" (byte) or "data.parquet:0:17" (group, row).
 
-    What is wrong with one row is a Drop: "invalid_json", "not_utf8", "not_an_object", "row_too_large". Lines that are
-    blank are none.
+    A faulty row gives a Drop: "invalid_json", "not_utf8", "not_an_object", "row_too_large". Blank lines are skipped.
 
     Args:
         max_row_bytes: longest row that is decoded.
 
     Raises:
-        UserError: a file that is one JSON list is broken, or a compressed file or a row group is.
+        UserError: a JSON list, a compressed file or a row group is broken.
     """
     name = PurePosixPath(unit.path).name
     try:

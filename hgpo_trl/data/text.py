@@ -1,4 +1,4 @@
-"""Text as deduplication and decontamination compare it: tokens that do not depend on how it is written down."""
+"""Tokens by which deduplication and decontamination compare texts, independent of spelling and layout."""
 
 import re
 import unicodedata

@@ -1,6 +1,6 @@
-"""Sampling in both modes by a model that is named: loaded once into either backend, used for any number of prompts."""
+"""A model loaded into Transformers or vLLM, to sample any number of prompts in both modes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,14 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.evaluation import vllm_backend as vllm_sampling
-from hgpo_trl.evaluation.evaluate import render, sample_both_modes
+from hgpo_trl.evaluation import transformers_backend, vllm_backend
+from hgpo_trl.evaluation.samples import Sampler
+from hgpo_trl.inference.generate import render
 from hgpo_trl.modes import check_embeddings, mode_tokens
 
 BACKENDS = ("transformers", "vllm")
-
-Sampler = Callable[..., pd.DataFrame]
-"""`sampler(prompts, **settings)`: `hgpo_trl.evaluation.evaluate.sample_both_modes` without its first two arguments."""
 
 
 def check_backend(field: str, backend: str) -> None:
@@ -43,12 +41,11 @@ def loaded_sampler(
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.9,
 ) -> Iterator[Sampler]:
-    """A sampler with the model in the backend's memory, which is free again on leaving.
+    """Load a model into a backend, and free its memory on leaving.
 
     Args:
         model: path or hub id.
-        prompts: all that will be sampled, all plain text or all conversations: the longest decides how many positions
-            vLLM provides.
+        prompts: all that will be sampled, all plain text or all conversations; vLLM provides positions for the longest.
         max_new_tokens: per response, the decision token included.
         batch_size: transformers: responses generated at a time.
         tensor_parallel_size, gpu_memory_utilization: vllm: GPUs that share the model, and its share of their memory.
@@ -62,7 +59,7 @@ def loaded_sampler(
         check_embeddings(loaded, tokens)
 
         def sample(prompts: Sequence[Any], **settings: Any) -> pd.DataFrame:
-            return sample_both_modes(
+            return transformers_backend.sample_both_modes(
                 loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings
             )
 
@@ -71,7 +68,7 @@ def loaded_sampler(
 
     with torch.device("meta"):  # its shape alone
         check_embeddings(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)), tokens)
-    engine = vllm_sampling.running_engine(
+    engine = vllm_backend.running_engine(
         model,
         longest_prompt=max(map(len, render(tokenizer, prompts))),
         max_new_tokens=max_new_tokens,
@@ -82,6 +79,6 @@ def loaded_sampler(
     with engine as llm:
 
         def sample_with_vllm(prompts: Sequence[Any], **settings: Any) -> pd.DataFrame:
-            return vllm_sampling.sample_both_modes(llm, tokenizer, prompts, max_new_tokens=max_new_tokens, **settings)
+            return vllm_backend.sample_both_modes(llm, tokenizer, prompts, max_new_tokens=max_new_tokens, **settings)
 
         yield sample_with_vllm

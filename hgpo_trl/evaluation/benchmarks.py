@@ -1,7 +1,7 @@
-r"""Benchmarks by name: where each is, and its rows as `prompt`, `answer`, and `level`, `subject`, `domain` where it has
-them.
+"""Benchmarks by name: their places on the hub, and their rows as `prompt`, `answer` and, where they have them, `level`,
+`subject` and `domain`.
 
-The columns of a row are read by the adapter for files of any schema, as those of a source of training data are.
+The adapter for files of any schema reads the columns, as it does for a source of training data.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.adapters import adapt, generic
 from hgpo_trl.data.example import Drop
-from hgpo_trl.evaluation.evaluate import GROUPS
+from hgpo_trl.evaluation.metrics import GROUPS
 from hgpo_trl.verification import final_answer
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # of Qwen2.5-Math's evaluation
@@ -27,16 +27,16 @@ LETTERS = "ABCD"
 
 
 @dataclass(frozen=True, slots=True)
-class Benchmark:
-    """A benchmark, and which of its columns is which of ours.
+class HubBenchmark:
+    """A benchmark's place on the hub, and the names of its columns.
 
     Args:
         hub: id on the hub.
-        fields: `prompt`, `answer`, and those of `GROUPS` that it has: possible names of the column, of which the first
-            that is there is taken. A group without such a column is left out.
+        fields: possible names of the columns of `prompt`, `answer` and those of `GROUPS` that it has; the first that
+            exists is read. A group without a column is left out.
         subset, split: on the hub.
-        wrong: columns of the wrong choices, where the answer is one of several.
-        copies: names of local copies besides its own.
+        wrong: columns of the wrong choices of a multiple-choice question.
+        copies: further names of local copies.
     """
 
     hub: str
@@ -48,36 +48,36 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "math500": Benchmark(
+    "math500": HubBenchmark(
         "HuggingFaceH4/MATH-500",
         {"prompt": ("problem",), "answer": ("answer",), "level": ("level",), "subject": ("subject",)},
     ),
-    "aime24": Benchmark(
+    "aime24": HubBenchmark(
         "HuggingFaceH4/aime_2024",
         {"prompt": ("problem",), "answer": ("answer",), "level": ("problem_number",)},
         split="train",
     ),
-    "aime25": Benchmark(
+    "aime25": HubBenchmark(
         "math-ai/aime25",
         {"prompt": ("problem",), "answer": ("answer",), "level": ("problem_number",)},
     ),
-    "amc23": Benchmark(
+    "amc23": HubBenchmark(
         "math-ai/amc23",
         {"prompt": ("question", "problem"), "answer": ("answer",), "level": ("difficulty",)},
         copies=("amc",),
     ),
-    "olympiadbench": Benchmark(
+    "olympiadbench": HubBenchmark(
         "Hothan/OlympiadBench",
         {"prompt": ("question", "problem"), "answer": ("final_answer", "answer"), "subject": ("subfield",)},
         subset="OE_TO_maths_en_COMP",
         split="train",
     ),
-    "gsm8k": Benchmark(
+    "gsm8k": HubBenchmark(
         "openai/gsm8k",
         {"prompt": ("question", "problem"), "answer": ("answer",)},
         subset="main",
     ),
-    "gpqa_diamond": Benchmark(
+    "gpqa_diamond": HubBenchmark(
         "Idavidrein/gpqa",
         {
             "prompt": ("Question",),
@@ -93,14 +93,14 @@ BENCHMARKS = {
 
 
 def load_benchmark(name: str, data_dir: str | None = None) -> Dataset:
-    """A benchmark as `prompt` (a conversation of one message), `answer` (text), and those of `GROUPS` that it has.
+    """Load a benchmark as `prompt` (a conversation of one message), `answer` (text), and its columns of `GROUPS`.
 
     Args:
         name: one of `BENCHMARKS`.
         data_dir: folder with a local copy, as `local_copy` finds it; None: the hub.
 
     Raises:
-        UserError: there is no such copy, the hub does not give it, a column is missing, or a row lacks question or
+        UserError: there is no such copy, the hub cannot be read, a column is missing, or a row lacks its question or
             answer.
     """
     benchmark = BENCHMARKS[name]
@@ -112,25 +112,25 @@ def load_benchmark(name: str, data_dir: str | None = None) -> Dataset:
 
 
 def local_copy(name: str, data_dir: str) -> Path:
-    """The file of a benchmark in a folder: NAME or NAME_test (the same for `copies`), .json, .jsonl or .parquet.
+    """Find the file of a benchmark in a folder: NAME or NAME_test (the same for `copies`), .json, .jsonl or .parquet.
 
     Raises:
-        UserError: the folder or the file is not there; names every file that was looked for.
+        UserError: the folder or the file is missing; names every possible file.
     """
     folder = Path(data_dir)
     stems = [f"{stem}{test}" for stem in (name, *BENCHMARKS[name].copies) for test in ("", "_test")]
-    looked_for = [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-    for file in looked_for:
+    possible = [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    for file in possible:
         if (folder / file).is_file():
             return folder / file
-    what = "holds none of" if folder.is_dir() else "is not a folder with one of"
+    lacks = "holds none of" if folder.is_dir() else "is not a folder with one of"
     raise UserError(
-        f"data={name!r}: data_dir={data_dir!r} {what} {', '.join(looked_for)}. Put a copy of "
+        f"data={name!r}: data_dir={data_dir!r} {lacks} {', '.join(possible)}. Put a copy of "
         f"{BENCHMARKS[name].hub} there, or leave data_dir out to load it from the hub."
     )
 
 
-def _from_hub(name: str, benchmark: Benchmark) -> Dataset:
+def _from_hub(name: str, benchmark: HubBenchmark) -> Dataset:
     try:
         return load_dataset(benchmark.hub, benchmark.subset, split=benchmark.split)
     except Exception as error:  # of datasets, huggingface_hub or httpx: they have no base in common
@@ -142,7 +142,7 @@ def _from_hub(name: str, benchmark: Benchmark) -> Dataset:
 
 
 def as_prompts(name: str, rows: Dataset) -> Dataset:
-    """A benchmark's own rows, in their order, in the form that `load_benchmark` describes.
+    """Convert a benchmark's own rows, in their order, to the form that `load_benchmark` describes.
 
     Raises:
         UserError: a column is missing, or a row lacks question, answer or a choice.
@@ -193,14 +193,14 @@ def _column(name: str, rows: Dataset, field: str) -> str:
 
 
 def _answer(answer: Any) -> Any:
-    """A list as text, which the verifier reads as its entries; of a worked solution its final answer."""
+    """The text of a list, which the verifier reads as its entries, or the final answer of a worked solution."""
     if isinstance(answer, list):
         return str([str(entry) for entry in answer])
     return final_answer(answer) if isinstance(answer, str) else answer
 
 
 def _choices(question: str, right: str, wrong: list[str]) -> tuple[str, str]:
-    """The lettered choices in an order drawn by a hash of question and choice, and the right one's letter."""
+    """The lettered choices, in the order of a hash of question and choice, and the letter of the right one."""
 
     def place(choice: str) -> bytes:
         return hashlib.sha256(f"{question}\0{choice}".encode()).digest()

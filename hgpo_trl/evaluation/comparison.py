@@ -1,7 +1,7 @@
 """Models compared on the same prompts: differences against the first one, with paired bootstrap intervals and tests.
 
-A prompt that is hard is hard for every model. Resampling prompts, each with all models' figures on it, leaves that out
-of the comparison: the intervals are of the differences, and narrower than the models' own suggest.
+A hard prompt is hard for every model. Resampling prompts together with all models' metrics on them takes that out of
+the comparison: the intervals are those of the differences, and narrower than the models' own intervals suggest.
 """
 
 import os
@@ -18,12 +18,22 @@ from scipy.stats import bootstrap
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import nan_to_null, write_atomically, write_json
-from hgpo_trl.evaluation.evaluate import PROMPT_ID, prompt_table
-from hgpo_trl.modes.hybrid_accuracy import Array, Table, summarize
-from hgpo_trl.reporting.documents import NO_BREAK, Block, Bullets, Heading, Paragraph, Picture, to_html, to_markdown
-from hgpo_trl.reporting.documents import Table as Grid
+from hgpo_trl.evaluation.metrics import prompt_table
+from hgpo_trl.evaluation.samples import PROMPT_ID
+from hgpo_trl.modes.hybrid_accuracy import Array, PromptTable, summarize
+from hgpo_trl.reporting.documents import (
+    NO_BREAK,
+    Block,
+    Bullets,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    to_html,
+    to_markdown,
+)
 from hgpo_trl.reporting.figures import NEITHER, STYLE, WIDTH, to_png
-from hgpo_trl.reporting.report import METRICS, MODEL_COLORS, MODEL_MARKERS, setting_notes
+from hgpo_trl.reporting.report import METRICS, MODEL_COLORS, MODEL_MARKERS, lookup, setting_notes
 
 COMPARED = (
     "hybrid_accuracy",
@@ -39,8 +49,8 @@ RESAMPLES = 10_000
 _TOLERANCE = 1e-9  # sums of the same numbers in another order may differ in the last bits
 
 
-class Evaluation(NamedTuple):
-    """What `hgpo-trl evaluate` leaves in a folder."""
+class EvaluationOutput(NamedTuple):
+    """The files that `hgpo-trl evaluate` writes into a folder."""
 
     report: Mapping[str, Any]  # report.json
     samples: pd.DataFrame  # samples.parquet
@@ -48,7 +58,7 @@ class Evaluation(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of one figure of two models: the second's mean minus the first's."""
+    """Difference of two models in one metric: the second's mean minus the first's."""
 
     difference: float
     interval: tuple[float, float]  # 95 %
@@ -70,7 +80,7 @@ def paired_difference(first: Array, second: Array, resamples: int = RESAMPLES, s
     Args:
         first, second: `[K]`, NaN where a model has no valid number; such prompts count for neither.
         resamples: of the prompts.
-        seed: the same seed resamples the same prompts for every figure.
+        seed: the same seed resamples the same prompts for every metric.
 
     Returns:
         NaN for all where no prompt is left.
@@ -113,11 +123,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def check_same_prompts(evaluations: Mapping[str, Evaluation]) -> None:
-    """UserError, with what differs, unless all were evaluated on the same prompts and by the same rule.
+def check_same_prompts(evaluations: Mapping[str, EvaluationOutput]) -> None:
+    """Raise UserError, with the difference, unless all were evaluated on the same prompts with the same margin.
 
-    The prompts themselves are not in an evaluation; data set, their number, that of each level, their hash where both
-    have it, and the margin are.
+    An evaluation does not hold the prompts themselves. So this compares the data set, the number of prompts, their
+    number at each level, their ids and, where both have it, their hash.
     """
     (first, reference), *others = evaluations.items()
     for name, evaluation in others:
@@ -141,19 +151,19 @@ def _levels(report: Mapping[str, Any]) -> list[tuple[Any, int]]:
 
 
 def _prompt_ids(samples: pd.DataFrame) -> str:
-    """Short enough for a message."""
+    """The ids of the prompts, short enough for a message."""
     ids = np.unique(samples[PROMPT_ID])
     return f"{len(ids)} from {ids[0]} to {ids[-1]}" if len(ids) else "none"
 
 
-def compare(evaluations: Mapping[str, Evaluation], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
-    """Every model's figures, and the differences of those after the first against the first.
+def compare(evaluations: Mapping[str, EvaluationOutput], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Any]:
+    """Compute every model's metrics, and the difference of each later model from the first.
 
     Args:
         evaluations: name -> evaluation, at least two, on the same prompts.
 
     Returns:
-        What `comparison.json` holds: see docs/evaluation.md.
+        The content of `comparison.json`: see docs/evaluation.md.
 
     Raises:
         UserError: fewer than two evaluations, they do not fit together, or samples are not scored.
@@ -189,7 +199,7 @@ def compare(evaluations: Mapping[str, Evaluation], resamples: int = RESAMPLES, s
         "margin": any_report["margin"],
         "resamples": resamples,
         "seed": seed,
-        "models": {name: _figures(evaluations[name].report, table) for name, table in tables.items()},
+        "models": {name: _metrics(evaluations[name].report, table) for name, table in tables.items()},
         "differences": {
             name: {path: {**difference._asdict(), "p_holm": adjusted[path][name]} for path, difference in of.items()}
             for name, of in found.items()
@@ -201,13 +211,13 @@ def _column(path: str) -> str:
     return path.replace(".", "/")
 
 
-def _figures(report: Mapping[str, Any], table: Table) -> dict[str, Any]:
-    """A model's own figures, as in its report.json, and what says which model it is."""
+def _metrics(report: Mapping[str, Any], table: PromptTable) -> dict[str, Any]:
+    """A model's own metrics, as in its report.json, and the settings that identify it."""
     settings = {key: report[key] for key in ("model", "samples_per_mode", "decision_bias", "settings") if key in report}
     return {**settings, **summarize({_column(path): table[_column(path)] for path in COMPARED})}
 
 
-# --- what is shown --------------------------------------------------------------------------------------------
+# --- the report --------------------------------------------------------------------------------------------
 
 
 def _is_share(path: str) -> bool:
@@ -235,29 +245,23 @@ def _label(path: str) -> str:
     return f"{LABELS[path]}{', %' if _is_share(path) else ''}"
 
 
-def _get(figures: Mapping[str, Any], path: str) -> Any:
-    for key in path.split("."):
-        figures = figures[key]
-    return figures
-
-
-def _models_table(comparison: Mapping[str, Any]) -> Grid:
+def _models_table(comparison: Mapping[str, Any]) -> Table:
     models = comparison["models"]
     rows = [
-        [_label(path), *(_bracketed(path, _get(of, path), _get(of["intervals"], path)) for of in models.values())]
+        [_label(path), *(_bracketed(path, lookup(of, path), lookup(of["intervals"], path)) for of in models.values())]
         for path in COMPARED
     ]
-    return Grid(["", *models], rows)
+    return Table(["", *models], rows)
 
 
-def _differences_table(comparison: Mapping[str, Any]) -> Grid:
+def _differences_table(comparison: Mapping[str, Any]) -> Table:
     rows = []
     for path in COMPARED:
         for name, of in comparison["differences"].items():
             found = of[path]
             shown = _bracketed(path, found["difference"], found["interval"], "+")
             rows.append([_label(path), name, shown, _p(found["p_value"]), _p(found["p_holm"])])
-    return Grid(["", "Model", "Difference", "p", "p, Holm"], rows, labels=2)
+    return Table(["", "Model", "Difference", "p", "p, Holm"], rows, labels=2)
 
 
 def _picture(comparison: Mapping[str, Any]) -> bytes:
@@ -284,7 +288,7 @@ def _picture(comparison: Mapping[str, Any]) -> bytes:
 
 
 def _draw(axes: Axes, paths: Sequence[str], name: str, of: Mapping[str, Any], index: int, count: int) -> None:
-    """One model's differences, a row for each figure; the models of a row one below the other."""
+    """Draw one model's differences, a row for each metric; the models of a row one below the other."""
     scale = np.array([100.0 if _is_share(path) else 1.0 for path in paths])
     y = np.arange(len(paths)) + 0.6 * ((index + 0.5) / count - 0.5)
     values = np.array([of[path]["difference"] for path in paths], dtype=np.float64) * scale
@@ -319,9 +323,9 @@ def _blocks(comparison: Mapping[str, Any], picture: bytes) -> list[Block]:
         Heading(f"Differences from {reference}"),
         Paragraph(
             f"In percentage points or tokens; above 0 is more than `{reference}`. Intervals and p-values are of a "
-            f"paired bootstrap over prompts ({comparison['resamples']:,} resamples): each takes all models' figures on "
+            f"paired bootstrap over prompts ({comparison['resamples']:,} resamples): each takes all models' metrics on "
             "the same prompts. They say how far the differences depend on which prompts were drawn, not on training "
-            f"seeds. The last column is corrected by Holm's method{corrected}, for each figure by itself."
+            f"seeds. The last column is corrected by Holm's method{corrected}, for each metric by itself."
         ),
         _differences_table(comparison),
         Picture(

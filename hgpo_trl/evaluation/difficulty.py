@@ -1,43 +1,41 @@
-"""Difficulty filter for Stage II: prompts from which HGPO can learn, by a model's own pass rate in each mode.
+"""Difficulty filter for Stage II: keep the prompts from which HGPO can learn, by a model's pass rate in each mode.
 
-A prompt whose samples all score the same says nothing: no response is better than its mode's others (Eq. 9), and what
-decides between the modes is the margin alone (Eq. 8).
+A prompt whose samples all score the same teaches nothing: no response is better than the others of its mode (Eq. 9),
+and the margin alone decides between the modes (Eq. 8).
 """
 
 import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.common.files import nan_to_null, write_atomically
+from hgpo_trl.common.files import nan_to_null
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.data.example import Drop
-from hgpo_trl.evaluation.backends import Sampler, check_backend, loaded_sampler
-from hgpo_trl.evaluation.evaluate import PROMPT_ID, score_samples
+from hgpo_trl.evaluation.backends import check_backend, loaded_sampler
+from hgpo_trl.evaluation.parts import Part, draw_missing, read_parts
+from hgpo_trl.evaluation.samples import PROMPT_ID, sorted_by_mode
+from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.modes.hybrid_accuracy import valid_mean
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.training.advantages import query_signal
 from hgpo_trl.training.checks import check_dataset
 from hgpo_trl.training.model_dir import check_model_path
 
-BLOCK = 512  # prompts whose samples are kept together: what a kill may cost
-_COLUMNS = ["mode", "sample", "reward", "num_tokens", "truncated"]
-_KEY = b"hgpo_trl.block"
+BLOCK = 512  # prompts of a part: the most that a kill may cost
+_COLUMNS = [PROMPT_ID, "mode", "sample", "reward", "num_tokens", "truncated"]
 
 
 @dataclass
@@ -79,7 +77,7 @@ class DifficultyArguments:
 
 
 def check_model(args: DifficultyArguments) -> None:
-    """Check what `measure` needs, before hours of other work. Without a `difficulty_model` nothing is needed.
+    """Check the model for `measure`, before hours of other work. Without a `difficulty_model` nothing is checked.
 
     Raises:
         UserError: there is no such model, it is a LoRA adapter, or its tokenizer lacks the tags.
@@ -125,14 +123,11 @@ def informative(rewards: NDArray[np.float64], margin: float) -> NDArray[np.bool_
 
 def pass_rates(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean reward of each query in each mode, `[Q, 2]` from `[Q, 2, k]`; NaN where a mode has no valid sample."""
-    valid = ~np.isnan(rewards)
-    count = valid.sum(axis=2)
-    total = np.where(valid, rewards, 0.0).sum(axis=2)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    return valid_mean(rewards, axis=2)
 
 
 def verdicts(rewards: NDArray[np.float64], margin: float) -> list[Drop | None]:
-    """A verdict per query, as a `Step` gives it: "uninformative", with its pass rates, unless it is `informative`.
+    """Give a verdict on each query, as a `Step` does: "uninformative", with its pass rates, unless it is `informative`.
 
     A query without any valid reward cannot be measured and is kept.
     """
@@ -147,11 +142,11 @@ def verdicts(rewards: NDArray[np.float64], margin: float) -> list[Drop | None]:
 
 
 def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: int = 0) -> NDArray[np.float64]:
-    """Rewards of a model's own responses to every prompt that has a reference answer.
+    """Sample responses to every prompt that has a reference answer, and score them.
 
-    Prompts are sampled as Stage II samples them (temperature 1, the whole vocabulary), in blocks. A block's scores are
-    written to `work_dir/pass_rates-00000.parquet` and so on, whole or not at all; a block that is already there, from
-    the same model's path, settings, prompts and answers, is read instead of sampled.
+    Prompts are sampled as in Stage II (temperature 1, the whole vocabulary), in parts. A part's scores are written to
+    `work_dir/pass_rates-00000.parquet` and so on; a part that exists, from the same model's path, settings, prompts and
+    answers, is read instead of sampled.
 
     Args:
         prompts: `prompt` (conversations or text) and `answer`, None or blank where nothing definite is known.
@@ -174,57 +169,34 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
     measurable = prompts.select(rows).select_columns(["prompt", "answer"])
     check_dataset("prompts", measurable, tokenizer)
     blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
-    seeds = [derived_seed(seed, number) for number in range(len(blocks))]
-    keys = [_key(args, seeds[number], measurable[block.start : block.stop]) for number, block in enumerate(blocks)]
-    paths = [work_dir / f"pass_rates-{number:05}.parquet" for number in range(len(blocks))]
-    missing = [number for number in range(len(blocks)) if not _is_there(paths[number], keys[number])]
-    if missing:
-        sampler = loaded_sampler(
-            args.difficulty_model,
-            tokenizer,
-            measurable["prompt"],
-            backend=args.difficulty_backend,
-            max_new_tokens=args.difficulty_max_new_tokens,
-            batch_size=args.difficulty_batch_size,
-            dtype=args.difficulty_dtype,
-        )
-        done = len(rows) - sum(len(blocks[number]) for number in missing)
-        with sampler as sample, tqdm(total=len(rows), initial=done, desc="pass rates", unit="prompt") as progress:
-            for number in missing:
-                part = measurable.select(blocks[number])
-                _write(paths[number], keys[number], _scores(sample, part, per_mode, seeds[number]))
-                progress.update(len(part))
-    for path, block in zip(paths, blocks, strict=True):
-        rewards[rows[block.start : block.stop]] = _read(path, per_mode)
+    parts = []
+    for number, block in enumerate(blocks):
+        block_seed = derived_seed(seed, number)
+        key = _key(args, block_seed, measurable[block.start : block.stop])
+        parts.append(Part(work_dir / f"pass_rates-{number:05}.parquet", block, block_seed, key))
+    sampler = loaded_sampler(
+        args.difficulty_model,
+        tokenizer,
+        measurable["prompt"],
+        backend=args.difficulty_backend,
+        max_new_tokens=args.difficulty_max_new_tokens,
+        batch_size=args.difficulty_batch_size,
+        dtype=args.difficulty_dtype,
+    )
+
+    def scores(part: Part, samples: pd.DataFrame) -> pd.DataFrame:
+        return score_samples(samples, measurable.select(part.prompts), [accuracy_reward])[_COLUMNS]
+
+    draw_missing(
+        parts, sampler, measurable["prompt"], samples_per_mode=per_mode, keep=scores, temperature=1.0, top_p=1.0
+    )
+    found = sorted_by_mode(read_parts(parts))["reward"].to_numpy(dtype=np.float64)
+    rewards[rows] = found.reshape(len(rows), len(MODES), per_mode)
     return rewards
 
 
-def _scores(sample: Sampler, part: Dataset, per_mode: int, seed: int) -> pd.DataFrame:
-    samples = sample(part["prompt"], samples_per_mode=per_mode, temperature=1.0, top_p=1.0, seed=seed)
-    return score_samples(samples, part, [accuracy_reward])[[PROMPT_ID, *_COLUMNS]]
-
-
-def _key(args: DifficultyArguments, seed: int, part: dict[str, Any]) -> bytes:
-    """What a block's scores depend on."""
+def _key(args: DifficultyArguments, seed: int, part: dict[str, Any]) -> str:
+    """Hash of all that a block's scores depend on."""
     settings = (args.difficulty_model, args.difficulty_samples_per_mode, args.difficulty_max_new_tokens)
     content = json.dumps([*settings, args.difficulty_dtype, seed, part["prompt"], part["answer"]], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest().encode()
-
-
-def _is_there(path: Path, key: bytes) -> bool:
-    return path.is_file() and pq.read_schema(path).metadata.get(_KEY) == key
-
-
-def _write(path: Path, key: bytes, scores: pd.DataFrame) -> None:
-    table = pa.Table.from_pandas(scores, preserve_index=False).replace_schema_metadata({_KEY: key})
-    buffer = BytesIO()
-    pq.write_table(table, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def _read(path: Path, per_mode: int) -> NDArray[np.float64]:
-    """The rewards of a block, `[q, 2, k]`."""
-    scores = pq.read_table(path).to_pandas()
-    order = scores["mode"].map({mode.value: index for index, mode in enumerate(MODES)})
-    scores = scores.assign(mode=order).sort_values([PROMPT_ID, "mode", "sample"])
-    return scores["reward"].to_numpy(dtype=np.float64).reshape(-1, len(MODES), per_mode)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

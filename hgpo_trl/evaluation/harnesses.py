@@ -1,9 +1,8 @@
 """Answers for benchmarks that are scored by their own tools: EvalPlus, AlpacaEval and Arena-Hard-Auto.
 
-Each tool has a file of prompts and reads a file of responses; a `Harness` is both. Only the answer part of a response
-is handed over, what follows `</think>` or stands within `<no_think>`, as in the paper (arXiv 2505.14631, section 3.1).
-Which prompt a tool sends to a chat model, and the names of all fields, are those of the tool's own code, which is named
-with each.
+Each tool has a file of prompts and reads a file of responses; a `Harness` describes both. A tool gets only the answer
+part of a response, the text after `</think>` or within `<no_think>`, as in the paper (arXiv 2505.14631, section 3.1).
+Prompts and field names are those of each tool's own code, which is named beside them.
 """
 
 import gzip
@@ -33,7 +32,7 @@ class Answer:
     id: str
     thought: bool
     reasoning: str
-    answer: str  # all that a tool gets to see; empty where the response was cut off while thinking
+    answer: str  # the part that a tool gets; empty where the response was cut off while thinking
     num_tokens: int  # of the whole response
     truncated: bool  # ran out of tokens before its end
     time: float  # when it ended, in seconds since 1970
@@ -44,7 +43,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Harness:
-    """What a tool reads and writes."""
+    """The files that a tool reads and writes."""
 
     fields: Sequence[str]  # text that every prompt must have
     key: str | None  # the field that names a prompt; None: its number
@@ -52,7 +51,7 @@ class Harness:
     file: str  # of the responses, below `output_dir`; {name} is the model's
     row: Callable[[Row, Answer, str], dict[str, Any]]  # a response as the tool reads it, of (prompt, answer, name)
     lines: bool  # JSON lines, or one JSON list
-    next_step: str  # what to do with the file
+    next_step: str  # commands to run on the file
 
 
 def evalplus_message(row: Row) -> str:
@@ -119,10 +118,10 @@ HARNESSES = {
 
 
 def read_prompts(tool: str, path: Path) -> dict[str, Row]:
-    """A tool's own file of prompts, by the name of each: JSON lines (`.gz` or not) or a JSON list.
+    """Read a tool's own file of prompts, by their names: JSON lines (`.gz` or not) or a JSON list.
 
     Raises:
-        UserError: there is no such file, it is not JSON, it lacks a field of the tool, or names a prompt twice.
+        UserError: there is no such file, it is not JSON, an entry lacks a field, or two have the same name.
     """
     if not path.is_file():
         raise UserError(f"prompts={str(path)!r}: there is no such file. Name the file of prompts that {tool} has.")
@@ -150,7 +149,7 @@ def read_prompts(tool: str, path: Path) -> dict[str, Row]:
 
 
 def _parse(path: Path, text: str) -> list[Row]:
-    """A JSON list, or JSON lines; UserError unless it holds objects."""
+    """Parse a JSON list or JSON lines; UserError unless all entries are objects."""
     try:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
@@ -171,7 +170,7 @@ def write_for(
     Args:
         prompts: of `read_prompts`.
         answers: by the names of all prompts.
-        name: the model's, as the tool shows it.
+        name: name of the model, as the tool shows it.
     """
     harness = HARNESSES[tool]
     rows = [harness.row(row, answers[key], name) for key, row in prompts.items()]
@@ -184,11 +183,11 @@ def write_for(
     return path
 
 
-# --- responses that outlive an interruption -------------------------------------------------------------------
+# --- answers, kept through interruptions ----------------------------------------------------------------------
 
 
 def load_answers(path: Path) -> dict[str, Answer]:
-    """What an earlier run has left; a last line that was torn by its end is cut off the file."""
+    """Read the answers of an earlier run; a last line that was written in part is cut off the file."""
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -202,11 +201,14 @@ def load_answers(path: Path) -> dict[str, Answer]:
 def answer_all(
     prompts: Mapping[str, str], path: Path, responses: Callable[[Mapping[str, str]], Iterable[Answer]]
 ) -> dict[str, Answer]:
-    """One answer to each prompt; those in the file at `path` are not generated again, new ones are appended to it.
+    """Answer every prompt that has no answer in the file at `path`, and append the new answers to it.
 
     Args:
         prompts: the user's message, by the prompt's name.
-        responses: answers prompts, as `local_answers` and `served_answers` do; not called where none is left.
+        responses: answers prompts, as `local_answers` and `served_answers` do; called only if one has no answer.
+
+    Returns:
+        The answers to all prompts, old and new, by their names.
     """
     found = load_answers(path)
     pending = {key: prompt for key, prompt in prompts.items() if key not in found}
@@ -227,11 +229,11 @@ def answer_all(
 def local_answers(
     model: HybridModel, prompts: Mapping[str, str], *, batch_size: int, seed: int, total: int, **settings: Any
 ) -> Iterator[Answer]:
-    """By Transformers, `batch_size` at a time.
+    """Answer prompts with Transformers, `batch_size` at a time.
 
     Args:
-        seed: each batch has its own, which follows from this one and how many of the `total` prompts were answered
-            before, so that a run that was interrupted between two batches goes on as it would have.
+        seed: each batch has a seed derived from this one and from the number of the `total` prompts answered before, so
+            that a run interrupted between two batches goes on with the same answers.
         settings: of `hgpo_trl.inference.generate.generate`.
     """
     keys = list(prompts)
@@ -267,15 +269,15 @@ def served_answers(
     seed: int,
     batch_size: int,
 ) -> Iterator[Answer]:
-    """By a server that `hgpo-trl serve` has started, `batch_size` requests at a time, in the order in which they end.
+    """Answer prompts with a server of `hgpo-trl serve`, `batch_size` requests at a time, in the order of their ends.
 
-    Where a request fails, those that are under way are still waited for and given before the error is raised.
+    If a request fails, the requests under way are awaited and their answers yielded before the error is raised.
 
     Args:
         client: `openai.OpenAI`.
         model: its name on the server.
-        seed: each prompt has its own, which follows from this one and the prompt's name. With one for all, their first
-            tokens, and so the modes, would be drawn with the same random numbers.
+        seed: each prompt has a seed derived from this one and its name. With one seed for all, their first tokens, and
+            so the modes, would be drawn with the same random numbers.
     """
 
     def ask(key: str) -> Answer:
@@ -324,8 +326,8 @@ def _cancel(futures: Iterable[Future]) -> None:
         future.cancel()
 
 
-def check_server(client: Any, base_url: str, model: str) -> None:
-    """UserError unless the server is there, has the model, and takes modes apart."""
+def check_chat_server(client: Any, base_url: str, model: str) -> None:
+    """Raise UserError unless the server answers, has the model, and separates reasoning from answers."""
     from openai import APIConnectionError, NotFoundError
 
     try:
@@ -353,7 +355,7 @@ def check_server(client: Any, base_url: str, model: str) -> None:
 
 
 def closing_message(tool: str, answers: Iterable[Answer], path: Path, mode: str = AUTO) -> str:
-    """How many responses thought, were cut off and have no answer, and what to do next."""
+    """Count the responses that thought, were cut off or have no answer, and name the next command."""
     answers = list(answers)
     thought, truncated = sum(answer.thought for answer in answers), sum(answer.truncated for answer in answers)
     empty = sum(not answer.answer for answer in answers)

@@ -1,32 +1,29 @@
-"""The samples of an evaluation on disk: in parts while they are drawn, in one file when they are scored.
+"""The table of an evaluation's samples, one row per response, and its file.
 
-A part holds the samples of one chunk of prompts, drawn with the chunk's own seed. So a run that was interrupted draws
-the chunks that are missing, and the result is the same as without the interruption.
+Its columns: `prompt_id`, `mode`, `sample`, `completion` (text, tags included), `num_tokens`, `truncated`, `faults`, and
+the prompt's `prob_think`, `prob_no_think`, `picked` (0 = think, 1 = no_think, -1 = neither).
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.common.files import write_atomically
-from hgpo_trl.common.seeds import derived_seed
-from hgpo_trl.evaluation.backends import Sampler
-from hgpo_trl.evaluation.evaluate import PROMPT_ID
-from hgpo_trl.modes import MODES
+from hgpo_trl.inference.generate import until_end
+from hgpo_trl.modes import MODES, mode_tokens, split_response
 
+PROMPT_ID = "prompt_id"
 SAMPLES = "samples.parquet"
-PARTS = "parts"
-RECORD = "samples.json"  # what the samples were drawn from, and how
+RECORD = "samples.json"  # the model, prompts and settings that the samples were drawn with
 
 SCHEMA = pa.schema(
     {
@@ -43,14 +40,88 @@ SCHEMA = pa.schema(
     }
 )
 REWARD = pa.field("reward", pa.float64())  # of scored samples
+_KEY = b"hgpo_trl.part"
+
+Sampler = Callable[..., pd.DataFrame]
+"""`sampler(prompts, **settings)`: `sample_both_modes` of a backend, with its model and the length of its responses."""
+
+FirstToken = tuple[float, float, int]  # π(think | q), π(no_think | q), and the greedy pick as in `Decision.picked`
 
 
-def write_samples(path: Path, samples: pd.DataFrame) -> None:
-    """Write samples, scored or not, atomically: the same samples give the same bytes."""
-    schema = SCHEMA.append(REWARD) if REWARD.name in samples else SCHEMA
+class Generated(NamedTuple):
+    """One response as a backend generates it."""
+
+    prompt: int  # number of the prompt
+    mode: int  # position in MODES
+    sample: int
+    tokens: list[int]  # what follows the forced decision token; anything after an end token is padding
+
+
+def samples_table(
+    tokenizer: PreTrainedTokenizerBase,
+    decisions: Sequence[FirstToken],
+    responses: Iterable[Generated],
+    ends: Sequence[int],
+) -> pd.DataFrame:
+    """The table of samples that `sample_both_modes` returns.
+
+    Args:
+        decisions: one per prompt.
+        responses: in any order.
+        ends: of `end_tokens`; a response without one is truncated.
+    """
+    forced = mode_tokens(tokenizer).decision
+    records = []
+    for prompt, mode, sample, generated in responses:
+        generated, truncated = until_end(generated, ends)
+        response = [forced[mode], *generated]
+        text = str(tokenizer.decode(response, skip_special_tokens=True))
+        prob_think, prob_no_think, picked = decisions[prompt]
+        records.append(
+            {
+                PROMPT_ID: prompt,
+                "mode": MODES[mode].value,
+                "sample": sample,
+                "completion": text,
+                "num_tokens": len(response),
+                "truncated": truncated,
+                "faults": [fault.value for fault in split_response(text).faults],
+                "prob_think": prob_think,
+                "prob_no_think": prob_no_think,
+                "picked": picked,
+            }
+        )
+    return pd.DataFrame.from_records(records).sort_values([PROMPT_ID, "mode", "sample"], ignore_index=True)
+
+
+def sorted_by_mode(samples: pd.DataFrame) -> pd.DataFrame:
+    """The samples by prompt, mode in the order of `MODES` and number, so that their columns reshape to `[K, 2, n]`."""
+    mode = pd.Categorical(samples["mode"], [mode.value for mode in MODES], ordered=True)
+    return samples.assign(mode=mode).sort_values([PROMPT_ID, "mode", "sample"])
+
+
+# --- its file -------------------------------------------------------------------------------------------------
+
+
+def write_samples(path: Path, samples: pd.DataFrame, key: str = "") -> None:
+    """Write samples, scored or not, atomically: the same samples give the same bytes.
+
+    Args:
+        samples: with columns of `SCHEMA` and perhaps `reward`; others are left out.
+        key: kept with them, for `key_of`.
+    """
+    schema = pa.schema([field for field in (*SCHEMA, REWARD) if field.name in samples])
+    table = pa.Table.from_pandas(samples, schema, preserve_index=False)
+    if key:
+        table = table.replace_schema_metadata({**table.schema.metadata, _KEY: key})
     buffer = BytesIO()
-    pq.write_table(pa.Table.from_pandas(samples, schema, preserve_index=False), buffer)
+    pq.write_table(table, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def key_of(path: Path) -> str:
+    """The key that a file of samples was written with; empty without one."""
+    return (pq.read_schema(path).metadata or {}).get(_KEY, b"").decode()
 
 
 def read_samples(path: Path) -> pd.DataFrame:
@@ -59,8 +130,8 @@ def read_samples(path: Path) -> pd.DataFrame:
 
 
 def fingerprint(model: str) -> str | None:
-    """What tells a model's weights, configuration and tokenizer from others of the same name: a hash of the files of a
-    folder, the commit of a hub id."""
+    """Tell a model from others of the same name: a hash of a folder's weights, configuration and tokenizer files, or
+    the commit of a hub id."""
     folder = Path(model)
     if not folder.is_dir():
         return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
@@ -73,58 +144,5 @@ def fingerprint(model: str) -> str | None:
 
 
 def prompts_hash(prompts: Sequence[Any]) -> str:
-    """What tells prompts, in their order, from others."""
+    """Hash of prompts, in their order."""
     return xxhash.xxh3_128_hexdigest(json.dumps(list(prompts), sort_keys=True).encode())
-
-
-def chunks_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Prompts in chunks of `size`, shorter ones first: a chunk's batches are those that all prompts together give."""
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def part_paths(folder: Path, chunks: Sequence[Any]) -> list[Path]:
-    """The file of each chunk."""
-    return [folder / f"{number:05}.parquet" for number in range(len(chunks))]
-
-
-def draw_missing(
-    sample: Sampler,
-    prompts: Sequence[Any],
-    chunks: Sequence[Sequence[int]],
-    folder: Path,
-    *,
-    samples_per_mode: int,
-    seed: int,
-    **settings: Any,
-) -> None:
-    """Draw the samples of every chunk that has no part in the folder, and write its part.
-
-    Args:
-        sample: of `loaded_sampler`.
-        prompts: all of them.
-        chunks: places in `prompts`.
-        settings: further ones of `sample_both_modes`.
-    """
-    paths = part_paths(folder, chunks)
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    each = len(MODES) * samples_per_mode
-    done = len(prompts) - sum(len(chunks[number]) for number in missing)
-    bar = tqdm(total=len(prompts) * each, initial=done * each, desc="sampling", unit="response")
-    with bar:
-        for number in missing:
-            rows = chunks[number]
-            samples = sample(
-                [prompts[row] for row in rows],
-                samples_per_mode=samples_per_mode,
-                seed=derived_seed(seed, number),
-                progress=bar,
-                **settings,
-            )
-            write_samples(paths[number], samples.assign(**{PROMPT_ID: [rows[row] for row in samples[PROMPT_ID]]}))
-
-
-def read_parts(folder: Path, chunks: Sequence[Any]) -> pd.DataFrame:
-    """All samples, in the order of `sample_both_modes`."""
-    samples = pd.concat([read_samples(path) for path in part_paths(folder, chunks)])
-    return samples.sort_values([PROMPT_ID, "mode", "sample"], ignore_index=True)

@@ -1,4 +1,4 @@
-"""Sampling for evaluation with vLLM: what `sample_both_modes` of `evaluate` returns, made by vLLM's engine."""
+"""Samples of both modes by vLLM."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.seeds import derived_seed
-from hgpo_trl.evaluation.evaluate import FirstToken, Generated, samples_table
+from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
 from hgpo_trl.inference.generate import end_tokens, render
 from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
 from hgpo_trl.modes.decision import OFF_MODE
@@ -30,7 +30,7 @@ def running_engine(
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.9,
 ) -> Iterator["LLM"]:
-    """A vLLM engine that is shut down on leaving. Unless vLLM is told otherwise it runs in processes of its own.
+    """Start a vLLM engine, and shut it down on leaving. By default it runs in processes of its own.
 
     Args:
         model: path or hub id.
@@ -82,9 +82,9 @@ def sample_both_modes(
     seed: int = 0,
     progress: tqdm | None = None,
 ) -> pd.DataFrame:
-    """`hgpo_trl.evaluation.evaluate.sample_both_modes` with an engine of `running_engine` in place of the model.
+    """As `hgpo_trl.evaluation.transformers_backend.sample_both_modes`, with an engine of `running_engine`.
 
-    vLLM shows a bar of its own for what it is at; `progress` moves when all of it is done.
+    vLLM shows a bar of its own while it generates; `progress` moves at the end.
     """
     tokens = mode_tokens(tokenizer)
     ids = render(tokenizer, prompts)

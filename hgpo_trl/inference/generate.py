@@ -1,12 +1,12 @@
-"""Using a hybrid-reasoning model with Transformers: it picks the mode, with a bias if wanted, or is told which.
+"""Use a hybrid-reasoning model with Transformers: the model picks the mode, perhaps with a bias, or the caller does.
 
     model = HybridModel.from_pretrained("runs/chain-sum/hgpo")
     model("a = 3 b = 6 sum mod 10 ?")                                 # Generation(mode=..., reasoning=..., answer=...)
     model(["a = 3 sum mod 10 ?", conversation], mode="no_think")      # a list gives a list
     model(questions, decision_bias=-2.0)                              # think less often
 
-What a model does with its first token, the decision, is `hgpo_trl.modes.decision`; how the text is taken apart is
-`hgpo_trl.modes.split_response`.
+`hgpo_trl.modes.decision` reads the distribution of the first token, the decision; `hgpo_trl.modes.split_response`
+splits the text.
 """
 
 import math
@@ -34,6 +34,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from hgpo_trl.common.compat import prepend_to_stream
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import MODES, Mode, ModeTokens, check_embeddings, mode_tokens, split_response
 from hgpo_trl.modes.chat_template import has_thinking_modes
@@ -43,8 +44,8 @@ CHOICES = (AUTO, *(mode.value for mode in MODES))
 
 Conversation = Sequence[Mapping[str, Any]]
 
-# How the paper samples; for a model's generation config, because responses that think fall into loops under greedy
-# decoding, which is what Transformers does without one. Its default for top_k is 50, not all.
+# The paper's sampling, for a model's generation config. Without it Transformers decodes greedily, and think responses
+# fall into loops. Transformers' default for top_k is 50, not all.
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
 
 
@@ -69,7 +70,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) 
 
 
 def until_end(response: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
-    """A response without the padding behind its end token, and whether it is truncated, which is without one."""
+    """Cut the padding behind a response's end token; also return whether it is truncated, without an end token."""
     end = next((place for place, token in enumerate(response) if token in ends), None)
     return (response, True) if end is None else (response[: end + 1], False)
 
@@ -77,7 +78,7 @@ def until_end(response: list[int], ends: Sequence[int]) -> tuple[list[int], bool
 def sampling_config(
     tokenizer: PreTrainedTokenizerBase, ends: list[int], max_new_tokens: int, temperature: float, top_p: float
 ) -> GenerationConfig:
-    """How to draw tokens; temperature 0 is greedy."""
+    """Build the configuration for drawing tokens; temperature 0 is greedy."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -92,10 +93,10 @@ def sampling_config(
 
 
 def set_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a model, PEFT's or not, a generation config of its token ids and the paper's sampling, and of nothing else.
+    """Give a model, PEFT's or not, a generation config with its token ids and the paper's sampling alone.
 
-    What a base model brings (top_k, repetition_penalty, suppress_tokens, ...) would otherwise be saved with what is
-    trained from it, and shape its rollouts: Transformers takes from there what a trainer leaves unset.
+    A base model's own settings (top_k, repetition_penalty, suppress_tokens, ...) would otherwise be saved with the
+    trained model and shape its rollouts: Transformers falls back on them where a trainer leaves a field unset.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     model.generation_config = GenerationConfig(
@@ -108,7 +109,7 @@ def set_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> Non
 
 @contextmanager
 def own_settings_ignored(model: Any) -> Iterator[None]:
-    """Within, `model.generate` takes nothing from the model's own generation config, only what it is given."""
+    """Make `model.generate` ignore the model's own generation config within this context."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -117,7 +118,7 @@ def own_settings_ignored(model: Any) -> Iterator[None]:
 
 
 def batches(ids: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like length, so that little is padding."""
+    """Yield row numbers in batches of similar length, which need little padding."""
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -151,8 +152,8 @@ def complete(
 class DecisionBias(LogitsProcessor):
     """Moves the log-odds of thinking, logit(think) − logit(no_think), by `bias` on the first generated token.
 
-    Half of it is added to the one, half taken from the other, before temperature and top-p. So a large bias of either
-    sign leaves no room for the other mode nor for a token that is neither, and 0 leaves the model's own distribution.
+    Half of it is added to logit(think) and half subtracted from logit(no_think), before temperature and top-p. A large
+    bias of either sign leaves no probability to the other mode or to any other token; 0 changes nothing.
 
     Args:
         prompt_length: tokens of the prompt, padding included: where the first generated token stands.
@@ -181,7 +182,7 @@ def _decide(
     config: GenerationConfig,
     batch_size: int,
 ) -> list[tuple[int, float]]:
-    """For each prompt its response's first token, drawn like every other token, and the model's own π(think | q)."""
+    """Draw the first token of every prompt's response, like any other token, and read the model's own π(think | q)."""
     found: dict[int, tuple[int, float]] = {}
     for batch in batches(ids, batch_size):
         inputs = padded(model, tokenizer, [ids[row] for row in batch])
@@ -246,7 +247,7 @@ def _as_generation(
 
 
 def check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
-    """The tags' ids; UserError, with a remedy, if model or tokenizer lacks a tag or the template knows no modes."""
+    """Return the tags' ids; UserError if model or tokenizer lacks a tag, or the template does not know the modes."""
     tokens = mode_tokens(tokenizer)
     check_embeddings(model, tokens)
     if not has_thinking_modes(tokenizer):
@@ -258,7 +259,7 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
 
 
 def check_settings(mode: str, decision_bias: float, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """UserError that names the first setting that `generate` cannot use."""
+    """Raise UserError for the first setting that `generate` cannot use."""
     if mode not in CHOICES:
         raise UserError(f"mode must be one of {', '.join(CHOICES)}; got {mode!r}.")
     if not math.isfinite(decision_bias):
@@ -304,19 +305,19 @@ def generate(
     batch_size: int = 64,
     seed: int | None = None,
 ) -> list[Generation]:
-    """One response to each conversation.
+    """Generate one response to each conversation.
 
     Args:
         model, tokenizer: of a hybrid-reasoning model: tags, and a chat template that takes `thinking_mode`.
         conversations: messages that end with the user's; a text is one message of the user.
         mode: "think" or "no_think" for all, or "auto": the model picks. The first token is then drawn like every other
-            one, so it may be neither mode (`Generation.mode` is None). The responses of either mode form batches of
-            their own: no short one waits for a long one.
+            one, so it may be neither mode (`Generation.mode` is None). Think and no-think responses are batched
+            separately, so that short ones do not wait for long ones.
         decision_bias: moves the log-odds of thinking (see `DecisionBias`); without effect where the mode is forced.
         max_new_tokens: per response, the decision token included; fewer where the model runs out of positions.
         temperature, top_p: of the sampling (paper: 0.6 and 0.95); temperature 0 is greedy.
         batch_size: responses generated at a time.
-        seed: of torch's random numbers; None leaves them as they are.
+        seed: of torch's random number generator; None leaves its state alone.
 
     Returns:
         Responses in the order of the conversations.
@@ -373,7 +374,7 @@ def stream(
     top_p: float = 0.95,
     seed: int | None = None,
 ) -> Generator[str, None, None]:
-    """One response in pieces of text, tags included, as it is generated. Closing the iterator ends the generation.
+    """Stream one response as pieces of text, tags included. Closing the iterator ends the generation.
 
     Arguments and errors are those of `generate`.
     """
@@ -392,7 +393,7 @@ def stream(
 
     stopped = threading.Event()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    streamer.token_cache += forced  # part of the response, and of its text
+    prepend_to_stream(streamer, forced)
 
     def run() -> None:
         try:
@@ -405,7 +406,7 @@ def stream(
                     streamer=streamer,
                 )
         finally:
-            streamer.end()  # whoever reads must not wait for what has failed
+            streamer.end()  # the reader must not wait for a generation that has failed
 
     with ThreadPoolExecutor(1, thread_name_prefix="hgpo_trl.stream") as pool:
         generation = pool.submit(run)

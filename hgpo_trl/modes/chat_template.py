@@ -67,7 +67,7 @@ class _OwnTurns:
 
 
 def build_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for a tokenizer, which keeps the turns of the one that it has.
+    """Build the template for a tokenizer; it keeps the turns of the tokenizer's own.
 
     Raises:
         UserError: the tokenizer's own template cannot take the modes; or there is none, turns have to be written in
@@ -92,7 +92,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def read_template(path: str) -> str:
-    """The template that a recipe names with `chat_template_path`; UserError unless it is a Jinja file."""
+    """Read the template that `chat_template_path` names; UserError unless it is a Jinja file."""
     file = Path(path)
     if file.suffix not in (".jinja", ".j2") or not file.is_file():
         raise UserError(
@@ -149,7 +149,7 @@ _CONVERSATION = [_QUESTION, _ANSWER, {"role": "user", "content": "Request"}]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]], prompt: bool) -> str:
-    """A conversation in a template's words; UserError where it cannot be written."""
+    """Render a conversation with a template; UserError if the template fails."""
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -163,7 +163,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[di
 
 
 def _read_own(tokenizer: PreTrainedTokenizerBase) -> _OwnTurns:
-    """Look at what the tokenizer's template writes around an answer; UserError where the modes have no place in it."""
+    """Read what the tokenizer's template writes around an answer; UserError if the mode tags do not fit there."""
     source = tokenizer.get_chat_template()
     prompt = _render(tokenizer, source, [_QUESTION], prompt=True)
     whole = _render(tokenizer, source, [_QUESTION, _ANSWER], prompt=False)
@@ -189,7 +189,7 @@ def _read_own(tokenizer: PreTrainedTokenizerBase) -> _OwnTurns:
 def _writes(tokenizer: PreTrainedTokenizerBase, own: _OwnTurns, dialect: _Dialect) -> bool:
     """Whether a template writes the turns of a dialect, behind its own beginning, such as a default system prompt.
 
-    Such a beginning is not kept: "Please reason step by step" in every prompt would speak for one of the modes.
+    Such a beginning is not kept: "Please reason step by step" in every prompt would favour one of the modes.
     """
     written = _render(tokenizer, own.source, _CONVERSATION, prompt=True).removesuffix(own.lhrm_opening)
     ours = _render(tokenizer, _in_dialect(dialect), _CONVERSATION, prompt=True)
@@ -221,7 +221,7 @@ def _as_if(mark: re.Match[str]) -> str:
 
 
 def _dialect(tokenizer: PreTrainedTokenizerBase) -> _Dialect | None:
-    """The dialect that the tokenizer has the tokens for; None if not even plain text could end a turn."""
+    """The dialect whose tokens the tokenizer has; None if it cannot end a turn even of plain text."""
     roles = ("system", "user", "assistant")
     bos = tokenizer.bos_token or ""
     if _has(tokenizer, "<|im_start|>", "<|im_end|>"):

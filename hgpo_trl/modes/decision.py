@@ -1,4 +1,4 @@
-"""The decision: what the policy makes of its first token, read from the logits at the end of the prompt."""
+"""The decision: the policy's distribution over its first token, from the logits at the end of the prompt."""
 
 from typing import NamedTuple
 

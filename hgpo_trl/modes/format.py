@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 
 from hgpo_trl.common.errors import UserError
 
-if TYPE_CHECKING:  # only what has to do with models needs them, and they take seconds to import
+if TYPE_CHECKING:  # only functions on models need them, and importing them takes seconds
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,7 +45,7 @@ TAGS = tuple(tag for mode in MODES for tag in (mode.open_tag, mode.close_tag))
 _OPENED = {mode.open_tag: mode for mode in MODES}
 _TAG = re.compile("|".join(map(re.escape, TAGS)))
 _THINK_TAGS = (Mode.THINK.open_tag, Mode.THINK.close_tag)
-# How models mark a reasoning trace that are not ours to begin with. `List<Thought>` in code is none of them.
+# Marks of a reasoning trace in other models' responses. `List<Thought>` in code is none of them.
 _TRACE = re.compile(
     r"(?:(?<!\w)<|</)(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)/?>"
     r"|<\|(?:(?:begin|end)_of_thought|/?think(?:ing)?)\|>"
@@ -53,7 +53,6 @@ _TRACE = re.compile(
     r"|◁/?think(?:ing)?▷",
     re.IGNORECASE,
 )
-
 
 # Fields of a chat message in which models keep their trace, beside the content.
 TRACE_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
@@ -63,7 +62,7 @@ TRACE_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
 
 
 class Fault(StrEnum):
-    """What can be wrong with the format of a response."""
+    """Faults in the format of a response."""
 
     NO_MODE = "no_mode"  # does not begin with a mode tag
     UNCLOSED = "unclosed"  # the mode's close tag never comes
@@ -76,7 +75,7 @@ class Fault(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response, taken apart. `mode` is None where it begins with no mode tag; `faults` are in `Fault`'s order."""
+    """A split response. `mode` is None if it does not begin with a mode tag; `faults` are in `Fault`'s order."""
 
     mode: Mode | None
     reasoning: str
@@ -100,7 +99,7 @@ def split_response(text: str) -> Response:
     response it is the rest; in an unclosed think response all is reasoning and the answer is empty; text after
     `</no_think>` is not part of the answer. Reasoning and answer are stripped. A no-think answer with a reasoning trace
     in another model's marks (`<thinking>`, `<|begin_of_thought|>`, `[THINK]`, `◁think▷`, ...) has the fault of one in
-    `<think>`; without any mark, prose that reasons is not told from prose that explains.
+    `<think>`; without a mark, reasoning cannot be told from explanation.
     """
     tags = list(_TAG.finditer(text))
     names = [tag.group() for tag in tags]
@@ -251,7 +250,7 @@ def add_mode_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMode
 
     A model with spare rows (Qwen's are padded) keeps its size; another grows to the next multiple of 64, and
     `config.vocab_size` with it. A new tag's rows, input and output, are the mean of the rows of the pieces that spell
-    it, `<` and `think>`, so that it starts inside the distribution of what the model knows; where the tokenizer
+    it, `<` and `think>`, so that it starts inside the distribution of the known rows; where the tokenizer
     cannot spell it, of all rows in use. Rows of tags that the tokenizer already had are left alone, unless the model
     lacked them.
 
@@ -332,7 +331,7 @@ def _rows(module: "nn.Module") -> int:
 
 
 def _gathered(parameters: "list[nn.Parameter]") -> AbstractContextManager:
-    """Whole parameters under DeepSpeed ZeRO-3, whose changes rank 0 spreads; elsewhere nothing needs to be done."""
+    """Gather whole parameters under DeepSpeed ZeRO-3 and broadcast rank 0's changes; do nothing elsewhere."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():

@@ -1,7 +1,7 @@
-"""Hybrid accuracy (Eq. 13 of arXiv 2505.14631) and what goes with it, as pure functions on scored samples.
+"""Hybrid accuracy (Eq. 13 of arXiv 2505.14631) and the other metrics of an evaluation, as pure functions of samples.
 
-Everything is first computed per prompt: a table of columns, one number per prompt. Every reported figure, overall, per
-level or with an interval, is the mean of a column over some prompts; NaN entries do not count.
+A table with one number per prompt in each column is computed first. Every reported metric, overall, per level or with
+an interval, is the mean of a column over some prompts; NaN entries do not count.
 
 Shapes: `K` prompts, `n` samples in each mode; axis 1 is the mode in the order of `hgpo_trl.modes.MODES`.
 """
@@ -19,7 +19,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes.decision import OFF_MODE
 
 Array = NDArray[np.float64]
-Table = dict[str, Array]
+PromptTable = dict[str, Array]
 Label = int | float | str
 
 BLOCK = 1_000_000  # entries of a block of resamples: 8 MB, and as much again for each copy that numpy makes
@@ -27,7 +27,7 @@ THINK, NO_THINK = 0, 1  # positions on the mode axis
 TIE_TOLERANCE = 1e-9  # of means, relative where they exceed 1: rounding of the same scores in another order
 
 
-def _mean(x: Array, axis: int | None = None) -> Any:
+def valid_mean(x: Array, axis: int | None = None) -> Any:
     """Mean over the entries that are not NaN; NaN (without a warning) where there are none."""
     valid = ~np.isnan(x)
     count = valid.sum(axis=axis)
@@ -61,8 +61,8 @@ def per_prompt_table(
     prob_no_think: Array,
     picked: NDArray[np.int64],
     margin: float = 0.0,
-) -> Table:
-    """One row per prompt of everything that is reported.
+) -> PromptTable:
+    """Compute all metrics of each prompt.
 
     Args:
         scores: `[K, 2, n]`, NaN where a sample has no valid score.
@@ -81,7 +81,7 @@ def per_prompt_table(
         `no_think` (never), `oracle` (m_gt). Picking neither scores 0 (NaN where the prompt has no valid sample at all)
         and costs the longer mode's tokens.
     """
-    mean_scores, mean_lengths = _mean(scores, axis=2), _mean(lengths.astype(np.float64), axis=2)  # [K, 2]
+    mean_scores, mean_lengths = valid_mean(scores, axis=2), valid_mean(lengths.astype(np.float64), axis=2)  # [K, 2]
     target = better_mode(mean_scores, mean_lengths, margin)
     rows = np.arange(len(target))
     off_mode = picked == OFF_MODE
@@ -110,11 +110,10 @@ def per_prompt_table(
 def biased_choice(
     prob_think: Array, prob_no_think: Array, picked: NDArray[np.int64], bias: float
 ) -> tuple[Array, Array, NDArray[np.int64]]:
-    """The choice after a decision bias, which moves the log-odds log π(think) − log π(no_think) by `bias`.
+    """Apply a decision bias to the choice: move the log-odds log π(think) − log π(no_think) by `bias`.
 
-    As in `hgpo_trl.generate.DecisionBias`, half of it goes to the one and half is taken from the other, and all
-    probabilities are scaled to add up to 1. So −inf and inf are never and always thinking, and 0 is the model's own
-    choice.
+    As in `hgpo_trl.generate.DecisionBias`, one log-probability gains half of it, the other loses half, and all
+    probabilities are scaled to add up to 1. So −inf is never thinking, inf always thinking, and 0 changes nothing.
 
     Args:
         prob_think, prob_no_think, picked: `[K]`, as `per_prompt_table` takes them.
@@ -132,7 +131,7 @@ def biased_choice(
     logs -= logs.max(axis=0)
     think, no_think, _ = np.exp(logs) / np.exp(logs).sum(axis=0)
     neither = len(logs) - 1
-    logs[neither, picked != OFF_MODE] = -np.inf  # whatever is neither was less likely than the modes
+    logs[neither, picked != OFF_MODE] = -np.inf  # each token that is neither was less likely than the modes
     own, best, rows = np.where(picked == OFF_MODE, neither, picked), logs.argmax(axis=0), np.arange(len(picked))
     chosen = np.where(logs[best, rows] > logs[own, rows], best, own)
     return think, no_think, np.where(chosen == neither, OFF_MODE, chosen)
@@ -150,11 +149,11 @@ def sweep_biases(
 ) -> NDArray[np.float64]:
     """Biases at which `biased_choice` makes different picks, from never to always thinking; 0 is one of them.
 
-    Between two thresholds, at each of which some prompt's pick changes, every bias picks the same, so one bias will do.
-    Where there are more than `limit`, so many are taken, evenly in the order of the thresholds.
+    At each threshold the pick of some prompt changes; between two thresholds one bias stands for all. Of more than
+    `limit` biases, that many are taken, evenly spaced in their order.
 
     Returns:
-        Rising and finite.
+        Finite biases in rising order.
     """
     think, no_think, neither = _log_probs(prob_think, prob_no_think)
     off_mode = picked == OFF_MODE
@@ -180,7 +179,7 @@ def decision_bias_curve(
     biases: Sequence[float] | Array,
     margin: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """What the model's choice is worth under each decision bias, from the same samples: nothing is generated again.
+    """Evaluate the model's choice under each decision bias, all from the same samples.
 
     Args:
         scores, lengths, prob_think, prob_no_think, picked, margin: as `per_prompt_table` takes them.
@@ -214,7 +213,7 @@ def accuracy_at_budget(
     token_budget: float,
     limit: int = 1000,
 ) -> float:
-    """The best accuracy that the model's greedy choice gives under any decision bias that keeps to a budget.
+    """Best accuracy of the model's greedy choice under any decision bias whose mean tokens keep to a budget.
 
     Args:
         scores, lengths, prob_think, prob_no_think, picked: as `per_prompt_table` takes them.
@@ -239,9 +238,9 @@ def figures(
     margin: float = 0.0,
     token_budget: float | None = None,
 ) -> dict[str, float]:
-    """What an evaluation inside training logs: the mean of every column of `per_prompt_table`, by its name.
+    """Metrics of an evaluation inside training: the mean of every column of `per_prompt_table`, by its name.
 
-    With a token budget, `accuracy_at_budget` as well.
+    With a token budget also `accuracy_at_budget`.
     """
     table = per_prompt_table(scores, lengths, prob_think, prob_no_think, picked, margin)
     found = column_means(table)
@@ -262,13 +261,13 @@ GREATER_IS_BETTER = {  # of `figures`, by the part of the name before the slash;
 }
 
 
-def column_means(table: Table) -> dict[str, float]:
-    """Mean of every column over the prompts, NaN where it has no value."""
-    return {name: float(_mean(column)) for name, column in table.items()}
+def column_means(table: PromptTable) -> dict[str, float]:
+    """Mean of every column over the prompts; NaN for a column without a value."""
+    return {name: float(valid_mean(column)) for name, column in table.items()}
 
 
-def bootstrap_intervals(table: Table, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of every column's mean, resampling prompts with replacement (the same ones for all).
+def bootstrap_intervals(table: PromptTable, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of every column's mean, from prompts resampled with replacement, the same for all.
 
     Resamples are drawn in blocks, so that memory grows with the number of prompts alone.
     """
@@ -305,7 +304,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def summarize(table: Table, seed: int = 0) -> dict[str, Any]:
+def summarize(table: PromptTable, seed: int = 0) -> dict[str, Any]:
     """Mean and 95 % interval of every column, nested as in report.json: means at the top, `intervals` beside them."""
     return {
         "num_prompts": len(next(iter(table.values()))),
@@ -315,10 +314,10 @@ def summarize(table: Table, seed: int = 0) -> dict[str, Any]:
 
 
 def group_labels(name: str, values: Iterable[Any]) -> list[Label | None]:
-    """The labels by which prompts are grouped, from a column that may be of mixed types.
+    """Convert a column, perhaps of mixed types, to the labels by which prompts are grouped.
 
-    Text that is a whole number counts as that number and a whole float as an int, so that "2", 2 and 2.0 are one group.
-    Other text is taken without blanks around it. None, NaN and blank text are no label.
+    Text of a whole number becomes that number and a whole float an int, so that "2", 2 and 2.0 are one group. Other
+    text is stripped. None, NaN and blank text give no label.
 
     Args:
         name: of the column, for the message.
@@ -350,7 +349,7 @@ def _label(name: str, value: Any) -> Label | None:
     )
 
 
-def summarize_by(table: Table, labels: Sequence[Any], name: str, seed: int = 0) -> list[dict[str, Any]]:
+def summarize_by(table: PromptTable, labels: Sequence[Any], name: str, seed: int = 0) -> list[dict[str, Any]]:
     """`summarize` for each distinct label of `group_labels`, numbers before text: [{name: label, ...}, ...]."""
     labels = group_labels(name, labels)
     distinct = sorted(set(labels) - {None}, key=lambda label: (isinstance(label, str), label))

@@ -1,4 +1,4 @@
-"""The look that all figures share."""
+"""Style of all figures."""
 
 from io import BytesIO
 from typing import Any

@@ -1,4 +1,4 @@
-"""A trained model's README.md, which is its card on the hub, written from what its run and its evaluation have left."""
+"""A trained model's README.md, its card on the hub, written from the files of its training and its evaluation."""
 
 import dataclasses
 import json
@@ -30,17 +30,17 @@ PACKAGES = ("hgpo-trl", "trl", "transformers", "torch")
 MANIFEST = "manifest.json"
 
 _TEMPLATE = resources.files("hgpo_trl").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
-_DERIVED = {"accelerator_config", "generation_batch_size", "stage"}  # of other settings, or said elsewhere
+_DERIVED = {"accelerator_config", "generation_batch_size", "stage"}  # derived from other settings, or named elsewhere
 
 
 def write_model_card(model: str | Path, *, report: str | Path | None = None, hub_id: str | None = None) -> Path:
     """Write README.md of a model, and the figures it shows, into the model's folder.
 
     Args:
-        model: folder of a stage's output; its `run.json`, and that of the stage before if its folder is still there,
-            says how it was trained, and a `manifest.json` beside the training data what it was trained on.
+        model: folder of a stage's output. Settings come from its `run.json` and that of the stage before, if its folder
+            still exists; sources of the data from a `manifest.json` beside the training data.
         report: folder of `hgpo-trl report` or of `hgpo-trl evaluate`; None leaves the evaluation out.
-        hub_id: what the model is called on the hub; by default the folder's name.
+        hub_id: the model's name on the hub; default: the folder's name.
 
     Returns:
         Path of README.md. The same input gives the same bytes.
@@ -85,11 +85,11 @@ def write_model_card(model: str | Path, *, report: str | Path | None = None, hub
     return path
 
 
-# --- how it was trained ---------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------------------
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:
-    """What `run.json` says of the stages that led to a model, the first one first."""
+    """Read `run.json` of the stages that led to a model, the first stage first."""
     runs: list[dict[str, Any]] = []
     path = folder / RUN_FILE
     while path.is_file() and len(runs) < len(STAGES):
@@ -111,12 +111,12 @@ def _hub_name(name: str | None) -> str | None:
 
 
 def _shown(value: Any) -> Any:
-    """A setting without the folders of the machine that it was used on."""
+    """A setting without the folders of this machine."""
     return Path(value).name if isinstance(value, str) and "/" in value and _is_local(value) else value
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run learned from and how: settings other than the defaults, and all that HGPO adds to GRPO."""
+    """A run's data and settings: those other than the defaults, and all that HGPO adds to GRPO."""
     config = STAGES[run["stage"]][1]
     defaults = {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -133,7 +133,7 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _described(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage as the template shows it."""
+    """A stage's variables of the template."""
     data = str(run["train_data"])
     hub = _hub_name(data)
     return {
@@ -145,7 +145,7 @@ def _described(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sources(data: Path) -> list[dict[str, str]]:
-    """The sources of a built data set, from the manifest in its folder; none where there is no manifest."""
+    """The sources of a built data set, from the manifest in its folder; none without a manifest."""
     path = (data if data.is_dir() else data.parent) / MANIFEST
     if not path.is_file():
         return []
@@ -157,18 +157,18 @@ def _sources(data: Path) -> list[dict[str, str]]:
 
 
 def _max_new_tokens(folder: Path) -> int:
-    """Tokens to generate in the example: 4,096, or half of the positions that the model has."""
+    """Tokens to generate in the example: 4,096, or half of the model's positions if these are fewer."""
     if not (folder / "config.json").is_file():  # an adapter, or a run that has saved no model so far
         return 4096
     config = AutoConfig.from_pretrained(folder).get_text_config()
     return min(4096, getattr(config, "max_position_embeddings", 8192) // 2)
 
 
-# --- how good it is -------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------------------
 
 
 def _evaluations(report: Path) -> dict[str, dict[str, Any]]:
-    """The evaluations of a report's folder, or the one of an evaluation's."""
+    """The evaluations in the folder of a report, or the one in the folder of an evaluation."""
     path = report / "report.json"
     if not path.is_file():
         raise UserError(

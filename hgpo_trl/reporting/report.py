@@ -1,8 +1,7 @@
 """One readable report from evaluations, training logs and a margin sweep: Markdown, HTML, JSON and figures.
 
-The text is built once, as a list of blocks (`Heading`, `Paragraph`, `Table`, ...), and rendered twice, so
-that report.md and report.html cannot differ. Every number in it comes from the evaluations; no sentence
-claims more than they say.
+The text is built once, as a list of blocks (`Heading`, `Paragraph`, `Table`, ...), and rendered twice, so that
+report.md and report.html cannot differ. Every number in it comes from the evaluations.
 """
 
 import json
@@ -52,8 +51,8 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _get(evaluation: Evaluation, path: str) -> Any:
-    """`_get(e, "accuracy.auto")` is `e["accuracy"]["auto"]`; KeyError where any part is missing."""
+def lookup(evaluation: Evaluation, path: str) -> Any:
+    """`lookup(e, "accuracy.auto")` is `e["accuracy"]["auto"]`; KeyError where any part is missing."""
     value: Any = evaluation
     for key in path.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -63,12 +62,12 @@ def _get(evaluation: Evaluation, path: str) -> Any:
 
 
 def _value(evaluation: Evaluation, path: str) -> float:
-    return _number(_get(evaluation, path))
+    return _number(lookup(evaluation, path))
 
 
 def _interval(evaluation: Evaluation, path: str) -> tuple[float, float]:
     """95 % interval of a metric; NaN on both sides where it is null."""
-    low, high = _get(evaluation, f"intervals.{path}") or (None, None)
+    low, high = lookup(evaluation, f"intervals.{path}") or (None, None)
     return _number(low), _number(high)
 
 
@@ -110,7 +109,7 @@ FAULTS = (
     ("Truncated, not thinking", "truncated.no_think", _percent),
 )
 SETTINGS = {"dataset": "data set", "num_prompts": "number of prompts", "margin": "margin of hybrid accuracy"}
-DRAWN = {  # how the samples were; not in reports of earlier versions
+SAMPLING = {  # settings of the sampling; reports of earlier versions lack them
     "settings.split": "split",
     "settings.temperature": "temperature",
     "settings.top_p": "top-p",
@@ -124,7 +123,7 @@ def _check(name: str, evaluation: Evaluation) -> None:
     def require(part: Evaluation, paths: Iterable[str], prefix: str = "") -> None:
         for path in paths:
             try:
-                _get(part, path)
+                lookup(part, path)
             except KeyError:
                 raise UserError(
                     f"The evaluation {name!r} lacks {prefix + path!r}. Pass the whole report.json that "
@@ -184,14 +183,14 @@ def _look(index: int) -> dict[str, str]:
 
 
 def _probability_axis(axes: Axes, label: str) -> None:
-    """0 to 100 %."""
+    """An axis from 0 to 100 %."""
     axes.set(ylim=(-0.03, 1.03), ylabel=label)
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter(PERCENT_TICKS)
 
 
 def _accuracy_axis(axes: Axes, label: str) -> None:
-    """Around the data, but never so close that a difference of a few tenths of a point fills the figure."""
+    """An axis around the data, wide enough that a difference of a few tenths of a point does not fill the figure."""
     low, high = axes.get_ylim()
     span = max(high - low, 0.1)
     high = min(high, 1) + span / 20
@@ -261,7 +260,7 @@ def _mark(axes: Axes, evaluation: Evaluation, policy: str, color: str, **style: 
 
 
 def _mark_fixed_policies(axes: Axes, evaluation: Evaluation) -> None:
-    """Always, never thinking, the oracle, and between the first two thinking at random."""
+    """Mark always and never thinking and the oracle, and draw the line of random thinking between the first two."""
     for policy, label, color, marker, size in (
         ("think", "always thinking", THINK, "o", 13),
         ("no_think", "never thinking", NO_THINK, "o", 13),
@@ -307,7 +306,7 @@ def _series(log: TrainingLog, key: str) -> tuple[Array, Array]:
 
 
 def _curve(axes: Axes, log: TrainingLog, key: str, color: str, label: str, **style: Any) -> None:
-    """A logged value over the steps: as logged (faint), and its centred running mean over 4 % of the run."""
+    """Draw a logged value over the steps: as logged (faint), and its centred running mean over 4 % of the run."""
     steps, values = _series(log, key)
     if not len(steps):
         return
@@ -323,7 +322,7 @@ COMPACT: dict[str, Any] = {"fontsize": 9.2, "handlelength": 1.1, "columnspacing"
 
 
 def _panel(axes: Axes) -> None:
-    """Legend in a line above the data; the title of the axis of values says what is drawn."""
+    """Put the legend in a line above the data; the title of the value axis names the metric."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.margins(x=0.02)
@@ -398,7 +397,7 @@ def _margin_sweep(sweep: Mapping[float, Evaluation]) -> Figure | None:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the report says
+# Text and tables
 # ----------------------------------------------------------------------------------------------------
 
 GLOSSARY = {
@@ -461,7 +460,7 @@ def _headline(name: str, evaluation: Evaluation) -> str:
 
 
 def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    """The last evaluation against always and never thinking and against the others; thinking by level."""
+    """Compare the last evaluation with always and never thinking and with the others, and name thinking by level."""
     *others, (name, last) = evaluations.items()
     accuracy, tokens = _value(last, "accuracy.auto"), _value(last, "mean_tokens.auto")
     items = []
@@ -498,9 +497,9 @@ def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
 def setting_notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """A warning for each setting that all evaluations have and in which they differ."""
     notes = []
-    for path, label in (SETTINGS | DRAWN).items():
+    for path, label in (SETTINGS | SAMPLING).items():
         try:
-            found = {name: _get(evaluation, path) for name, evaluation in evaluations.items()}
+            found = {name: lookup(evaluation, path) for name, evaluation in evaluations.items()}
         except KeyError:
             continue
         if len(set(found.values())) > 1:
@@ -525,7 +524,7 @@ def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
 
 
 def results_markdown(evaluations: Mapping[str, Evaluation]) -> str:
-    """What was measured, and the table of results, as Markdown. UserError if an evaluation lacks a key."""
+    """Render the settings and the table of results as Markdown. UserError if an evaluation lacks a key."""
     for name, evaluation in evaluations.items():
         _check(name, evaluation)
     measured = Bullets([_measured(name, evaluation) for name, evaluation in evaluations.items()])

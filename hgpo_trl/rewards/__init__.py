@@ -1,4 +1,4 @@
-"""Rewards: reward functions and what becomes of their rewards, and the reward model."""
+"""Rewards: reward functions, the treatment of their rewards, and the reward model."""
 
 from hgpo_trl.rewards.functions import accuracy_reward, has_answer, load_reward
 

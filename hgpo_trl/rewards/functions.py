@@ -1,7 +1,7 @@
 """Rewards: one scalar per response, from its answer part alone, lowest where the format is broken (Eq. 7).
 
 Reward functions are TRL's: the trainer and the evaluation split every response once, show the functions its answer part
-in place of the completion, and set the reward of a broken format themselves. Nothing here knows what a mode costs:
+in place of the completion, and set the reward of a broken format themselves. No reward depends on the mode's cost:
 no length penalty and no format bonus, both of which a policy learns to exploit.
 """
 
@@ -26,11 +26,11 @@ from hgpo_trl.verification import check_answers
 logger = logging.getLogger(__name__)
 
 
-# --- what a reward function sees, and what becomes of its rewards ------------------------------------------------
+# --- inputs and outputs of reward functions ----------------------------------------------------------------------
 
 
 def split_completions(completions: list) -> list[Response]:
-    """The parts of every completion, each a text or a conversation of one assistant message."""
+    """Split every completion, a text or a conversation of one assistant message."""
     texts = [completion_text(completion) for completion in completions]
     parts = {text: split_response(text) for text in dict.fromkeys(texts)}  # many short answers are the same
     return [parts[text] for text in texts]
@@ -61,14 +61,14 @@ def check_finite(rewards: Tensor, names: Sequence[str]) -> None:
 
 
 def floor_faults(rewards: Tensor, faulty: Tensor, query: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Give every faulty response the lowest reward of its query, whatever the reward functions made of its answer part.
+    """Give every faulty response the lowest reward of its query, whatever reward its answer part got.
 
-    That is 0, or the lowest reward of the query's well-formed responses in the same column where that is below 0: with
-    a function whose scores can be negative a broken format must not be the better choice. What other queries scored
-    does not matter. A query whose responses are all faulty gets 0 throughout.
+    That is 0, or the lowest reward of the query's well-formed responses in the same column if it is below 0: a broken
+    format must not be the better choice where scores can be negative. Other queries' rewards do not matter. A query
+    whose responses are all faulty gets 0 throughout.
 
     Where a column is NaN for all responses of a query, its function does not score that query, and the column stays
-    NaN. If all columns are, nothing is known of the query, and it carries no signal.
+    NaN. If all columns are NaN, the query carries no signal.
 
     Args:
         rewards: `[B, F]`, one column per reward function, NaN where it gives none.
@@ -181,7 +181,7 @@ def is_model(reward_func: Any) -> bool:
 
 
 def _with_response(columns: dict[str, Any]) -> tuple[list[bool], dict[str, Any]]:
-    """Which rows have a `response`, all where there is no such column, and what a reward function gets of them."""
+    """Which rows have a `response` (all, if there is no such column), and the columns of these rows."""
     kept = [response is not None for response in columns.get("response") or columns["completions"]]
     return kept, {
         name: [*compress(value, kept)] if isinstance(value, list) and len(value) == len(kept) else value
@@ -190,7 +190,7 @@ def _with_response(columns: dict[str, Any]) -> tuple[list[bool], dict[str, Any]]
 
 
 def checked(reward_func: Any) -> Any:
-    """A reward function whose name stands in every error, its own included; a reward model as it is.
+    """Wrap a reward function so that every error names it; return a reward model unchanged.
 
     Rows whose `response` is None are not shown to it and get 0; it is not called where no row is left.
 
@@ -263,7 +263,7 @@ def accuracy_reward(
 
     Args:
         completions: answers, as text or as a conversation of one message. A caller that has not split the responses may
-            pass them whole: what begins with a mode tag is taken apart here, anything else is taken for an answer.
+            pass them whole: text that begins with a mode tag is split here, any other text is an answer.
         answer: the data set's column of reference answers, one per completion. A row without one is not scored.
         response: the parts of every response, from a caller that has split them; `completions` is not read then.
         log_metric: of TRL. The share of answers that the verifier could not judge goes to `hgpo/verifier_failures`.
@@ -304,7 +304,7 @@ def _answer_or_response(text: str) -> Response:
 
 
 def load_reward(name: str) -> Callable | str:
-    """A reward function by "package.module.function" or "path/to/file.py:function"; else a reward model's id or path.
+    """Load a function by "package.module.function" or "path/to/file.py:function"; return a reward model's id or path.
 
     Raises:
         UserError: the file, the module or the function does not exist, or no function is named.

@@ -1,4 +1,4 @@
-"""A reward model as an ordinary reward function, in charge where no answer is definite (Eq. 7)."""
+"""A reward model as an ordinary reward function, for queries without a definite answer (Eq. 7)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import deepspeed
 
+from hgpo_trl.common.compat import no_deepspeed_config
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import Response, completion_text
 from hgpo_trl.rewards import has_answer
@@ -27,17 +27,16 @@ Messages = list[dict[str, Any]]
 
 
 class RewardModel:
-    """Scores the responses of rows without a reference `answer`; a row with one is the rule's, and gets None.
+    """Scores the responses of rows without a reference `answer`; a row with one is left to the rule and gets None.
 
-    What is scored is the conversation of the prompt and, as the assistant's message, the answer part, in the reward
-    model's own chat template. A plain-text prompt is one user message; for a reward model without a template prompt and
-    answer are put together as they are. A malformed response is not scored and gets 0, which the trainer and the
-    evaluation replace in any case.
+    It scores the prompt's conversation with the answer part as the assistant's message, in the reward model's own chat
+    template. A plain-text prompt is one user message; for a reward model without a template, prompt and answer are
+    concatenated. A malformed response is not scored and gets 0, which the trainer and the evaluation replace.
 
     The raw score s, a logit, becomes sigmoid((s - center) / scale), so that rewards lie between 0 and 1 as the rule's
     do: the margin δ of Eq. 8 then has one meaning for all queries, and no answer scores below a broken format.
 
-    Config and tokenizer are read at once, the weights when the first score is asked for.
+    Config and tokenizer are loaded at once, the weights with the first score.
 
     Args:
         name: path or hub id of a sequence-classification model with one label.
@@ -47,7 +46,7 @@ class RewardModel:
         center, scale: in units of the raw score.
 
     Raises:
-        UserError: the model has another number of labels, or (when they are loaded) lacks weights.
+        UserError: the model has another number of labels, or lacks weights (found when they are loaded).
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class RewardModel:
         return scores
 
     def encode(self, prompt: str | Messages, answer: str) -> list[int]:
-        """Token ids of a conversation; the beginning goes where it is longer than the model's positions.
+        """Encode a conversation as token ids, cut at its beginning to the model's positions.
 
         Raises:
             UserError: the chat template is missing or refuses the conversation.
@@ -148,7 +147,7 @@ class RewardModel:
         return ids[-self.max_length :]
 
     def _render(self, messages: Messages) -> str:
-        """The conversation in the model's template, simplified where the template refuses it as it is."""
+        """Render the conversation with the model's template, in a simpler form if the template refuses it."""
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except TemplateError:
@@ -179,7 +178,7 @@ class RewardModel:
 
 
 def _without_system(messages: Messages) -> Messages:
-    """The conversation in alternating turns of user and assistant, system messages in the turn that follows them."""
+    """Merge messages into alternating turns of user and assistant; a system message joins the next turn."""
     turns: Messages = []
     for message in messages:
         role = "user" if message["role"] == "system" else message["role"]
@@ -196,12 +195,6 @@ def _whole_weights() -> Iterator[None]:
 
     Each process scores its own rows in its own time; a sharded model would need all of them in every forward pass.
     """
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    config = reference() if reference is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):  # true loads on the first process alone
-            yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+    # FSDP's setting loads the weights on the first process alone.
+    with no_deepspeed_config(), patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        yield

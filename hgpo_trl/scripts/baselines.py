@@ -5,7 +5,7 @@
     accelerate launch --config_file recipes/accelerate/gpu.yaml -m hgpo_trl.scripts.baselines dpo --config recipe.yaml
 
 `rft` fine-tunes on the best response to every query (TRL's SFTTrainer), `dpo` on the best response of the better mode
-over the worst of the other (TRL's DPOTrainer). What they train on is kept in `output_dir/train.parquet`.
+over the worst of the other (TRL's DPOTrainer). The training set is kept in `output_dir/train.parquet`.
 """
 
 import json
@@ -24,8 +24,7 @@ from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.common.files import whole_file
 from hgpo_trl.evaluation.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
-from hgpo_trl.evaluation.evaluate import PROMPT_ID
-from hgpo_trl.evaluation.samples import RECORD, SAMPLES, prompts_hash
+from hgpo_trl.evaluation.samples import PROMPT_ID, RECORD, SAMPLES, prompts_hash
 from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import has_answer
@@ -41,13 +40,13 @@ from hgpo_trl.training.run_dir import claim_run_dir
 
 @dataclass
 class BaselineArguments:
-    """Where a baseline's data comes from."""
+    """Data of a baseline."""
 
     samples: str = field(metadata={"help": "Folder of `hgpo-trl evaluate` on train_data: samples of both modes."})
     train_data: str = field(metadata={"help": "Data set that was sampled, with `prompt`: path or hub id."})
     train_split: str = field(default="train", metadata={"help": "Split of train_data."})
     margin: float = field(
-        default=0.0, metadata={"help": "δ: what no-think is given, as in Eq. 8; the paper's baselines: 0."}
+        default=0.0, metadata={"help": "δ: bonus of no-think, as in Eq. 8; the paper's baselines: 0."}
     )
 
     drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
@@ -58,7 +57,7 @@ class BaselineArguments:
 
 
 def _load_samples(args: BaselineArguments) -> tuple[pd.DataFrame, Dataset]:
-    """The scored samples, and train_data, whose first rows are their prompts.
+    """Load the scored samples, and train_data, whose first rows are their prompts.
 
     Raises:
         UserError: there are none, they have no scores, or they are of another data set.
@@ -93,7 +92,7 @@ def _load_samples(args: BaselineArguments) -> tuple[pd.DataFrame, Dataset]:
 def _build(
     args: BaselineArguments, training_args: SFTConfig | DPOConfig, choose: Callable[..., pd.DataFrame]
 ) -> Dataset:
-    """A baseline's training set, of which the first process keeps a copy in `output_dir`."""
+    """Build a baseline's training set; the first process keeps a copy in `output_dir`."""
     samples, queries = _load_samples(args)
     answers: Sequence[Any] = queries["answer"] if "answer" in queries.column_names else [None] * len(queries)
     chosen = choose(samples, [has_answer(answer) for answer in answers], args.margin, training_args.seed)

@@ -1,4 +1,4 @@
-"""What the two data builders share: their fields, and the way from a recipe to a data set."""
+"""Fields that the two data builders share, and the way from a recipe to a data set."""
 
 import json
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_
 
 DEDUPLICATIONS = ("near", "exact", "none")
 _SAMPLE_ROWS = 20  # of each source, looked at before any long work
-_HABIT_ROWS = 1_000  # of a source of any schema, by which its habits are told
+_HABIT_ROWS = 1_000  # of a source of any schema, from which its habits are read
 _HABIT = 0.9  # share of them that makes a habit
-_FREE = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")  # what another run may change
+_NOT_PART_OF_THE_BUILD = ("output_dir", "num_processes", "push_to_hub", "difficulty_batch_size")
 
 
 @dataclass
 class BuilderArguments:
-    """Sources, and what is done to their rows. docs/data.md explains every step."""
+    """Sources, and how their rows are filtered and mixed. docs/data.md explains every step."""
 
     sources: list[dict[str, Any]] = field(
         metadata={"help": "Mappings: path, and perhaps name, adapter, fields, mode, domain, rows, ..."}
@@ -117,7 +117,7 @@ class Benchmark:
 
 
 def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Adapter]]:
-    """The sources with their adapters.
+    """Find the adapter of every source.
 
     Raises:
         UserError: an entry is malformed, an adapter is unknown, or two sources have the same name.
@@ -173,7 +173,7 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
 
 
 def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit]:
-    """All units of all sources, in order, after a look at each source's first rows.
+    """List the units of all sources, in order, and check each source's first rows.
 
     Raises:
         UserError: a source has no file that can be read, no rows, or rows without what its adapter needs.
@@ -192,7 +192,7 @@ def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit
 
 
 def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_bytes: int) -> None:
-    """UserError if none of the first rows has a column that is needed."""
+    """Raise UserError if none of the first rows has a column that is needed."""
     rows = [row for _, row in islice(read_unit(unit, max_row_bytes), _SAMPLE_ROWS) if isinstance(row, dict)]
     if not rows:
         return  # broken lines are counted; if all are, no row is left in the end
@@ -223,8 +223,8 @@ def settle(
     """Read the habits of sources of any schema from their first rows.
 
     Returns:
-        The sources, with an adapter that begins the traces where nearly all responses only end one; and of each source
-        what it does not read and looks like content.
+        The sources, with an adapter that opens the reasoning trace where nearly all responses only close one; and for
+        each source the columns that look like content but are not read.
     """
     settled: list[tuple[Source, Adapter]] = []
     not_read: dict[str, list[str]] = {}
@@ -261,7 +261,7 @@ def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
 
 
 def decontaminator(args: BuilderArguments) -> Decontaminator | None:
-    """The step against the recipe's benchmarks, None where there are none; UserError if one cannot be read."""
+    """Build the decontamination step; None without benchmarks. UserError if a benchmark cannot be read."""
     benchmarks = parse_entries("decontamination", args.decontamination, Benchmark)
     if not benchmarks:
         return None
@@ -308,14 +308,14 @@ def run(
     shares: dict[str, dict[str, float]] | None = None,
     finish: Finish | None = None,
 ) -> Manifest:
-    """Plan, claim the folder, build, upload where asked, and say what came out."""
+    """Plan, claim the folder, build, upload if asked, and print a summary."""
     sources = resolve(args.sources, stage)
     labels = [source.label for source, _ in sources]
     if unknown := [label for label in args.source_shares or () if label not in labels]:
         raise UserError(f"source_shares names {unknown[0]!r}; the sources are {', '.join(labels)}.")
     units = plan(sources, args.max_row_bytes)
     sources, not_read = settle(sources, units, args.max_row_bytes)
-    recipe = {key: value for key, value in asdict(args).items() if key not in _FREE}
+    recipe = {key: value for key, value in asdict(args).items() if key not in _NOT_PART_OF_THE_BUILD}
     output_dir = Path(args.output_dir)
     manifest = claim(output_dir, recipe, units)
     if manifest is None:

@@ -24,11 +24,11 @@ NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "_*", "training_args.bin"]  # 
 
 @dataclass
 class CardArguments:
-    """Which model, and what to say of it."""
+    """Model and contents of its card."""
 
     model: str = field(metadata={"help": "Folder of the model: output_dir of a training stage."})
     report: str | None = field(
-        default=None, metadata={"help": "Folder of `hgpo-trl report` or `hgpo-trl evaluate`, for the figures."}
+        default=None, metadata={"help": "Folder of `hgpo-trl report` or `hgpo-trl evaluate`, for its metrics."}
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub id to push the model to; null: nowhere."})
 

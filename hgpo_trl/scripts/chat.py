@@ -46,7 +46,7 @@ class ChatArguments:
 
 
 class Chat:
-    """One conversation. Of earlier responses only the answers are kept: no turn sees the reasoning of another."""
+    """One conversation. It keeps only the answers of earlier responses: no turn sees the reasoning of another."""
 
     def __init__(self, model: HybridModel, args: ChatArguments, console: Console) -> None:
         self.model = model
@@ -140,7 +140,7 @@ def _is_number(word: str) -> bool:
 
 
 def _lines(console: Console) -> Iterator[str]:
-    """What the user types, until the end of input."""
+    """Yield the user's lines until the end of input."""
     while True:
         try:
             yield console.input("[bold]>[/bold] ")

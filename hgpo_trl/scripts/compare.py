@@ -2,7 +2,7 @@
 
     hgpo-trl evaluate --compare hft=runs/eval/hft hgpo=runs/eval/hgpo --output_dir runs/compare
 
-Names are the user's; the first is the one that the others are compared with. Writes comparison.json, comparison.md,
+The names are free; every model is compared with the first. Writes comparison.json, comparison.md,
 comparison.html and a picture. Nothing is sampled: the folders' report.json and samples.parquet are read.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from hgpo_trl.common.errors import UserError, run_stage
-from hgpo_trl.evaluation.comparison import RESAMPLES, Evaluation, compare, write_comparison
+from hgpo_trl.evaluation.comparison import RESAMPLES, EvaluationOutput, compare, write_comparison
 from hgpo_trl.evaluation.samples import RECORD, SAMPLES
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.report import load_evaluation, named_folders
@@ -23,7 +23,7 @@ from hgpo_trl.scripts.report import load_evaluation, named_folders
 
 @dataclass
 class CompareArguments:
-    """What is compared."""
+    """Evaluations to compare."""
 
     compare: list[str] = field(
         metadata={"help": "NAME=FOLDER of `hgpo-trl evaluate`, two or more; the others are compared with the first."}
@@ -39,13 +39,13 @@ class CompareArguments:
             raise UserError(f"compare: two evaluations or more are compared, as NAME=FOLDER; got {self.compare}.")
 
 
-def _load(folder: Path) -> Evaluation:
+def _load(folder: Path) -> EvaluationOutput:
     report, samples = load_evaluation("compare", folder), folder / SAMPLES
     if not samples.is_file():
         raise UserError(f"compare: there is no {samples}. Run `hgpo-trl evaluate --output_dir {folder}` again.")
     record = folder / RECORD
     prompts = json.loads(record.read_text(encoding="utf-8")).get("prompts") if record.is_file() else None
-    return Evaluation(report, pd.read_parquet(samples), prompts)
+    return EvaluationOutput(report, pd.read_parquet(samples), prompts)
 
 
 def main(argv: Sequence[str]) -> None:

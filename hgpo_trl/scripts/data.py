@@ -1,4 +1,4 @@
-"""Build data: `hgpo-trl data KIND --config RECIPE.yaml`. Without a kind it is an embedded task's."""
+"""Build data: `hgpo-trl data KIND --config RECIPE`. The default kind is `task`, an embedded task."""
 
 import importlib
 import sys

@@ -2,7 +2,7 @@
 
     hgpo-trl data classifier --config recipes/data/data_classifier.yaml
 
-Writes the classifier to `output`, and how well it does on rows that it has not seen beside it, as JSON.
+Writes the classifier to `output` and, beside it as JSON, its precision and recall on held-out rows.
 """
 
 import random
@@ -25,7 +25,7 @@ _THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 @dataclass
 class DataClassifierArguments:
-    """What to train on. A source is FILE=COLUMN, or FILE=COLUMN+COLUMN for a text in several columns."""
+    """Training and test data. A source is FILE=COLUMN, or FILE=COLUMN+COLUMN for a text in several columns."""
 
     output: str = field(metadata={"help": "File to write, *.safetensors."})
     reasoning: list[str] = field(metadata={"help": "Sources of reasoning queries, FILE=COLUMN."})
@@ -101,7 +101,7 @@ def _read(field_name: str, sources: Sequence[str]) -> dict[str, list[str]]:
 def _split(
     field_name: str, sources: Sequence[str], share: float, rng: random.Random
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Texts to train on and texts to measure on, which are different texts."""
+    """Split texts into training and test texts; no text is in both."""
     kept: dict[str, list[str]] = {}
     held: dict[str, list[str]] = {}
     for name, texts in _read(field_name, sources).items():
@@ -117,9 +117,9 @@ def _split(
 def measure(
     classifier: ReasoningQueryClassifier, reasoning: dict[str, list[str]], other: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """Share of each set that is taken for reasoning queries, and precision and recall by threshold over all of them.
+    """Measure the share of each set that is classified as reasoning queries, and precision and recall over all sets.
 
-    Of general queries those with a seed term are counted apart, and as reasoning queries: so does training.
+    General queries with a seed term are reported separately and count as reasoning queries, as in training.
     """
     sets: dict[str, dict[str, float]] = {}
     probabilities: dict[bool, list[np.ndarray]] = {True: [], False: []}

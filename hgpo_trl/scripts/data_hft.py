@@ -2,8 +2,8 @@
 
     hgpo-trl data hft --config recipes/qwen2.5-math-1.5b/data_hft.yaml
 
-Writes `data/*.parquet` (prompt, completion, mode, source, domain, id), a dataset card with figures, `manifest.json` and
-`removed.parquet` into `output_dir`. The same command goes on with a build that was interrupted.
+Writes `data/*.parquet` (prompt, completion, mode, source, domain, id), a dataset card, `manifest.json` and
+`removed.parquet` into `output_dir`. The same command resumes an interrupted build.
 """
 
 import sys
@@ -20,7 +20,7 @@ from hgpo_trl.scripts.recipe import RecipeParser
 
 @dataclass
 class HFTDataArguments(BuilderArguments):
-    """What Stage I adds: responses, and so modes."""
+    """Fields of Stage I: responses and their modes."""
 
     remove_reasoning_queries: bool = field(
         default=True, metadata={"help": "Drop no-think examples whose query needs reasoning (paper, section 2)."}

@@ -3,8 +3,8 @@
     hgpo-trl data hgpo --config recipes/qwen2.5-math-1.5b/data_hgpo.yaml
 
 Writes `data/*.parquet` (prompt, answer, domain, level, source, id; with a `difficulty_model` also pass_rate_think and
-pass_rate_no_think), a dataset card, `manifest.json` and `removed.parquet` into `output_dir`. The same command goes on
-with a build that was interrupted.
+pass_rate_no_think), a dataset card, `manifest.json` and `removed.parquet` into `output_dir`. The same command resumes
+an interrupted build.
 """
 
 import sys
@@ -25,7 +25,7 @@ from hgpo_trl.scripts.recipe import RecipeParser
 
 @dataclass
 class HGPODataArguments(DifficultyArguments, BuilderArguments):
-    """What Stage II adds: difficulty."""
+    """Fields of Stage II: difficulty."""
 
     def __post_init__(self) -> None:
         BuilderArguments.__post_init__(self)

@@ -3,7 +3,7 @@
     hgpo-trl data task --config recipes/chain-sum/data.yaml
 
 Writes `hft.parquet`, `hgpo.parquet` and `eval.parquet` (held-out queries) and the folder `base` (tokenizer and randomly
-initialised model) into `output_dir`. Several tasks take turns; the column `domain` says whose a row is. The same recipe
+initialised model) into `output_dir`. Several tasks take turns; the column `domain` names a row's task. The same recipe
 gives the same bytes.
 """
 
@@ -27,7 +27,7 @@ from hgpo_trl.tasks.embedded import (
 
 @dataclass
 class DataArguments:
-    """What to build."""
+    """Data sets and model to build."""
 
     output_dir: str = field(metadata={"help": "Folder to write to."})
     tasks: list[str] = field(
@@ -36,7 +36,7 @@ class DataArguments:
     )
     hgpo_tasks: list[str] | None = field(
         default=None,
-        metadata={"help": "Those of tasks that Stage II trains on, as they are named there; default: all."},
+        metadata={"help": "Those of `tasks` that Stage II trains on; default: all."},
     )
     num_hft: int = field(default=40_000, metadata={"help": "Stage I examples."})
     think_share: float = field(default=0.6, metadata={"help": "Share of Stage I examples that think (paper: 0.60)."})

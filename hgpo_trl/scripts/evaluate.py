@@ -2,8 +2,8 @@
 
     hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hft --output_dir runs/eval/hft
 
-Writes `report.json` (the figures) and `samples.parquet` (every response with its score) into `output_dir`. The same
-command goes on where it was interrupted; with `--rescore true` what is there is scored again, without the model.
+Writes `report.json` (the metrics) and `samples.parquet` (every response with its score) into `output_dir`. The same
+command resumes after an interruption; `--rescore true` scores the existing samples again, without the model.
 `--compare NAME=FOLDER NAME=FOLDER ...` compares models that have been evaluated: see `hgpo_trl.scripts.compare`.
 """
 
@@ -25,20 +25,19 @@ from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.common.files import nan_to_null, write_json
 from hgpo_trl.evaluation.backends import check_backend, default_device, loaded_sampler
 from hgpo_trl.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from hgpo_trl.evaluation.evaluate import GROUPS, PROMPT_ID, SWEEP, prompts_at_a_time, report_on, score_samples
+from hgpo_trl.evaluation.metrics import GROUPS, SWEEP, report_on
+from hgpo_trl.evaluation.parts import PARTS, draw_missing, parts_by_length, read_parts
 from hgpo_trl.evaluation.samples import (
-    PARTS,
+    PROMPT_ID,
     RECORD,
     SAMPLES,
-    chunks_by_length,
-    draw_missing,
     fingerprint,
-    part_paths,
     prompts_hash,
-    read_parts,
     read_samples,
     write_samples,
 )
+from hgpo_trl.evaluation.scores import score_samples
+from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
 from hgpo_trl.inference.generate import AUTO, check_settings, render
 from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
@@ -51,7 +50,7 @@ from hgpo_trl.training.model_dir import tokenizer_of
 from hgpo_trl.training.rows import Renderer
 from hgpo_trl.training.run_dir import check_same_run
 
-VLLM_CHUNK = 4096  # responses of a part: what a kill may cost, against an engine that runs dry at the end of each
+VLLM_CHUNK = 4096  # responses of a part: a kill loses one part, but the engine runs dry at the end of each
 
 
 @dataclass
@@ -163,7 +162,7 @@ def _load(args: EvaluateArguments) -> Dataset:
 
 
 def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
-    """How the samples are drawn: evaluations that differ in one of these measure different things."""
+    """Settings of the sampling; evaluations that differ in one of them cannot be compared."""
     return {
         "split": BENCHMARKS[args.data].split if args.data in BENCHMARKS else args.split,
         "num_prompts": len(dataset),
@@ -177,7 +176,7 @@ def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
 
 
 def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) -> None:
-    """Take `output_dir` for these samples, and note there what they are drawn from and how.
+    """Claim `output_dir` for these samples, and record their model, prompts and settings there.
 
     Raises:
         UserError: it holds samples of another model, of other prompts or settings, or of an unknown run; or there are
@@ -192,7 +191,7 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
         "dtype": args.dtype,
         **settings,
     }
-    if args.backend == "transformers":  # what is drawn together is drawn from one stream of random numbers
+    if args.backend == "transformers":  # a batch is drawn from one stream of random numbers
         run["batch_size"] = args.batch_size
     if args.rescore:
         if not (output_dir / SAMPLES).is_file():
@@ -210,40 +209,35 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
 
 
 def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
-    """Sample what is missing, in parts; the backend's memory is free again afterwards."""
+    """Sample the missing parts, and free the backend's memory."""
     folder = Path(args.output_dir) / PARTS
     size = VLLM_CHUNK // (len(MODES) * args.samples_per_mode)
     if args.backend == "transformers":
         size = prompts_at_a_time(args.batch_size, args.samples_per_mode)
-    chunks = chunks_by_length([len(ids) for ids in render(tokenizer, prompts)], max(1, size))
-    present = [path.is_file() for path in part_paths(folder, chunks)]
-    if any(present):
-        found = sum(len(chunk) for chunk, there in zip(chunks, present, strict=True) if there)
-        print(f"{found} of {len(prompts)} prompts have been sampled already: {folder}", flush=True)
-    if not all(present):
-        sampler = loaded_sampler(
-            args.model,
-            tokenizer,
-            prompts,
-            backend=args.backend,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            tensor_parallel_size=args.tensor_parallel_size,
-            gpu_memory_utilization=args.gpu_memory_utilization,
-        )
-        with sampler as sample:
-            draw_missing(
-                sample,
-                prompts,
-                chunks,
-                folder,
-                samples_per_mode=args.samples_per_mode,
-                seed=args.seed,
-                temperature=args.temperature,
-                top_p=args.top_p,
-            )
-    return read_parts(folder, chunks)
+    lengths = [len(ids) for ids in render(tokenizer, prompts)]
+    parts = parts_by_length(folder, lengths, max(1, size), args.seed)
+    if drawn := sum(len(part.prompts) for part in parts if part.is_drawn()):
+        print(f"{drawn} of {len(prompts)} prompts have been sampled already: {folder}", flush=True)
+    sampler = loaded_sampler(
+        args.model,
+        tokenizer,
+        prompts,
+        backend=args.backend,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+    )
+    draw_missing(
+        parts,
+        sampler,
+        prompts,
+        samples_per_mode=args.samples_per_mode,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    return read_parts(parts)
 
 
 def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
@@ -263,7 +257,7 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
 
 
 def _check(args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The prompts without faulty ones; UserError if there are such and they are not to be dropped."""
+    """Drop faulty prompts if `drop_faulty_rows` is set; else raise UserError if there are any."""
     return check_prompts(
         f"data={args.data!r}",
         dataset,
@@ -304,7 +298,7 @@ def main(argv: Sequence[str]) -> None:
     _try_rewards(rewards, dataset)
     reward_model = reward_args.build_reward_model(default_device(), dataset[0]["prompt"])
     if reward_model is not None:
-        rewards.append(reward_model)  # its weights are loaded when the sampling has left the memory to them
+        rewards.append(reward_model)  # its weights are loaded once sampling has freed the memory
     output_dir = Path(args.output_dir)
     if (output_dir / SAMPLES).is_file():
         print(f"All samples are there: {output_dir / SAMPLES}", flush=True)

@@ -4,7 +4,7 @@
     hgpo-trl export --tool arena_hard --prompts question.jsonl --model my-model --base_url http://127.0.0.1:8000/v1 ...
 
 One response per prompt, in the mode that the model picks or in a given one; only its answer part is handed over.
-Started again, the same command goes on where it was interrupted. docs/harnesses.md says what to do with the file.
+The same command resumes after an interruption. docs/harnesses.md says how each tool reads the file.
 """
 
 import json
@@ -23,7 +23,7 @@ from hgpo_trl.evaluation.harnesses import (
     HARNESSES,
     Answer,
     answer_all,
-    check_server,
+    check_chat_server,
     closing_message,
     local_answers,
     read_prompts,
@@ -39,7 +39,7 @@ from hgpo_trl.training.run_dir import RESPONSES, claim_results, describe_run
 
 @dataclass
 class ExportArguments:
-    """What is answered, by which model, for which tool."""
+    """Prompts, model and tool."""
 
     tool: str = field(metadata={"help": f"Tool that reads the file: {', '.join(HARNESSES)}."})
     prompts: str = field(metadata={"help": "The tool's own file of prompts."})
@@ -78,7 +78,7 @@ class ExportArguments:
 
 
 def _run(args: ExportArguments, messages: Mapping[str, str]) -> dict[str, Any]:
-    """What decides the responses: neither where and how many at a time, nor the name that the tool shows."""
+    """Fields that decide the responses; server, batch size and the name in the tool do not."""
     free = ("base_url", "batch_size", "name", "output_dir")
     run = {key: value for key, value in describe_run("export", args).items() if key not in free}
     run["messages"] = xxhash.xxh3_128_hexdigest(json.dumps(messages, sort_keys=True).encode())
@@ -88,7 +88,7 @@ def _run(args: ExportArguments, messages: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _respond(args: ExportArguments, total: int, pending: Mapping[str, str]) -> Iterator[Answer]:
-    """Load the model, or find it on its server, and answer what is left of `total` prompts."""
+    """Load the model, or find it on its server, and answer the pending ones of `total` prompts."""
     settings: dict[str, Any] = {
         "mode": args.mode,
         "max_new_tokens": args.max_new_tokens,
@@ -103,7 +103,7 @@ def _respond(args: ExportArguments, total: int, pending: Mapping[str, str]) -> I
     from openai import OpenAI
 
     client = OpenAI(base_url=args.base_url, api_key="none", timeout=None)  # a long response takes as long as it takes
-    check_server(client, args.base_url, args.model)
+    check_chat_server(client, args.base_url, args.model)
     return served_answers(client, args.model, pending, **settings)
 
 

@@ -24,12 +24,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class MergeArguments:
-    """What to merge."""
+    """Adapter to merge."""
 
     model: str = field(metadata={"help": "Folder of an adapter: output_dir of a stage with use_peft, or a checkpoint."})
     output_dir: str = field(metadata={"help": "Folder for the merged model and its tokenizer."})
     base_model: str | None = field(
-        default=None, metadata={"help": "Where the base model is, if not where the adapter says."}
+        default=None, metadata={"help": "Base model, path or hub id; null: the one that the adapter names."}
     )
     dtype: str = field(default="float32", metadata={"help": "Type of the merged weights: float32, bfloat16, float16."})
 
@@ -39,7 +39,7 @@ class MergeArguments:
 
 
 def _check_base(base: str | None, revision: str | None, adapter: str) -> None:
-    """UserError if there is no base model; its weights are not loaded."""
+    """Raise UserError if there is no base model; its weights are not loaded."""
     remedy = f"Say with base_model where the base model of the adapter {adapter!r} is."
     if base is None:
         raise UserError(f"The adapter names no base model. {remedy}")

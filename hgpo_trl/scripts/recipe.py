@@ -6,7 +6,6 @@ import json
 import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn
 
@@ -16,9 +15,10 @@ from trl import TrlParser
 
 from hgpo_trl.common.environment import set_env
 from hgpo_trl.common.errors import refuse
-from hgpo_trl.common.files import expand_path, expand_paths
+from hgpo_trl.common.files import expand_paths
+from hgpo_trl.common.recipe_files import find_recipe, nearest_recipe
 
-# Fields that TRL, Transformers or TRL's own scripts name, or named, otherwise. A hint is given where the stage has it.
+# Names, current or former, that TRL, Transformers or TRL's scripts use for our fields; for hints.
 _RENAMED = {
     "dataset_name": "train_data",
     "dataset_test_split": "eval_split",
@@ -54,7 +54,7 @@ class _Switch(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's reading of plain values, which is a person's; a key may stand only once.
+    """Read plain values as YAML 1.2 does, and as people do; refuse a key that is there twice.
 
     PyYAML follows YAML 1.1: 010 is 8 and 1:30 is 90, 1e-4 is text, 2026-11-25 is a date, and the words yes, no, on and
     off are booleans. Beyond YAML 1.2, 1_000 is a number and None is null, as in Python.
@@ -97,7 +97,7 @@ _Loader.add_constructor("!switch", lambda loader, node: _Switch(node.value))
 
 
 class RecipeParser(TrlParser):
-    """TrlParser that explains what is wrong with a recipe instead of passing it on.
+    """A TrlParser that explains every fault of a recipe.
 
     Every error ends the program with status 2 and one message: a file that does not exist or is not a mapping, an
     unknown key (with the nearest valid one), a value of the wrong type, a combination that a dataclass refuses.
@@ -128,7 +128,7 @@ class RecipeParser(TrlParser):
         known, rest = config_parser.parse_known_args(args)
         try:
             if known.config is not None:
-                self.set_defaults_with_config(**self._read(expand_path("--config", known.config)))
+                self.set_defaults_with_config(**self._read(known.config))
             *parsed, unknown = self.parse_args_into_dataclasses(rest, return_remaining_strings=True)
         except ValueError as error:  # of ours, or of TRL's and Transformers' own checks of their fields
             self.error(str(error))
@@ -152,13 +152,16 @@ class RecipeParser(TrlParser):
             types |= typing.get_type_hints(dataclass_type)
         return types
 
-    def _read(self, path: str) -> dict[str, Any]:
-        """The recipe's fields, each of its dataclass's type; `env` is put into the environment."""
-        if not Path(path).is_file():
-            recipes = map(str, Path("recipes").glob("*/*.yaml"))
-            self.error(f"--config {path}: there is no such recipe{_did_you_mean(path, recipes)}")
+    def _read(self, name: str) -> dict[str, Any]:
+        """Read a recipe's fields, each of its dataclass's type, and set the environment variables of its `env`."""
+        file = find_recipe(name)
+        if file is None:
+            nearest = nearest_recipe(name)
+            hint = f"; did you mean {nearest!r}?" if nearest else ""
+            self.error(f"--config {name}: there is no such recipe{hint} (`hgpo-trl recipes` lists them)")
+        path = str(file)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
             recipe = yaml.load(text, _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"{path} is not valid YAML: {error}")
@@ -226,7 +229,7 @@ def _did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str
 
 
 def _is_null(word: str) -> bool:
-    """Whether a word of a person who means null says so."""
+    """Whether a word means null."""
     return word.lower() in ("none", "null")
 
 
@@ -236,7 +239,7 @@ def _takes_null(annotation: Any, default: Any) -> bool:
 
 
 def _of_type(value: Any, annotation: Any) -> Any:
-    """A YAML value as a field's type: text that reads as a number becomes one, 4.0 becomes 4 where that is asked for.
+    """Convert a YAML value to a field's type: numeric text becomes a number, 4.0 becomes 4 for an integer field.
 
     A single value where the field takes a list of them becomes a list of one.
 
@@ -246,7 +249,7 @@ def _of_type(value: Any, annotation: Any) -> Any:
     try:
         adapter = TypeAdapter(annotation, config={"arbitrary_types_allowed": True})
     except PydanticSchemaGenerationError:
-        return value  # a type that pydantic cannot describe: left to argparse
+        return value  # pydantic cannot describe the type: argparse checks it
     for reading in (_as_booleans(value), value):
         try:
             return _converted(adapter, reading)
@@ -274,7 +277,7 @@ def _as_booleans(value: Any) -> Any:
 
 
 def _converted(adapter: TypeAdapter, value: Any) -> Any:
-    """The value as pydantic reads it; ValueError where it is of another type, or read more freely than is safe."""
+    """The value as pydantic reads it; ValueError if it has another type, or if pydantic reads it too freely."""
     try:
         converted = adapter.validate_python(value)
     except ValidationError as error:
@@ -303,7 +306,7 @@ def _leaves(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _advice(value: Any) -> str:
-    """What to write instead of a value of the wrong type, where it can be told."""
+    """Suggest a correction of a value of the wrong type, if there is an obvious one."""
     match value:
         case bool() | int() | float():
             return " (text needs quotes)"

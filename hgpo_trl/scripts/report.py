@@ -1,8 +1,8 @@
-"""One readable report from evaluations and training logs: Markdown, HTML and figures.
+"""Write one readable report on evaluations and training logs: Markdown, HTML and figures.
 
     hgpo-trl report --config recipes/chain-sum/report.yaml
 
-Names are the user's: `hft=runs/chain-sum/eval/hft` shows that evaluation as "hft". With `report_to: wandb` the report
+The names are free: `hft=runs/chain-sum/eval/hft` shows that evaluation as "hft". With `report_to: wandb` the report
 goes to a Weights & Biases run as well.
 """
 
@@ -21,7 +21,7 @@ from hgpo_trl.scripts.recipe import RecipeParser
 
 @dataclass
 class ReportArguments:
-    """What the report shows."""
+    """Contents of the report."""
 
     evaluations: list[str] = field(metadata={"help": "NAME=FOLDER of `hgpo-trl evaluate`, in the order to show them."})
     output_dir: str = field(metadata={"help": "Folder for report.md, report.html, report.json and the figures."})
@@ -69,7 +69,7 @@ def load_evaluation(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]]) -> None:
-    """One run of job type "report": every figure of every evaluation in its summary, the pictures, the HTML page."""
+    """Log one run of job type "report": all metrics of the evaluations as its summary, the pictures, the HTML page."""
     import wandb
 
     output_dir = Path(args.output_dir)
@@ -78,8 +78,8 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
     with wandb.init(project=project, job_type="report", name=run_name, config=vars(args)) as run:
         for name, evaluation in evaluations.items():
             lists = ("by_level", "by_subject", "by_domain", "intervals", "decision_bias_curve")
-            figures = {key: value for key, value in evaluation.items() if key not in lists}
-            run.summary.update({f"report/{name}": figures})
+            metrics = {key: value for key, value in evaluation.items() if key not in lists}
+            run.summary.update({f"report/{name}": metrics})
             if levels := evaluation["by_level"]:
                 columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]
                 rows: Any = [[level[column] for column in columns] for level in levels]

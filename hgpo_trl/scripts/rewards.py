@@ -1,4 +1,4 @@
-"""What scores a response: the fields of a recipe that say so, for training and evaluation."""
+"""Fields of a recipe that choose reward functions and a reward model, for training and evaluation."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from hgpo_trl.training.model_dir import check_model_path
 
 @dataclass
 class RewardArguments:
-    """What scores a response: functions, and a reward model for rows without an `answer`."""
+    """Reward functions, and a reward model for rows without an `answer`."""
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["hgpo_trl.rewards.accuracy_reward"],
@@ -30,7 +30,7 @@ class RewardArguments:
         default=8, metadata={"help": "Conversations per forward pass of the reward model; no score depends on it."}
     )
     reward_model_squash: bool = field(
-        default=True, metadata={"help": "Bring its score s to between 0 and 1: sigmoid((s - center) / scale)."}
+        default=True, metadata={"help": "Squash its score s into (0, 1): sigmoid((s - center) / scale)."}
     )
     reward_model_center: float = field(default=0.0, metadata={"help": "Raw score that becomes 0.5."})
     reward_model_scale: float = field(default=1.0, metadata={"help": "Raw score's unit, above 0."})
@@ -44,10 +44,10 @@ class RewardArguments:
             raise UserError(f"reward_model_scale must be a finite number above 0; got {self.reward_model_scale}.")
 
     def build_reward_model(self, device: torch.device, prompt: Any) -> RewardModel | None:
-        """The reward model, if one is named; its weights are loaded when it scores.
+        """Build the reward model, if one is named; its weights are loaded with the first score.
 
         Args:
-            prompt: one of those to be scored, for a look at whether the chat template takes it.
+            prompt: one of the prompts, to check that the chat template accepts it.
 
         Raises:
             UserError: see `RewardModel`, or the path does not exist.
@@ -68,7 +68,7 @@ class RewardArguments:
 
 
 def check_answers_are_there(name: str, dataset: Dataset, rewards: Sequence[Any], args: RewardArguments) -> None:
-    """UserError if rows have no `answer` and nothing but the rule scores them."""
+    """Raise UserError if rows have no `answer` and only the rule scores them."""
     if args.reward_model is not None or list(rewards) != [accuracy_reward]:
         return
     answers = dataset["answer"] if "answer" in dataset.column_names else [None] * len(dataset)

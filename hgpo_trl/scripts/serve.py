@@ -1,4 +1,4 @@
-"""`hgpo-trl serve --model MODEL [vLLM's arguments ...]`: vLLM's OpenAI-compatible server, which takes modes apart."""
+"""`hgpo-trl serve --model MODEL [vLLM's arguments ...]`: run vLLM's OpenAI-compatible server with split reasoning."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ def command(model: str, arguments: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Become the server: this process is replaced by it."""
+    """Replace this process by the server."""
     parser = argparse.ArgumentParser("hgpo-trl serve", allow_abbrev=False, description=__doc__)
     parser.add_argument("--model", required=True, help="name or path of the model")
     arguments, rest = parser.parse_known_args(argv)

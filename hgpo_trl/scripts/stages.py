@@ -1,4 +1,4 @@
-"""What the training stages share: how a model is loaded, and how a trainer is run and its result kept."""
+"""Steps that the training stages share: load a model, run a trainer, save the result."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +45,7 @@ def lora_config(
     """The PEFT configuration of a recipe with `use_peft`, the tags' embedding rows included; None without.
 
     Args:
-        model: the recipe's, if it is loaded already; else its modules are made up without weights.
+        model: the recipe's, if it is already loaded; otherwise its modules are built without weights.
 
     Raises:
         UserError: DeepSpeed ZeRO-3 would have to shard single rows; or see `train_tag_rows`.
@@ -113,7 +113,7 @@ def train_and_save(trainer: Trainer, checkpoint: str | None) -> None:
         trainer.accelerator.print(f"Resuming from {checkpoint}")
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except BaseException:  # what went wrong is raised again; what is not lost is said
+    except BaseException:  # raised again after a note on the last checkpoint
         last, _ = last_checkpoint(Path(str(trainer.args.output_dir)))
         remedy = f"The same command goes on from {last}." if last else "There is no complete checkpoint yet."
         trainer.accelerator.print(f"Training ended early, at step {trainer.state.global_step}. {remedy}")

@@ -1,1 +1,1 @@
-"""Serving hybrid-reasoning models: responses taken apart while they arrive, and vLLM's server."""
+"""Serving hybrid-reasoning models: splitting of responses while they arrive, and plug-ins of vLLM's server."""

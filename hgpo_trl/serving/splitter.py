@@ -1,4 +1,4 @@
-"""Taking a response apart while it arrives: text in, reasoning and content out.
+"""Split a response while it arrives: text in, reasoning and content out.
 
 The conventions are `hgpo_trl.modes.split_response`'s, with one difference: text after `</no_think>`, a fault, is
 content here, because a server should not swallow what its model wrote. The open tag and the first close tag of its mode
@@ -15,17 +15,16 @@ Field = Literal["reasoning", "content"]
 class ResponseSplitter:
     """Splits one response. It works on text, so a tag may arrive in any number of pieces.
 
-    `feed` and `finish` return what can be told by then: `{field: text}`, reasoning before content. A field is there
-    from the moment it begins, with "" if need be, and each field's texts add up to the stripped whole, however the
-    response is cut. So reasoning that never appears means a response without thinking, and content that never appears
-    one that was cut off while thinking.
+    `feed` and `finish` return the text whose field is known by then: `{field: text}`, reasoning before content. A field
+    is there from the moment it begins, with "" if need be, and each field's texts add up to the stripped whole, however
+    the response is cut. A response without thinking never has reasoning; one cut off while thinking never has content.
 
     Args:
         mode: the mode that the prompt forces by ending with its open tag; the response then begins after that tag.
     """
 
     def __init__(self, mode: Mode | None = None) -> None:
-        self.mode = mode  # None, as long as it is not known and where the response begins with no mode tag
+        self.mode = mode  # None until it is known, and if the response does not begin with a mode tag
         self._field: Field | None = None  # what the next text belongs to; None as long as the mode is not known
         self._close = ""  # the tag to watch for, if any
         self._held = ""  # blanks that may turn out to be the last, and what may become a tag
@@ -39,7 +38,7 @@ class ResponseSplitter:
         return self._advance(text, final=False)
 
     def finish(self) -> dict[Field, str]:
-        """Give what was held back, at the end of a response."""
+        """Return the text held back, at the end of a response."""
         return self._advance("", final=True)
 
     def _advance(self, text: str, final: bool) -> dict[Field, str]:

@@ -23,14 +23,14 @@ try:  # vLLM has two model runners, each with an interface of its own; the older
 except ImportError:
 
     class LogitsProcessorV2:  # type: ignore[no-redef]
-        """Stands for what this vLLM does not have."""
+        """Stands in for the interface that this vLLM lacks."""
 
 
 FIELD = "decision_bias"
 
 
 class DecisionBias(LogitsProcessor, LogitsProcessorV2):
-    """Adds half the bias to think's logit and takes half from no-think's, at the first generated token only.
+    """Adds half the bias to think's logit and subtracts half from no-think's, at the first generated token only.
 
     Where the prompt ends with a mode's open tag the decision is made, and nothing is changed.
     """
@@ -51,7 +51,7 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request whose bias is no number; its sender gets status 400."""
+        """Refuse a request whose bias is not a number; its sender gets status 400."""
         _checked((sampling_params.extra_args or {}).get(FIELD, 0.0), "vllm_xargs")
 
     def _bias(self, params: SamplingParams) -> float:
@@ -104,7 +104,7 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
 
 
 def _checked(value: Any, where: str) -> float:
-    """The bias as a float; ValueError if it is none."""
+    """Return the bias as a float; ValueError if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{FIELD} must be a finite number, in {where}; got {value!r}.")
     return float(value)

@@ -1,10 +1,10 @@
-"""No streamed delta with reasoning and content at once: a client that asks for one or else the other would lose text.
+"""Split streamed deltas that hold reasoning and content: a client that reads only one field of each would lose text.
 
     --middleware hgpo_trl.serving.vllm_deltas.SplitDeltas
 
 `hgpo-trl serve` sets it. Where a piece of a response holds the end of its reasoning and the beginning of its content,
 vLLM's reasoning parsers return both in one message, and its server sends one chunk per message. A parser could hold the
-content back until its next call, but the piece that ends a response has none: the two can only be parted behind it.
+content back until its next call, but the last piece of a response has none: only code behind the parser can split it.
 """
 
 import json
@@ -16,7 +16,7 @@ END = b"\n\n"  # of a server-sent event
 
 
 def split_event(event: bytes) -> list[bytes]:
-    """An event of a chat completion's stream, or two: its reasoning, then all else."""
+    """Split an event of a chat completion's stream in two, its reasoning and then all else, if it holds both."""
     if b'"reasoning":' not in event or b'"content":' not in event:  # most events; decoding each would cost time
         return [event]
     chunk = json.loads(event.removeprefix(b"data: "))

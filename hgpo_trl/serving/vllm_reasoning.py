@@ -23,7 +23,7 @@ _tokens = lru_cache(maxsize=8)(mode_tokens)  # a parser is built for each respon
 def forced_mode(template_variables: Mapping[str, Any] | None) -> Mode | None:
     """The mode that the chat template forces, given a request's `chat_template_kwargs`; None where the model picks.
 
-    What the template refuses is None, too: the request fails there, with the template's own message.
+    A value that the template refuses gives None, too: the request fails there, with the template's own message.
     """
     variables = template_variables or {}
     if (mode := variables.get("thinking_mode")) is not None:
@@ -40,7 +40,7 @@ class HybridReasoningParser(ReasoningParser):
         ValueError: the tokenizer lacks a mode tag (`hgpo_trl.modes.mode_tokens`); the server does not start then.
     """
 
-    # vLLM asks such a parser for what it held back at the end of a stream, and passes all text through it until
+    # vLLM asks such a parser for the text it held back at the end of a stream, and passes all text through it until
     # `has_engine_confirmed_reasoning_end`, which stays False: content has tags and blanks to take out, too.
     engine_based_streaming = True
 
@@ -53,7 +53,7 @@ class HybridReasoningParser(ReasoningParser):
     # --- text ---
 
     def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
-        """A whole response as (reasoning, content); None for what never began."""
+        """Split a whole response into (reasoning, content); None for a part that never began."""
         fields = split_whole(model_output, self._forced)
         return fields.get("reasoning"), fields.get("content")
 
@@ -66,14 +66,14 @@ class HybridReasoningParser(ReasoningParser):
         current_token_ids: Sequence[int],
         delta_token_ids: Sequence[int],
     ) -> DeltaMessage | None:
-        """The next piece of a response, as far as it can be told what it is."""
+        """Return the next piece of a response, as far as its field is known."""
         if self._splitter is None:
             self._splitter = ResponseSplitter(self._forced)
         fields = self._splitter.feed(delta_text)
         return DeltaMessage.model_validate(fields) if fields else None
 
     def finish_streaming(self) -> DeltaMessage | None:
-        """What was held back, at the end of a stream."""
+        """Return the text held back, at the end of a stream."""
         fields = self._splitter.finish() if self._splitter else {}
         return DeltaMessage.model_validate(fields) if fields else None
 
@@ -120,7 +120,7 @@ class HybridReasoningParser(ReasoningParser):
         return self._splitter is None and not {self._tokens.end_think, self._tokens.no_think}.isdisjoint(delta_ids)
 
     def adjust_request(self, request: Any) -> Any:
-        """Have a grammar begin at once where the prompt forces no-think: then no token says that content begins."""
+        """Start a grammar at once if the prompt forces no-think: then no token marks the beginning of the content."""
         format_type = getattr(getattr(request, "response_format", None), "type", "text")
         grammar = getattr(request, "structured_outputs", None) is not None or format_type != "text"
         if grammar and self._forced is Mode.NO_THINK:

@@ -46,7 +46,7 @@ def load_task(name: str) -> ModuleType:
     """Import a task by module name ("hgpo_trl.tasks.chain_sum") or by path ("examples/my_task.py").
 
     Raises:
-        UserError: there is no such module or file, it lacks one of the three names, or its weights are no weights.
+        UserError: there is no such module or file, it lacks one of the three names, or a level's weight is invalid.
     """
     task = load_module(name)
     missing = [attribute for attribute in ("LEVELS", "VOCABULARY", "sample") if not hasattr(task, attribute)]
@@ -130,7 +130,7 @@ def draw(task: ModuleType, num_queries: int, *, held_out: bool, fraction: float,
 def draw_equally(
     tasks: Sequence[ModuleType], num_queries: int, *, held_out: bool, fraction: float, seed: int
 ) -> Iterator[Query]:
-    """Draw queries from the tasks in turn, from each what `draw` gives.
+    """Draw queries from the tasks in turn, each with `draw`.
 
     Raises:
         UserError: as `draw`.
@@ -144,7 +144,7 @@ def _messages(role: str, content: str) -> list[dict[str, str]]:
 
 
 def hft_dataset(queries: Iterator[Query], think_share: float, seed: int) -> Dataset:
-    """Stage I rows in TRL's conversational prompt/completion format, each query in one mode, drawn by lot."""
+    """Stage I rows in TRL's conversational prompt/completion format, each query in one mode, drawn randomly."""
     rng = random.Random(f"{seed}/modes")
     rows = []
     for query in queries:
@@ -203,8 +203,8 @@ def build_model(
 ) -> LlamaForCausalLM:
     """A randomly initialised Llama with tied embeddings and a feed-forward of 4 x `hidden_size`.
 
-    Llama, because AutoTokenizer takes its tokenizer as it was saved; in a folder with a Qwen2 it insists on Qwen2's own
-    class, which reads the words of this one otherwise.
+    Llama, because AutoTokenizer loads its tokenizer as it was saved; beside a Qwen2 model it uses Qwen2's own class,
+    which splits these words differently.
     """
     set_seed(seed)
     config = LlamaConfig(
@@ -216,7 +216,7 @@ def build_model(
         num_key_value_heads=num_heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
-        attention_bias=True,  # as Qwen2 has it; without, some seeds do not learn to think in Stage I
+        attention_bias=True,  # as in Qwen2; without it some seeds do not learn to think in Stage I
         initializer_range=0.1,  # with the usual 0.02 a model this small learns nothing
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -4,8 +4,8 @@
     think:     <think> let me follow it step by step : a red blue in blue b red green in blue c blue green in green </think> green
     no think:  <no_think> green </no_think>
 
-As with chain sums, answering at once fails with length: the level is the number of swaps. The steps carry the names
-that operands carry there, so that a choice of mode that goes by a prompt's length has something in common to go by.
+As with chain sums, answering at once fails with length: the level is the number of swaps. The steps are named
+as the operands are there, so that a choice of mode by the prompt's length can carry over.
 """  # noqa: E501 (a response is one line)
 
 import random

@@ -1,0 +1,90 @@
+"""Samples of both modes by Transformers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
+from hgpo_trl.inference.generate import batches, complete, end_tokens, padded, render, sampling_config
+from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
+from hgpo_trl.modes.decision import read_decision
+
+
+def sample_both_modes(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    *,
+    samples_per_mode: int,
+    max_new_tokens: int,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: tqdm | None = None,
+) -> pd.DataFrame:
+    """Sample `samples_per_mode` responses in each mode for every prompt, and read the model's own decision.
+
+    Args:
+        model: causal language model that can `generate`. `hgpo_trl.evaluation.vllm_backend` does the same with vLLM.
+        prompts: all plain text or all conversations.
+        max_new_tokens: per response, the decision token included.
+        temperature, top_p: of the sampling (paper: 0.6 and 0.95). The decision's probabilities are those at
+            temperature 1.
+        batch_size: responses generated at a time.
+        progress: a bar that counts responses; None: a new one.
+
+    Returns:
+        The table of `hgpo_trl.evaluation.samples`: one row per response.
+    """
+    tokens = mode_tokens(tokenizer)
+    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    generation_config = sampling_config(tokenizer, ends, max_new_tokens - 1, temperature, top_p)
+    ids = render(tokenizer, prompts)
+    model.eval()
+    torch.manual_seed(seed)
+    decisions = _read_decisions(model, tokenizer, ids, tokens, batch_size)
+    total = len(ids) * len(MODES) * samples_per_mode
+    with tqdm(total=total, desc="sampling", unit="response") if progress is None else nullcontext(progress) as bar:
+        responses = _generate(model, tokenizer, ids, tokens, generation_config, samples_per_mode, batch_size, bar)
+        return samples_table(tokenizer, decisions, responses, ends)
+
+
+def _read_decisions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], tokens: ModeTokens, batch_size: int
+) -> list[FirstToken]:
+    found: dict[int, FirstToken] = {}
+    for rows in batches(ids, batch_size):
+        inputs = padded(model, tokenizer, [ids[row] for row in rows])
+        decision = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens)
+        values = zip(decision.think.tolist(), decision.no_think.tolist(), decision.picked.tolist(), strict=True)
+        found |= dict(zip(rows, values, strict=True))
+    return [found[row] for row in range(len(ids))]
+
+
+def _generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    tokens: ModeTokens,
+    generation_config: GenerationConfig,
+    samples_per_mode: int,
+    batch_size: int,
+    progress: tqdm,
+) -> Iterator[Generated]:
+    """Generate one mode after the other: no short response waits in a batch for a long one of the other mode."""
+    rows_at_a_time = prompts_at_a_time(batch_size, samples_per_mode) * samples_per_mode
+    for mode, forced in enumerate(tokens.decision):
+        rows = [[*row, forced] for row in ids for _ in range(samples_per_mode)]
+        for place, rest in complete(model, tokenizer, rows, generation_config, rows_at_a_time, progress):
+            yield Generated(place // samples_per_mode, mode, place % samples_per_mode, rest)
+
+
+def prompts_at_a_time(batch_size: int, samples_per_mode: int) -> int:
+    """Number of prompts whose responses in one mode fill a batch; at least 1."""
+    return max(1, batch_size // samples_per_mode)

@@ -1,0 +1,20 @@
+"""Settings that tests share: short trainings on a CPU, and a reward that needs no answer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Nothing is saved, reported or shown; a test that is about one of these overrides it.
+ON_CPU: dict[str, Any] = {
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none",
+    "disable_tqdm": True,
+}  # fmt: skip
+
+
+def argv(fields: Mapping[str, Any]) -> list[str]:
+    """Fields of a stage as the words of its command line."""
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def lottery(completions: list, **kwargs: Any) -> list[float]:
+    """Rewards that differ within every group."""
+    return [float(row % 3) for row in range(len(completions))]
