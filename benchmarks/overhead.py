@@ -44,7 +44,7 @@ PARTS = {
     "_calculate_rewards": "taking apart",
     "_read_decision": "decision pass",
     "_generate_and_score_completions": "advantages",
-    "_log_group_metrics": "metrics",
+    "_log_rollout": "metrics",
     "_prepare_inputs": "sort and trim",
 }
 
@@ -79,18 +79,19 @@ class Clock:
 @contextmanager
 def own_code_timed(clock: Clock) -> Iterator[None]:
     """Charge HGPOTrainer's methods to themselves and those of GRPOTrainer that they override to `INHERITED`."""
-    own = {name: value for name, value in vars(HGPOTrainer).items() if inspect.isfunction(value)}
-    inherited = {name: vars(GRPOTrainer)[name] for name in own if name in vars(GRPOTrainer)}
-    for name, function in own.items():
-        setattr(HGPOTrainer, name, clock.charging(function, name))
-    for name, function in inherited.items():
-        setattr(GRPOTrainer, name, clock.charging(function, INHERITED))
+    own_classes = HGPOTrainer.__mro__[: HGPOTrainer.__mro__.index(GRPOTrainer)]
+    own = [(owner, *item) for owner in own_classes for item in vars(owner).items() if inspect.isfunction(item[1])]
+    names = {name for _, name, _ in own} & vars(GRPOTrainer).keys()
+    inherited = [(GRPOTrainer, name, vars(GRPOTrainer)[name]) for name in sorted(names)]
+    for owner, name, function in own:
+        setattr(owner, name, clock.charging(function, name))
+    for owner, name, function in inherited:
+        setattr(owner, name, clock.charging(function, INHERITED))
     try:
         yield
     finally:
-        for owner, originals in ((HGPOTrainer, own), (GRPOTrainer, inherited)):
-            for name, function in originals.items():
-                setattr(owner, name, function)
+        for owner, name, function in own + inherited:
+            setattr(owner, name, function)
 
 
 class Forced(LogitsProcessor):
