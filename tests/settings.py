@@ -18,3 +18,10 @@ def argv(fields: Mapping[str, Any]) -> list[str]:
 def lottery(completions: list, **kwargs: Any) -> list[float]:
     """Rewards that differ within every group."""
     return [float(row % 3) for row in range(len(completions))]
+
+
+# Transformers' continuous batching takes 12 GB for its cache unless it is told how much it needs.
+CONTINUOUS_BATCHING = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 512},
+}

@@ -13,6 +13,7 @@ from conftest import well_formed_ids
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from settings import CONTINUOUS_BATCHING
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer
@@ -216,7 +217,7 @@ def responses(batch: dict[str, Any]) -> list[list[int]]:
 def test_no_think_token_is_drawn_of_decided_queries(
     make_trainer: Callable, drawn: list, continuous_batching: bool
 ) -> None:
-    trainer = make_trainer(use_transformers_continuous_batching=continuous_batching)
+    trainer = make_trainer(**(CONTINUOUS_BATCHING if continuous_batching else {}))
     inputs, batch = rollout(trainer)
     think, no_think = trainer.mode_tokens.decision
     easy = [row["level"] <= 3 for row in inputs]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from settings import CONTINUOUS_BATCHING
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
 from trl import GRPOTrainer
 from trl.rewards import accuracy_reward as trl_accuracy
@@ -92,7 +93,7 @@ def logged(trainer: HGPOTrainer, key: str) -> list[float]:
 
 @pytest.mark.parametrize("continuous_batching", [False, True])
 def test_first_half_of_every_group_thinks(make_trainer: Callable, continuous_batching: bool) -> None:
-    trainer = make_trainer(use_transformers_continuous_batching=continuous_batching)
+    trainer = make_trainer(**(CONTINUOUS_BATCHING if continuous_batching else {}))
     batch = rollout(trainer)
     tokens = mode_tokens(trainer.processing_class)
     assert batch["completion_ids"][:, 0].tolist() == [*[tokens.think] * 2, *[tokens.no_think] * 2] * 2
