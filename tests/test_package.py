@@ -49,7 +49,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.startswith("hgpo_trl/")}
-    files = {str(p.relative_to(ROOT)) for p in (ROOT / "hgpo_trl").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    paths = [path for path in (ROOT / "hgpo_trl").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = {str(path.relative_to(ROOT)) for path in paths}
     assert names == files | {f"hgpo_trl/{name}" for name in PACKAGED}
 
 
