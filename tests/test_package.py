@@ -46,17 +46,21 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.startswith("hgpo_trl/")}
-    files = {str(p.relative_to(ROOT)) for p in (ROOT / "hgpo_trl").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    paths = [path for path in (ROOT / "hgpo_trl").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = {str(path.relative_to(ROOT)) for path in paths}
     assert names == files | {f"hgpo_trl/{name}" for name in PACKAGED}
 
 
+@pytest.mark.processes
 def test_the_wheel_has_the_packages_version(wheel: Path) -> None:
     assert wheel.name.startswith(f"hgpo_trl-{hgpo_trl.__version__}-py3-")
 
 
+@pytest.mark.processes
 def test_the_installed_command_lists_its_own_recipes(installed: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(installed / "bin" / "hgpo-trl"), "recipes"],
@@ -68,6 +72,7 @@ def test_the_installed_command_lists_its_own_recipes(installed: Path, tmp_path: 
     assert str(ROOT) not in done.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "entry",
     [
