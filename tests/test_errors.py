@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from refusals import refused
+from torch import distributed
 
 from hgpo_trl.common.errors import MissingPackageError, ServerError, UnsupportedError, UserError, run_stage
 
@@ -77,3 +78,11 @@ def test_of_several_processes_one_says_it_and_all_end(ranks: str) -> None:
     assert done.returncode != 0
     assert done.stderr.count("hgpo-trl hgpo: error: margin=x is no number. Give one.") == 1
     assert 'raise UserError("margin' not in done.stderr, "a traceback"
+
+
+def test_a_stage_leaves_its_process_group() -> None:
+    def main(argv: Sequence[str]) -> None:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+    run_stage(main, "hft", [])
+    assert not distributed.is_initialized()

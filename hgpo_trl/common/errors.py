@@ -44,6 +44,14 @@ def run_stage(main: Callable[[Sequence[str]], None], stage: str, argv: Sequence[
     except UserError as error:
         kind = takewhile(lambda word: not word.startswith("-"), argv)
         refuse(" ".join(["hgpo-trl", stage, *kind]), str(error))
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Leave torch's process group: its threads can abort a process whose interpreter is taken down around them."""
+    distributed = sys.modules.get("torch.distributed")  # this module does not import torch
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def refuse(command: str, message: str) -> NoReturn:
