@@ -250,6 +250,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("data", TINY | {"output_dir": str(data)})
         run("hft", hft_config(root))
         patch.setenv("WANDB_DIR", str(root))
+        wandb.teardown()  # a run of another test has read the environment once for all
         run("hgpo", hgpo_config(root) | {"report_to": "wandb", "run_name": "mini", "log_completions": True})
         wandb.finish()
         evaluation = {

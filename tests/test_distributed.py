@@ -58,7 +58,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
             folder = tmp_path_factory.mktemp(config or "alone")
             servers[config] = ForkServer(launcher, 1 if config is None else 2, ENVIRONMENT, folder)
         done = servers[config].run(*words)
-        assert done.returncode == 0, done.stdout[-4000:]
+        assert done.returncode == 0, done.stdout
         return done.stdout
 
     yield run

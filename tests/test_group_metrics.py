@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hgpo_trl.modes import MODES, Fault
 from hgpo_trl.modes.decision import Decision
-from hgpo_trl.modes.hybrid_accuracy import figures
+from hgpo_trl.modes.hybrid_accuracy import evaluation_metrics
 from hgpo_trl.training.advantages import query_signal
 from hgpo_trl.training.metrics import EvaluationMetrics, group_metrics, sampled_completions
 from hgpo_trl.training.rollout import Rollout, row_modes, think_rows, unsampled_rows
@@ -116,7 +116,7 @@ def test_prompts_that_fill_the_last_batch_do_not_count(
         whole = torch.cat(columns).numpy()
         return whole[: len(whole) - surplus]
 
-    expected = figures(
+    expected = evaluation_metrics(
         joined([rollout.rewards.double() for rollout, _ in batches]),
         joined([rollout.lengths.view(rollout.rewards.shape).double() for rollout, _ in batches]),
         joined([decision.think.double() for _, decision in batches]),

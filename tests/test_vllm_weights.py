@@ -185,11 +185,12 @@ def replace_in_layers(folder: Path) -> None:
 
 def experts_or_refusal(folder: Path) -> str:
     """Replace the weights of a mixture of experts: the message if that is refused, or the names of wrong ones."""
-    from hgpo_trl.vllm_support import sync_packed_weights
     from vllm import EngineArgs
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.model_loader import get_model
+
+    from hgpo_trl.inference.vllm_support import sync_packed_weights
 
     models = []
     for seed in range(2):
