@@ -36,7 +36,7 @@ def main() -> None:
     if stage not in STAGES:
         print(f"{_USAGE}\n\nhgpo-trl: error: unknown stage {stage!r}", file=sys.stderr)
         sys.exit(2)
-    apply_env(rest)
+    run_stage(apply_env, stage, rest)
     run_stage(importlib.import_module(f"hgpo_trl.scripts.{stage}").main, stage, rest)  # imports torch only now
 
 

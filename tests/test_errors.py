@@ -86,3 +86,14 @@ def test_a_stage_leaves_its_process_group() -> None:
 
     run_stage(main, "hft", [])
     assert not distributed.is_initialized()
+
+
+@pytest.mark.processes
+def test_a_recipes_env_is_refused_as_a_users_error(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("env: {PYTHONHASHSEED: 0}", encoding="utf-8")
+    for entry in (["-m", "hgpo_trl.cli", "report"], ["-m", "hgpo_trl.scripts.report"], ["-mhgpo_trl.scripts.report"]):
+        command = [sys.executable, *entry, "--config", str(recipe)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert done.stderr.startswith("hgpo-trl report: error: ")

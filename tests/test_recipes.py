@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from transformers import Trainer
 
 from hgpo_trl.cli import STAGES
+from hgpo_trl.common.environment import set_env
 from hgpo_trl.scripts.recipe import RecipeParser, _Loader, _of_type
 from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
 
@@ -755,3 +756,11 @@ def test_help_lists_the_fields(stage: str, capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     assert "--config RECIPE.yaml" in text
     assert ("--model " if stage in ("card", "chat") else "--output_dir") in text
+
+
+def test_env_that_names_itself_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry point and the stage's parser both read a recipe's `env`."""
+    monkeypatch.setenv("SOME_FOLDERS", "/usr/share")
+    for _ in range(2):
+        set_env("r.yaml", {"SOME_FOLDERS": "/opt/share:$SOME_FOLDERS"})
+    assert os.environ["SOME_FOLDERS"] == "/opt/share:/usr/share"

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from run_logs import log_of
 from safetensors.torch import load_file
+from settings import CONTINUOUS_BATCHING
 from transformers import PreTrainedTokenizerFast
 
 from hgpo_trl.common.errors import UserError
@@ -452,3 +453,13 @@ def test_evaluations_without_data_end_the_run_before_anything_is_loaded(tmp_path
 def test_no_prompts_to_evaluate_on(rows: int) -> None:
     with pytest.raises(ValueError, match=f"eval_prompts must be at least 1, or null for all of eval_data; got {rows}"):
         hgpo.HGPOArguments(train_data="d.parquet", eval_data="e.parquet", eval_prompts=rows)
+
+
+def test_evaluation_with_continuous_batching(make_trainer: Make) -> None:
+    """Transformers leaves the model in training mode; the evaluation goes on as one."""
+    trainer = make_trainer(constant, num_generations_eval=8, **CONTINUOUS_BATCHING)
+    trainer.model.eval()
+    metrics = trainer.evaluate()
+    assert metrics["eval_hgpo/accuracy/no_think"] is not None
+    assert trainer._buffered_inputs is None, "no prompt of the evaluation waits for a training step"
+    assert not trainer._metrics["train"]

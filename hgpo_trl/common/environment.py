@@ -25,6 +25,10 @@ _READ_AT_IMPORT = re.compile(
     r"|XDG)_\w+"
 )
 
+# Variables that have been set, by name and value in the recipe. The entry point sets them and the stage's parser asks
+# again, when a value like /opt/bin:$PATH would be expanded to another text.
+_applied: dict[tuple[str, str], str] = {}
+
 
 def apply_env(argv: Sequence[str]) -> None:
     """Set the variables of the recipe that a command line names.
@@ -58,7 +62,7 @@ def set_env(where: str, env: dict[str, object]) -> None:
         if not isinstance(value, str):
             raise UserError(f"{where}: env: {name}={value!r} must be a single value.")
         text = expand_path(f"env: {name}", value)
-        if os.environ.get(name) == text:
+        if name in os.environ and os.environ[name] in (text, _applied.get((name, value))):
             continue
         if _READ_BEFORE_START.fullmatch(name):
             raise UserError(
@@ -70,7 +74,7 @@ def set_env(where: str, env: dict[str, object]) -> None:
                 f"{where}: env: {name} is read when libraries are imported, and they are already. Start the stage as "
                 f"`hgpo-trl` or `python -m hgpo_trl.scripts.STAGE`, or set {name} beforehand."
             )
-        os.environ[name] = text
+        os.environ[name] = _applied[name, value] = text
 
 
 def _config(argv: Sequence[str]) -> str | None:

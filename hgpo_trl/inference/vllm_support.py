@@ -68,6 +68,10 @@ def check_server(url: str, model: str, timeout: float) -> None:
             with urlopen(f"{url}/v1/models", timeout=10) as answer:
                 served = json.load(answer)["data"]
             break
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"What answers at {url}/v1/models is no vLLM server ({error!r}). Name one with vllm_server_base_url."
+            ) from error
         except OSError as error:
             if time.monotonic() - started >= timeout:
                 raise ServerError(

@@ -5,7 +5,6 @@ import sys
 from hgpo_trl.common.environment import apply_env
 from hgpo_trl.common.errors import run_stage
 
-if sys.argv[:1] == ["-m"]:  # Python's name for a module that it still looks for: the stage's own imports come next
-    run_stage(
-        apply_env, sys.orig_argv[sys.orig_argv.index("-m") + 1].rpartition(".")[2].replace("_", " "), sys.argv[1:]
-    )
+module = next((word for word in sys.orig_argv if f"{__name__}." in word), None)
+if module is not None and sys.argv[:1] == ["-m"]:  # Python still looks for the module: the stage's imports come next
+    run_stage(apply_env, module.rpartition(".")[2].replace("_", " "), sys.argv[1:])

@@ -330,6 +330,7 @@ def compute_advantages(
     advantages, inter = estimate(batch)
     if estimate not in ESTIMATORS.values():
         _check_estimates(advantages, inter, batch)
+        advantages = advantages.to(rewards.dtype, copy=True)  # the user's own tensor stays as it is
     if mode_probs is not None:
         _check_mode_probs(mode_probs, rewards.shape[:2])
         inter = inter * decision_weights(r_inter, mode_probs.to(inter.dtype))

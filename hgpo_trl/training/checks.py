@@ -148,6 +148,8 @@ def check_rows(
         ]
         faults.sort()
     if not faults:
+        if dropped is not None and is_main_process:
+            dropped.unlink(missing_ok=True)  # of an earlier run on rows that have been mended since
         return dataset, lengths
     report = f"{name}: {len(faults):,} of {len(dataset):,} rows are faulty.\n{explain(faults)}"
     if dropped is None or len(faults) == len(dataset):

@@ -207,8 +207,12 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
 
         def sample(rows: list[int]) -> tuple[list[list[int]], Any]:
             forced = [[*prompt_ids[row], decisions[row]] for row in rows]
+            is_training = self.model.training
             with naming_a_failing_server(self.args, self.state.global_step):
-                return generate(forced, None, {}, per_mode, has_tool_images)
+                generated = generate(forced, None, {}, per_mode, has_tool_images)
+            if self.model.training != is_training:  # continuous batching leaves the model in training mode
+                self.model.train(is_training)
+            return generated
 
         def extend(rows: list[int]) -> None:
             ids, sampled_log_probs = sample(rows)
