@@ -20,14 +20,7 @@ from hgpo_trl.common import paper
 from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import MODES, Fault, Response, check_embeddings
 from hgpo_trl.modes.decision import Decision, read_decision
-from hgpo_trl.rewards.functions import (
-    answer_parts,
-    check_finite,
-    checked,
-    floor_faults,
-    overlong,
-    split_completions,
-)
+from hgpo_trl.rewards.functions import answer_parts, check_finite, checked, floor_faults, overlong, split_completions
 from hgpo_trl.training.advantages import Estimator, compute_advantages
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.group_decisions import read_group_decisions
