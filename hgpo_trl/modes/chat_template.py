@@ -117,6 +117,16 @@ def has_thinking_modes(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
+def ensure_thinking_modes(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a chat template that takes `thinking_mode`, unless it has one.
+
+    Raises:
+        UserError: see `set_chat_template`.
+    """
+    if not has_thinking_modes(tokenizer):
+        set_chat_template(tokenizer)
+
+
 def _template_and_stop(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The template, and the token that ends its assistant turns; UserError as `build_chat_template`."""
     dialect = _dialect(tokenizer)

@@ -20,7 +20,7 @@ from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import run_stage
 from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import add_mode_tokens, mode_tokens
-from hgpo_trl.modes.chat_template import has_thinking_modes, set_chat_template
+from hgpo_trl.modes.chat_template import ensure_thinking_modes
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.stages import (
     load_tokenizer,
@@ -71,8 +71,7 @@ def fine_tune(
     """Give a model the mode tags and the chat template, if it has none, train it on responses, and save it."""
     tokenizer = load_tokenizer(training_args, model_args)
     training_args.chat_template_path = None  # TRL would put it in the place of the one with the modes
-    if not has_thinking_modes(tokenizer):
-        set_chat_template(tokenizer)
+    ensure_thinking_modes(tokenizer)
     model = create_model_from_path(
         str(model_args.model_name_or_path),  # there is one: load_tokenizer has looked
         quantization_config=get_quantization_config(model_args),

@@ -86,14 +86,13 @@ def as_trained(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase
     """Copy a tokenizer and prepare it as Stage I does: with the mode tags, and a chat template that knows the modes.
 
     Raises:
-        ValueError: see `add_mode_tokens` and `set_chat_template`.
+        ValueError: see `add_mode_tokens` and `ensure_thinking_modes`.
     """
-    from hgpo_trl.modes.chat_template import has_thinking_modes, set_chat_template  # imports transformers
+    from hgpo_trl.modes.chat_template import ensure_thinking_modes  # imports transformers
 
     trained = deepcopy(tokenizer)
     add_mode_tokens(trained)
-    if not has_thinking_modes(trained):
-        set_chat_template(trained)
+    ensure_thinking_modes(trained)
     return trained
 
 
