@@ -18,6 +18,7 @@ from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, columns_of, generic
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
 from hgpo_trl.data.filters import language, opened, quality, token_limit
+from hgpo_trl.data.generators import TASK, is_generated, list_units, resolve_generated
 from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
@@ -116,8 +117,12 @@ class Benchmark:
     files: str | None = None
 
 
-def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Adapter]]:
+def resolve(sources: list[dict[str, Any]], stage: str, seed: int = 0) -> list[tuple[Source, Adapter]]:
     """Find the adapter of every source.
+
+    Args:
+        stage: "hft" or "hgpo".
+        seed: of the recipe, from which generated sources derive theirs.
 
     Raises:
         UserError: an entry is malformed, an adapter is unknown, or two sources have the same name.
@@ -126,6 +131,13 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
     for index, source in enumerate(parse_entries("sources", sources, Source)):
         where = f"sources[{index}] ({source.label})"
         name = source.adapter or (source.path if source.path in ADAPTERS else "generic")
+        if is_generated(source):
+            resolved.append((source, resolve_generated(where, source, stage, seed)))
+            continue
+        if given := [key for key in ("config", "seed") if getattr(source, key) is not None]:
+            raise UserError(
+                f"{where} has `{given[0]}`, which only generated sources take. Drop it, or set adapter: {TASK}."
+            )
         if name == "generic":
             if not source.fields:
                 raise UserError(
@@ -144,9 +156,11 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
                     "generic. (Only some domains: rows, as {maths: 1000}.)"
                 )
         else:
-            nearest = get_close_matches(name, ADAPTERS, n=1, cutoff=0.4)
+            nearest = get_close_matches(name, [*ADAPTERS, TASK], n=1, cutoff=0.4)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-            raise UserError(f"{where}: there is no adapter {name!r}{hint} They are {', '.join(sorted(ADAPTERS))}.")
+            raise UserError(
+                f"{where}: there is no adapter {name!r}{hint} They are {TASK}, {', '.join(sorted(ADAPTERS))}."
+            )
         if stage == "hft" and adapter.stage == "hgpo":
             raise UserError(
                 f"{where} has prompts alone, and Stage I needs responses. {adapter.note} Use it in `data hgpo`, or add "
@@ -181,6 +195,9 @@ def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit
     units: list[Unit] = []
     for index, (source, adapter) in enumerate(sources):
         where = f"sources[{index}].path"
+        if adapter.generator is not None:
+            units += list_units(index, source, adapter.generator)
+            continue
         subset, split = source.subset or adapter.subset, source.split or adapter.split
         files = list_files(where, source.path, subset, split, source.files or adapter.files)
         mine = [unit for file in files for unit in split_into_units(index, file)]
@@ -309,7 +326,7 @@ def run(
     finish: Finish | None = None,
 ) -> Manifest:
     """Plan, claim the folder, build, upload if asked, and print a summary."""
-    sources = resolve(args.sources, stage)
+    sources = resolve(args.sources, stage, args.seed)
     labels = [source.label for source, _ in sources]
     if unknown := [label for label in args.source_shares or () if label not in labels]:
         raise UserError(f"source_shares names {unknown[0]!r}; the sources are {', '.join(labels)}.")
