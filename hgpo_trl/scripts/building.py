@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class BuilderArguments:
     )
     decontamination: list[dict[str, Any]] = field(
         default_factory=list,
-        metadata={"help": "Benchmarks; mappings: path, field, and perhaps name, subset, split, files."},
+        metadata={"help": "Benchmarks; mappings: path, field, and perhaps name, subset, split, files, match."},
     )
     decontamination_ngram: int = field(default=8, metadata={"help": "Words of an n-gram."})
     decontamination_threshold: float = field(
@@ -103,10 +103,11 @@ class Benchmark:
 
     Args:
         path: file, folder, or id on the hub.
-        field: its column of questions.
+        field: its column of questions: texts, or prompts of a data set that is built already.
         name: in the report; default: `path`.
         subset, split: of a folder or on the hub.
         files: glob of files there, in place of both.
+        match: "ngrams", or "exact" for templated questions, which differ from one another in a word or a number.
     """
 
     path: str
@@ -115,6 +116,11 @@ class Benchmark:
     subset: str | None = None
     split: str = "train"
     files: str | None = None
+    match: Literal["ngrams", "exact"] = "ngrams"
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path
 
 
 def resolve(sources: list[dict[str, Any]], stage: str, seed: int = 0) -> list[tuple[Source, Adapter]]:
@@ -267,14 +273,21 @@ def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
     for file in files:
         for unit in split_into_units(0, file):
             for place, row in read_unit(unit, max_row_bytes=2**26):
-                text = row.get(benchmark.field) if isinstance(row, dict) else None
-                if not isinstance(text, str):
+                question = _question(row.get(benchmark.field)) if isinstance(row, dict) else None
+                if question is None:
                     columns = sorted(row) if isinstance(row, dict) else row.reason
                     raise UserError(
                         f"{where} ({benchmark.path}): row {place} has no text in {benchmark.field!r}; there is "
                         f"{columns}. Set `field` to its column of questions."
                     )
-                yield text
+                yield question
+
+
+def _question(value: Any) -> str | None:
+    """A text, or the last message of a prompt that is a conversation; None for anything else."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    return value if isinstance(value, str) else None
 
 
 def decontaminator(args: BuilderArguments) -> Decontaminator | None:
@@ -283,10 +296,15 @@ def decontaminator(args: BuilderArguments) -> Decontaminator | None:
     if not benchmarks:
         return None
     questions = {
-        benchmark.name or benchmark.path: list(_questions(benchmark, f"decontamination[{index}]"))
+        benchmark.label: list(_questions(benchmark, f"decontamination[{index}]"))
         for index, benchmark in enumerate(benchmarks)
     }
-    return Decontaminator(questions, n=args.decontamination_ngram, threshold=args.decontamination_threshold)
+    return Decontaminator(
+        questions,
+        n=args.decontamination_ngram,
+        threshold=args.decontamination_threshold,
+        exact={benchmark.label for benchmark in benchmarks if benchmark.match == "exact"},
+    )
 
 
 def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
