@@ -459,7 +459,7 @@ def test_winner_pushes_nothing_up_but_the_winner(logits: list[float]) -> None:
     assert gradient.abs().max() <= 4 * (1 - probs[0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), tokens=st.integers(3, 12), width=st.integers(1, 6))
 def test_winner_never_moves_mass_away_from_the_winner(seed: int, tokens: int, width: int) -> None:
     """However the tokens share their weights: 1 − π(winner), which bounds the mass on neither, falls at every step."""
@@ -468,7 +468,7 @@ def test_winner_never_moves_mass_away_from_the_winner(seed: int, tokens: int, wi
     hidden = torch.randn(width, dtype=torch.float64, generator=generator)
     step = 0.1 / embeddings.square().sum(dim=1).max()  # of the order of the inverse curvature
     before = 0.0
-    for _ in range(100):
+    for _ in range(40):
         gradient, probs = decision_step(embeddings, hidden, "winner")
         assert probs[0] >= before - 1e-12
         before = probs[0]
@@ -482,10 +482,10 @@ def test_the_printed_rule_moves_the_mass_to_neither_mode() -> None:
     for weighting in ("uniform", "winner"):
         hidden = torch.tensor([0.0, 4.0], dtype=torch.float64)  # both modes at 0.495
         neither[weighting] = []
-        for _ in range(2000):
+        for _ in range(400):
             gradient, probs = decision_step(embeddings, hidden, weighting)
             neither[weighting].append(probs[2].item())
-            hidden += 0.05 * gradient
+            hidden += 0.2 * gradient
     assert neither["uniform"][0] == neither["winner"][0] < 0.01
     assert neither["uniform"][-1] > 0.99
     assert max(neither["winner"]) < 0.1
