@@ -449,14 +449,19 @@ def decision_step(embeddings: Tensor, hidden: Tensor, weighting: str) -> tuple[T
 
 @settings(max_examples=100, deadline=None)
 @given(logits=st.lists(st.floats(-8, 8), min_size=3, max_size=12))
-def test_winner_pushes_nothing_up_but_the_winner(logits: list[float]) -> None:
-    """On the logits: up for the winner, down for every other token in proportion to its probability; 0 at π = 1."""
-    hidden = torch.tensor(logits, dtype=torch.float64)
-    gradient, probs = decision_step(torch.eye(len(logits), dtype=torch.float64), hidden, "winner")
+def test_updates_of_the_logits(logits: list[float]) -> None:
+    """As docs/method.md states them: "winner" pushes nothing up but the winner, and vanishes at π(winner) = 1."""
+    hidden, identity = torch.tensor(logits, dtype=torch.float64), torch.eye(len(logits), dtype=torch.float64)
+    gradient, probs = decision_step(identity, hidden, "winner")
     won = torch.zeros_like(probs)
     won[0] = 1
-    torch.testing.assert_close(gradient, 4 * INTER * (won - probs), rtol=0, atol=1e-6)  # two rows, weight 2
-    assert gradient.abs().max() <= 4 * (1 - probs[0])
+    scale = 4 * INTER  # two rows, weight 2
+    torch.testing.assert_close(gradient, scale * (won - probs), rtol=0, atol=1e-6)
+    others = {name: decision_step(identity, hidden, name)[0][2:] for name in DECISION_WEIGHTINGS}
+    neither = probs[2:].sum()
+    expected = {"winner": -probs[2:], "saturating": -probs[2:] * neither, "uniform": torch.zeros_like(probs[2:])}
+    for name, update in others.items():
+        torch.testing.assert_close(update, scale * expected[name], rtol=0, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
