@@ -464,6 +464,18 @@ def test_updates_of_the_logits(logits: list[float]) -> None:
         torch.testing.assert_close(update, scale * expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("weighting", ["winner", "saturating"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_the_policy_comes_to_rest_at_the_share_of_wins(weighting: str, share: float) -> None:
+    """Where think wins that share of a query's comparisons, the mean update is 0 at π(think) = share."""
+    hidden, identity = torch.tensor([share, 1 - share, 1e-12], dtype=torch.float64).log(), torch.eye(3).double()
+    think_wins, _ = decision_step(identity, hidden, weighting)
+    no_think_wins, _ = decision_step(identity[[1, 0, 2]], hidden, weighting)
+    mean_update = share * think_wins + (1 - share) * no_think_wins
+    assert mean_update.abs().max() < 1e-9
+    assert think_wins.abs().max() > 0.1
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), tokens=st.integers(3, 12), width=st.integers(1, 6))
 def test_winner_never_moves_mass_away_from_the_winner(seed: int, tokens: int, width: int) -> None:
