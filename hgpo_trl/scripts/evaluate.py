@@ -323,6 +323,7 @@ def main(argv: Sequence[str]) -> None:
     accuracy, length = report["accuracy"], report["mean_tokens"]
     print(
         f"{args.model}: hybrid accuracy {report['hybrid_accuracy']:.3f}, "
+        f"balanced {report['balanced_hybrid_accuracy']:.3f}, solved by neither mode {report['unsolved']:.3f}, "
         f"thinking ratio {report['thinking_ratio']:.3f}, "
         f"accuracy {accuracy['auto']:.3f} (always thinking {accuracy['think']:.3f}), "
         f"tokens {length['auto']:.1f} (always thinking {length['think']:.1f}) -> {output_dir}"

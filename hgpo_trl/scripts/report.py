@@ -81,8 +81,9 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
             metrics = {key: value for key, value in evaluation.items() if key not in lists}
             run.summary.update({f"report/{name}": metrics})
             if levels := evaluation["by_level"]:
-                columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]
-                rows: Any = [[level[column] for column in columns] for level in levels]
+                columns = ["level", "num_prompts", "hybrid_accuracy", "balanced_hybrid_accuracy", "unsolved"]
+                columns += ["thinking_ratio", "off_mode_mass"]
+                rows: Any = [[level.get(column) for column in columns] for level in levels]
                 run.log({f"report/{name}/by_level": wandb.Table(columns=[*columns], data=rows)})
         pictures = {f"report/{path.stem}": wandb.Image(str(path)) for path in sorted(output_dir.glob("*.png"))}
         run.log({**pictures, "report/html": wandb.Html(str(output_dir / "report.html"), inject=False)})
