@@ -78,11 +78,13 @@ def test_rows_are_sorted_within_a_step_alone(examples: Dataset, make: Callable[.
     rows = [[length for batch in step for length in batch] for step in steps]
     assert [len(step) for step in rows] == [32] * 6 + [8], "the last step has what is left"
     assert all(len(step) == 8 for step in steps), "as many micro-batches as in every other step"
-    assert sorted(sum(rows, [])) == sorted(row_lengths(trainer.train_dataset)), "every row once"
+    assert sorted(length for step in rows for length in step) == sorted(row_lengths(trainer.train_dataset)), (
+        "every row once"
+    )
     padded = sum(max(batch) * len(batch) for step in steps for batch in step)
-    random = make(examples.select(range(200)), **fields)
+    unsorted = steps_of(make(examples.select(range(200)), **fields))
     assert padded < 1.2 * sum(map(sum, rows))
-    assert sum(max(batch) * len(batch) for step in steps_of(random) for batch in step) > 1.4 * sum(map(sum, rows))
+    assert sum(max(batch) * len(batch) for step in unsorted for batch in step) > 1.4 * sum(map(sum, rows))
     for step in rows[:-1]:
         assert 6 <= sum(length > 30 for length in step) <= 26, "rows of both modes in every step"
 

@@ -135,7 +135,7 @@ def test_other_words_are_of_the_wrong_type(value: str, tmp_path: Path, capsys: p
 def test_stages_compute_in_bf16_over_fp32_weights(
     stage: str, model_dir: str, prompts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matrix products in bf16, weights and gradients in fp32, with accelerate told `mixed_precision: no` as by cpu.yaml.
+    """Matrix products in bf16, weights in fp32, even where accelerate's config says `mixed_precision: no`, as cpu.yaml.
 
     The choice is given; a processor of any kind can compute in bf16.
     """

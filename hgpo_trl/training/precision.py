@@ -97,6 +97,6 @@ def check_same_precision(args: TrainingArguments) -> None:
     everyone = gather_object([args.bf16])
     if len(set(everyone)) > 1:
         raise UserError(
-            f"bf16: auto: it is true for {sum(everyone)} of {len(everyone)} processes and false for the others, as their "
+            f"bf16: auto: it is true for {sum(everyone)} of {len(everyone)} processes and false for the others: their "
             "processors differ, or the output_dir of some holds an earlier run. Write bf16: true or bf16: false."
         )
