@@ -41,9 +41,10 @@ from hgpo_trl.common.files import whole_file, write_json
 from hgpo_trl.data.adapters import Adapter, adapt
 from hgpo_trl.data.deduplication import dedup_keys, first_of_each
 from hgpo_trl.data.example import Drop, Example, Step
+from hgpo_trl.data.generators import rows_of
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
 from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
-from hgpo_trl.data.sources import Source, Unit, read_unit
+from hgpo_trl.data.sources import Source, Unit
 from hgpo_trl.modes import format_response
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _fits_stage(stage: str, example: Example) -> Drop | None:
 def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str, Any]]) -> Iterator[list[Example]]:
     """Yield the examples of a unit that pass its adapter and every step, block by block."""
     source, adapter = build.sources[unit.source]
-    rows = read_unit(unit, build.max_row_bytes)
+    rows = rows_of(unit, source, adapter, build.max_row_bytes)
     while block := list(islice(rows, _BLOCK)):
         examples: list[Example] = []
         for place, row in block:
@@ -171,11 +172,7 @@ def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
         tables.append(pa.Table.from_pylist([_row(build.stage, e) for e in examples], schema=_SCHEMAS[build.stage]))
         row_info += [(*_random(build.seed, e), e.num_tokens) for e in examples]
         if build.deduplication is not None:
-            d = build.deduplication
-            near, across = d.near, d.across_modes
-            keys.append(
-                dedup_keys(examples, num_perm=d.num_perm, threshold=d.threshold, near=near, across_modes=across)
-            )
+            keys.append(dedup_keys(examples, **asdict(build.deduplication)))
     chunk = _Chunk(work, number)
     _write_table(chunk.rows, pa.concat_tables(tables) if tables else _SCHEMAS[build.stage].empty_table())
     _write_table(chunk.removed, pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
