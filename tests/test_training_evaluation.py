@@ -423,7 +423,7 @@ def test_the_names_of_the_metrics_are_those_that_are_computed() -> None:
 @pytest.mark.parametrize("figure", [*EVALUATION_METRICS, BUDGET_METRIC])
 @pytest.mark.parametrize("metric", ["hgpo/{}", "eval_hgpo/{}", "eval_name_hgpo/{}"])
 def test_the_better_end_follows_from_the_figure(tmp_path: Path, figure: str, metric: str) -> None:
-    """More accuracy, fewer tokens, less mass on neither mode, fewer unsolved prompts; of the thinking ratio the user must say."""
+    """More accuracy, fewer tokens, less on neither mode, fewer unsolved; of the thinking ratio the user must say."""
 
     def greater_is_better(**fields: Any) -> bool | None:
         name = metric.format(figure)

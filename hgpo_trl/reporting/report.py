@@ -35,6 +35,7 @@ from hgpo_trl.reporting.documents import (
     to_html,
     to_markdown,
 )
+from hgpo_trl.reporting.examples import Example, example_blocks
 from hgpo_trl.reporting.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 
 Array = NDArray[np.float64]
@@ -681,6 +682,7 @@ def _blocks(
     evaluations: Mapping[str, Evaluation],
     sweep: Mapping[float, Evaluation],
     pictures: Sequence[Picture],
+    examples: Mapping[str, Sequence[Example]],
 ) -> list[Block]:
     name, last = list(evaluations.items())[-1]
     everything = {**evaluations, **{f"δ = {margin:g}": evaluation for margin, evaluation in sweep.items()}}
@@ -709,7 +711,7 @@ def _blocks(
     if sweep:
         blocks += [Heading("Results by training margin"), _sweep_table(sweep)]
     glossary = Bullets([f"{term}: {meaning}" for term, meaning in GLOSSARY.items()])
-    return [*blocks, Heading("Figures"), *pictures, Heading("Glossary"), glossary]
+    return [*blocks, Heading("Figures"), *pictures, *example_blocks(examples), Heading("Glossary"), glossary]
 
 
 def write_report(
@@ -718,6 +720,7 @@ def write_report(
     *,
     training_logs: Mapping[str, TrainingLog] | None = None,
     margin_sweep: Mapping[float, Evaluation] | None = None,
+    examples: Mapping[str, Sequence[Example]] | None = None,
     title: str = "Hybrid reasoning report",
 ) -> Path:
     """Write report.md, report.html (self-contained), report.json and the figures they show.
@@ -728,6 +731,8 @@ def write_report(
         output_dir: created if missing. An evaluation's own folder would lose its report.json.
         training_logs: name -> `load_training_log(...)`; drawn by optimizer step.
         margin_sweep: training margin δ -> evaluation of the model trained with it.
+        examples: name -> examples.json of `hgpo-trl evaluate`, in the order of `evaluations`; those of the last one
+            are shown, with the choices of the others.
         title: heading of the report.
 
     Returns:
@@ -747,7 +752,7 @@ def write_report(
         _check(f"margin_sweep[{margin:g}]", evaluation)
 
     pictures = _pictures(evaluations, training_logs or {}, sweep)
-    blocks = _blocks(title, evaluations, sweep, pictures)
+    blocks = _blocks(title, evaluations, sweep, pictures, examples or {})
     data: dict[str, Any] = dict(evaluations)
     if sweep:
         data["margin_sweep"] = [{"train_margin": margin, **evaluation} for margin, evaluation in sweep.items()]
