@@ -4,7 +4,7 @@
     accelerate launch --config_file recipes/accelerate/gpu.yaml -m hgpo_trl.scripts.hft --config recipes/x/hft.yaml
 
 Every row is checked before the model is loaded (`hgpo_trl.training.checks`). The model gets the four mode tags and a
-chat template that knows the modes, if it has none; TRL's SFTTrainer does the rest.
+chat template that knows the modes, if it has none; `hgpo_trl.training.hft.HFTTrainer` does the rest.
 """
 
 import sys
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from hgpo_trl.common.data_files import load_data
@@ -23,6 +23,7 @@ from hgpo_trl.modes import add_mode_tokens, mode_tokens
 from hgpo_trl.modes.chat_template import ensure_thinking_modes
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.stages import (
+    AUTOMATIC,
     load_tokenizer,
     lora_config,
     model_init_kwargs,
@@ -30,7 +31,9 @@ from hgpo_trl.scripts.stages import (
     train_and_save,
 )
 from hgpo_trl.training.checks import DROP_HELP, check_examples, dropped_rows_file
+from hgpo_trl.training.hft import HFTTrainer, check_sampling
 from hgpo_trl.training.lora import prepare_wrapped
+from hgpo_trl.training.precision import check_same_precision
 from hgpo_trl.training.rows import Renderer, as_trained
 from hgpo_trl.training.run_dir import claim_run_dir
 
@@ -49,7 +52,11 @@ class HFTArguments:
 def check(
     name: str, dataset: Dataset, training_args: SFTConfig, model_args: ModelConfig, dropped: Path | None
 ) -> Dataset:
-    """Check examples for Stage I, with the tokenizer as it will be; `name` and `dropped` as in `check_examples`."""
+    """Check how examples are drawn, and the examples for Stage I, with the tokenizer as it will be.
+
+    `name` and `dropped` as in `check_examples`.
+    """
+    check_sampling(training_args)
     return check_examples(
         name,
         dataset,
@@ -80,7 +87,7 @@ def fine_tune(
     add_mode_tokens(tokenizer, model)
     set_generation_config(model, tokenizer)
 
-    trainer = SFTTrainer(
+    trainer = HFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -95,8 +102,9 @@ def fine_tune(
 
 def main(argv: Sequence[str]) -> None:
     data_args, training_args, model_args = RecipeParser(
-        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft"
+        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft", automatic=AUTOMATIC
     ).parse_recipe(argv)
+    check_same_precision(training_args)
     checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
 
     def load(field: str, name: str, split: str) -> Dataset:
