@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import xxhash
 
@@ -32,6 +32,31 @@ class Parts(TypedDict, total=False):
     level: str | None
     id: str
     domain: str
+    reasoning_gym: str | None
+    generated: bool
+
+
+class Generator(Protocol):
+    """The rows of a source that a program generates, by index. Picklable."""
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        """Generate one row: prompt and answer, and where there are any reasoning, level, domain."""
+        ...
+
+    @property
+    def domain(self) -> str:
+        """Of rows that do not give it."""
+        ...
+
+    @property
+    def licence(self) -> str:
+        """Of the rows."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Changes when the code that generates the rows does."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +74,7 @@ class Adapter:
         split: split to take by default.
         files: glob of the files to read in place of the subset's, if those cannot be read row by row.
         note: advice to its users.
+        generator: of a source whose rows are generated; None: they are read from files.
     """
 
     name: str
@@ -61,6 +87,7 @@ class Adapter:
     split: str = "train"
     files: str | None = None
     note: str = ""
+    generator: Generator | None = None
 
 
 def adapt(adapter: Adapter, row: Row, source: str) -> Example | Drop:
@@ -688,6 +715,29 @@ def _generic(fields: dict[str, list[str]], wanted: Mode | None, opened: bool, ro
         if name in fields and (value := _optional(row, fields[name][0])) is not None:
             parts[name] = value
     parts["prompt"] = prompt
+    return parts
+
+
+def generated(generator: Generator, mode: Mode | None) -> Adapter:
+    """An adapter for rows that a program generates.
+
+    Args:
+        mode: of the responses; None for prompts alone.
+    """
+    read = partial(_generated, mode)
+    return Adapter("generated", generator.licence, "hft", generator.domain, mode, read, generator=generator)
+
+
+def _generated(mode: Mode | None, row: Row) -> Parts:
+    answer = _optional(row, "answer")
+    parts: Parts = {"prompt": _user(_text(row, "prompt")), "reference": answer, "generated": True}
+    if mode is not None:
+        parts |= {"mode": mode, "answer": (answer or "").strip()}
+    if mode is Mode.THINK:
+        parts["reasoning"] = _text(row, "reasoning").strip()
+    for name in ("level", "domain", "id", "reasoning_gym"):
+        if (value := _optional(row, name)) is not None:
+            parts[name] = value
     return parts
 
 

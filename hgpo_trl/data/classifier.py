@@ -126,6 +126,8 @@ class ReasoningQueryClassifier:
 def no_reasoning_queries(classifier: ReasoningQueryClassifier, threshold: float | None = None) -> Step:
     """Drop no-think examples whose user asks for complex reasoning, as "reasoning_query"; keep all others.
 
+    Generated examples are kept: whoever names a generator for this mode has chosen its queries.
+
     Args:
         classifier: judges the user's messages of all turns.
         threshold: lowest probability at which an example is dropped; None: the classifier's own.
@@ -143,7 +145,7 @@ def _no_reasoning_queries(
     classifier: ReasoningQueryClassifier, threshold: float, examples: Sequence[Example]
 ) -> list[Drop | None]:
     verdicts: list[Drop | None] = [None] * len(examples)
-    judged = [i for i, example in enumerate(examples) if example.mode is Mode.NO_THINK]
+    judged = [i for i, example in enumerate(examples) if example.mode is Mode.NO_THINK and not example.generated]
     texts = ["\n".join(m["content"] for m in examples[i].prompt if m["role"] == "user") for i in judged]
     for i, probability in zip(judged, classifier.probability(texts), strict=True):
         if probability >= threshold:

@@ -36,7 +36,8 @@ def dedup_keys(
     LaTeX do not count. The others are MinHash bands over pairs of successive tokens, so that prompts with a Jaccard
     similarity of about `threshold` or more share one. Each also contains the sequence of the prompt's numbers,
     mathematical signs and single letters: two problems that differ in a number are never near-duplicates. A prompt of
-    fewer than 32 tokens has its exact key in every column: there, another word is another question.
+    fewer than 32 tokens has its exact key in every column: there, another word is another question. So it is, at any
+    length, in a generated example; its exact key is that of the text as it is, for some ask about case or punctuation.
 
     Args:
         examples: only their prompts and modes are used.
@@ -57,10 +58,15 @@ def dedup_keys(
     salts: list[bytes] = []
     shingles: list[set[bytes]] = []
     for i, example in enumerate(examples):
-        words = [word for message in example.prompt for word in (f"<{message['role']}>", *tokens(message["content"]))]
+        if example.generated:
+            words = [
+                word for message in example.prompt for word in (f"<{message['role']}>", message["content"].strip())
+            ]
+        else:
+            words = [w for message in example.prompt for w in (f"<{message['role']}>", *tokens(message["content"]))]
         mode = "" if across_modes else str(example.mode)
         keys[i] = _key(mode, words)
-        if near and len(words) >= _NEAR_FROM:
+        if near and not example.generated and len(words) >= _NEAR_FROM:
             long.append(i)
             salts.append(_key(mode, filter(_is_exact, words)).to_bytes(8, "little"))
             shingles.append({" ".join(words[j : j + _SHINGLE]).encode() for j in range(len(words) - _SHINGLE + 1)})

@@ -40,6 +40,7 @@ def quality(*, min_reasoning: int = 40, max_line_repeats: int = 20) -> Step:
     or an environment of LaTeX is left open, or if it has at least 1,000 characters and its last line is a sentence
     without an end. A trace cannot be truncated: the mark at its end was found. A part is repetitive if one line makes
     up a fifth of the text and more than `max_line_repeats` lines, or if it ends in ten or more copies of the same text.
+    A generated trace may be short: it is whole.
 
     Args:
         min_reasoning: fewest characters of a trace.
@@ -67,7 +68,7 @@ def _fault(example: Example, min_reasoning: int, max_line_repeats: int) -> Drop 
         return Drop("empty_answer")
     if example.mode is Mode.THINK:
         length = len(example.reasoning.strip())
-        if length < min_reasoning or not length:
+        if not length or (length < min_reasoning and not example.generated):
             return Drop("short_reasoning" if length else "empty_reasoning", {"characters": length})
     if sign := unfinished(example.answer):
         return Drop("truncated", {"sign": sign, "ends": example.answer[-80:]})

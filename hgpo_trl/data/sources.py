@@ -45,11 +45,14 @@ class Source:
         split: default: the adapter's.
         files: glob of files within the folder or repository, in place of subset and split.
         licence: for the card; default: the adapter's.
-        mode: "think" or "no_think"; generic adapter only, to refuse the other.
-        domain: such as "maths"; generic adapter only, the others have their own.
+        mode: "think" or "no_think"; generic adapter only, to refuse the other. Of a generated source: of its responses.
+        domain: such as "maths"; generic adapter and generated sources only, the others have their own.
         fields: generic adapter only: our name -> column, or columns whose texts are joined.
         rows: most rows, drawn randomly after all filters, or domain -> most rows; a domain that is not named is left
-            out. None: all.
+            out. None: all. Of a generated source: how many rows are generated.
+        config: generated sources only (`hgpo_trl.data.generators`): settings of the generator.
+        seed: generated sources only: another seed asks other questions.
+        reasoning, level: data sets of reasoning-gym only: field of the metadata, or function of the entry.
     """
 
     path: str
@@ -63,6 +66,10 @@ class Source:
     domain: str | None = None
     fields: dict[str, str | list[str]] | None = None
     rows: NonNegativeInt | dict[str, NonNegativeInt] | None = None
+    config: dict[str, Any] | None = None
+    seed: int | None = None
+    reasoning: str | None = None
+    level: str | None = None
 
     @property
     def label(self) -> str:
@@ -105,9 +112,9 @@ def parse_entries(field: str, entries: Sequence[Any], kind: type) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a source that one worker reads: bytes of JSON lines or row groups of parquet, from `start` to `stop`.
+    """A part of a source that one worker reads, from `start` to `stop`; `stop` is None for a file that is read whole.
 
-    `stop` is None for a file that is read whole.
+    It counts bytes of JSON lines, row groups of parquet, or generated rows.
     """
 
     source: int  # place in the recipe
@@ -293,7 +300,7 @@ def _object(value: Any) -> Row | Drop:
 
 def _list_rows(file: IO[bytes], name: str, max_row_bytes: int) -> Iterator[tuple[str, Row | Drop]]:
     for index, value in enumerate(json.loads(file.read().decode("utf-8-sig"))):
-        too_large = _size(value) > max_row_bytes
+        too_large = characters(value) > max_row_bytes
         yield f"{name}:{index}", Drop("row_too_large") if too_large else _object(value)
 
 
@@ -305,18 +312,18 @@ def _parquet_rows(unit: Unit, name: str, max_row_bytes: int) -> Iterator[tuple[s
             for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group]):
                 may_exceed = batch.nbytes > max_row_bytes
                 for value in batch.to_pylist():
-                    too_large = may_exceed and _size(value) > max_row_bytes
+                    too_large = may_exceed and characters(value) > max_row_bytes
                     yield f"{name}:{group}:{row}", Drop("row_too_large") if too_large else value
                     row += 1
 
 
-def _size(value: Any) -> int:
+def characters(value: Any) -> int:
     """Characters of text in a row, at any depth."""
     match value:
         case str():
             return len(value)
         case Mapping():
-            return sum(map(_size, value.values()))
+            return sum(map(characters, value.values()))
         case list():
-            return sum(map(_size, value))
+            return sum(map(characters, value))
     return 8

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,6 +18,14 @@ from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, columns_of, generic
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
 from hgpo_trl.data.filters import language, opened, quality, token_limit
+from hgpo_trl.data.generators import (
+    GENERATOR_KEYS,
+    REASONING_GYM,
+    TASK,
+    is_generated,
+    list_units,
+    resolve_generated,
+)
 from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
@@ -54,7 +62,7 @@ class BuilderArguments:
     )
     decontamination: list[dict[str, Any]] = field(
         default_factory=list,
-        metadata={"help": "Benchmarks; mappings: path, field, and perhaps name, subset, split, files."},
+        metadata={"help": "Benchmarks; mappings: path, field, and perhaps name, subset, split, files, match."},
     )
     decontamination_ngram: int = field(default=8, metadata={"help": "Words of an n-gram."})
     decontamination_threshold: float = field(
@@ -102,10 +110,11 @@ class Benchmark:
 
     Args:
         path: file, folder, or id on the hub.
-        field: its column of questions.
+        field: its column of questions: texts, or prompts of a data set that is built already.
         name: in the report; default: `path`.
         subset, split: of a folder or on the hub.
         files: glob of files there, in place of both.
+        match: "ngrams", or "exact" for templated questions, which differ from one another in a word or a number.
     """
 
     path: str
@@ -114,10 +123,19 @@ class Benchmark:
     subset: str | None = None
     split: str = "train"
     files: str | None = None
+    match: Literal["ngrams", "exact"] = "ngrams"
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path
 
 
-def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Adapter]]:
+def resolve(sources: list[dict[str, Any]], stage: str, seed: int = 0) -> list[tuple[Source, Adapter]]:
     """Find the adapter of every source.
+
+    Args:
+        stage: "hft" or "hgpo".
+        seed: of the recipe, from which generated sources derive theirs.
 
     Raises:
         UserError: an entry is malformed, an adapter is unknown, or two sources have the same name.
@@ -126,6 +144,15 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
     for index, source in enumerate(parse_entries("sources", sources, Source)):
         where = f"sources[{index}] ({source.label})"
         name = source.adapter or (source.path if source.path in ADAPTERS else "generic")
+        if is_generated(source):
+            adapter = resolve_generated(where, source, stage, seed)
+            resolved.append((source, replace(adapter, licence=source.licence or adapter.licence)))
+            continue
+        if given := [key for key in GENERATOR_KEYS if getattr(source, key) is not None]:
+            raise UserError(
+                f"{where} has `{given[0]}`, which only generated sources take. Drop it, or set adapter: {TASK}, or "
+                f"path: {REASONING_GYM}NAME."
+            )
         if name == "generic":
             if not source.fields:
                 raise UserError(
@@ -144,9 +171,11 @@ def resolve(sources: list[dict[str, Any]], stage: str) -> list[tuple[Source, Ada
                     "generic. (Only some domains: rows, as {maths: 1000}.)"
                 )
         else:
-            nearest = get_close_matches(name, ADAPTERS, n=1, cutoff=0.4)
+            nearest = get_close_matches(name, [*ADAPTERS, TASK], n=1, cutoff=0.4)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-            raise UserError(f"{where}: there is no adapter {name!r}{hint} They are {', '.join(sorted(ADAPTERS))}.")
+            raise UserError(
+                f"{where}: there is no adapter {name!r}{hint} They are {TASK}, {', '.join(sorted(ADAPTERS))}."
+            )
         if stage == "hft" and adapter.stage == "hgpo":
             raise UserError(
                 f"{where} has prompts alone, and Stage I needs responses. {adapter.note} Use it in `data hgpo`, or add "
@@ -181,6 +210,9 @@ def plan(sources: list[tuple[Source, Adapter]], max_row_bytes: int) -> list[Unit
     units: list[Unit] = []
     for index, (source, adapter) in enumerate(sources):
         where = f"sources[{index}].path"
+        if adapter.generator is not None:
+            units += list_units(index, source, adapter.generator)
+            continue
         subset, split = source.subset or adapter.subset, source.split or adapter.split
         files = list_files(where, source.path, subset, split, source.files or adapter.files)
         mine = [unit for file in files for unit in split_into_units(index, file)]
@@ -250,14 +282,21 @@ def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
     for file in files:
         for unit in split_into_units(0, file):
             for place, row in read_unit(unit, max_row_bytes=2**26):
-                text = row.get(benchmark.field) if isinstance(row, dict) else None
-                if not isinstance(text, str):
+                question = _question(row.get(benchmark.field)) if isinstance(row, dict) else None
+                if question is None:
                     columns = sorted(row) if isinstance(row, dict) else row.reason
                     raise UserError(
                         f"{where} ({benchmark.path}): row {place} has no text in {benchmark.field!r}; there is "
                         f"{columns}. Set `field` to its column of questions."
                     )
-                yield text
+                yield question
+
+
+def _question(value: Any) -> str | None:
+    """A text, or the last message of a prompt that is a conversation; None for anything else."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        value = value[-1].get("content")
+    return value if isinstance(value, str) else None
 
 
 def decontaminator(args: BuilderArguments) -> Decontaminator | None:
@@ -266,10 +305,15 @@ def decontaminator(args: BuilderArguments) -> Decontaminator | None:
     if not benchmarks:
         return None
     questions = {
-        benchmark.name or benchmark.path: list(_questions(benchmark, f"decontamination[{index}]"))
+        benchmark.label: list(_questions(benchmark, f"decontamination[{index}]"))
         for index, benchmark in enumerate(benchmarks)
     }
-    return Decontaminator(questions, n=args.decontamination_ngram, threshold=args.decontamination_threshold)
+    return Decontaminator(
+        questions,
+        n=args.decontamination_ngram,
+        threshold=args.decontamination_threshold,
+        exact={benchmark.label for benchmark in benchmarks if benchmark.match == "exact"},
+    )
 
 
 def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
@@ -309,7 +353,7 @@ def run(
     finish: Finish | None = None,
 ) -> Manifest:
     """Plan, claim the folder, build, upload if asked, and print a summary."""
-    sources = resolve(args.sources, stage)
+    sources = resolve(args.sources, stage, args.seed)
     labels = [source.label for source, _ in sources]
     if unknown := [label for label in args.source_shares or () if label not in labels]:
         raise UserError(f"source_shares names {unknown[0]!r}; the sources are {', '.join(labels)}.")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -54,12 +55,14 @@ def load_task(name: str) -> ModuleType:
         raise UserError(
             f"tasks: {name!r} lacks {', '.join(missing)}; hgpo_trl/tasks/embedded.py says what a task needs."
         )
-    levels = task.LEVELS
-    if not isinstance(levels, dict) or not levels or not all(isinstance(w, int) and w > 0 for w in levels.values()):
-        raise UserError(
-            f"tasks: {name!r}: LEVELS must map at least one level to a whole number above 0; got {levels!r}."
-        )
+    check_levels(f"tasks: {name!r}: LEVELS", task.LEVELS)
     return task
+
+
+def check_levels(field: str, levels: Any) -> None:
+    """UserError, with the name of the field, unless levels have weights as a task's LEVELS has."""
+    if not isinstance(levels, dict) or not levels or not all(isinstance(w, int) and w > 0 for w in levels.values()):
+        raise UserError(f"{field} must map at least one level to a whole number above 0; got {levels!r}.")
 
 
 def domain_of(task: ModuleType) -> str:

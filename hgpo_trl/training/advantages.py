@@ -8,7 +8,7 @@ response. Rewards come as `[Q, 2, N/2]`; axis 1 is the mode, in the order of `hg
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,13 +20,12 @@ from hgpo_trl.common.imports import load_function
 
 TIES = ("all", "first")
 INTRA_SCOPES = ("mode", "all")
-DECISION_WEIGHTINGS = ("saturating", "uniform")
 
 STD_EPSILON = 1e-4  # added to every standard deviation, as TRL does
 TIE_TOLERANCE = 1e-6  # relative: rewards come in float32, whose rounding must not decide between equal means
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
@@ -165,22 +164,37 @@ def leave_one_out(x: Tensor, mask: Tensor, dim: tuple[int, ...]) -> Tensor:
     return (x - mean) * count / (count - 1).clamp(min=1) * mask
 
 
-def decision_weights(r_inter: Tensor, mode_probs: Tensor) -> Tensor:
-    """Weigh the inter-group advantage by the distance of the old policy from the mode that won ("saturating").
+DecisionWeighting = Callable[[Tensor, Tensor | None], Tensor]
+"""Returns the factors of the inter-group advantages, `[Q, 2]`, from the mode that won each query (Eq. 8), `[Q, 2]` with
+entries 0 or 1, and the old policy's π_old(m|q), `[Q, 2]`, which a rule may not need."""
 
-    Both modes are always forced. As printed (Eq. 10), the push on the decision token therefore never ends, and once the
-    decision is settled it moves mass to tokens that are neither mode. Here the winner's rows are scaled by
-    2(1 − π_old(m|q)) and the loser's by 2·π_old(m|q): 1 at π_old = 1/2, 0 once the winner has all the mass.
 
-    Args:
-        r_inter: `[Q, 2, N/2]` of `assign_rewards`.
-        mode_probs: `[Q, 2]`, π_old(think|q) and π_old(no_think|q).
+def winner(won: Tensor, mode_probs: Tensor | None = None) -> Tensor:
+    """2 for the mode that won, 0 for the other: the policy gradient is that of the winner's log-likelihood.
 
-    Returns:
-        `[Q, 2, 1]`.
+    The gradient of log π(m|q) on the logit of token v is 1[v = m] − π(v|q): it pulls the winner up and every other
+    token down, and vanishes by itself once the winner has all the mass.
     """
-    won = r_inter.amax(dim=2)  # [Q, 2]
-    return (2 * torch.where(won > 0, 1 - mode_probs, mode_probs))[:, :, None]
+    return 2 * won
+
+
+def saturating(won: Tensor, mode_probs: Tensor | None = None) -> Tensor:
+    """2(1 − π_old(m|q)) for the mode that won, 2·π_old(m|q) for the other: 1 at π_old = 1/2, 0 once it is decided."""
+    if mode_probs is None:
+        raise ValueError("decision_weighting=saturating needs mode_probs, the old policy's probability of each mode.")
+    return 2 * (won - mode_probs).abs()
+
+
+def uniform(won: Tensor, mode_probs: Tensor | None = None) -> Tensor:
+    """1 for both modes, the paper as printed (Eq. 10).
+
+    Both modes are always forced, so the push on the loser's decision token never ends, and once the decision is settled
+    it moves mass to tokens that are neither mode.
+    """
+    return torch.ones_like(won)
+
+
+DECISION_WEIGHTINGS: dict[str, DecisionWeighting] = {rule.__name__: rule for rule in (winner, saturating, uniform)}
 
 
 @dataclass(frozen=True)
@@ -281,6 +295,7 @@ def compute_advantages(
     intra_scope: str = "mode",
     ties: str = "all",
     discount: float = 0.99,
+    decision_weighting: str = "uniform",
     mode_probs: Tensor | None = None,
     decided: Tensor | None = None,
 ) -> Tensor:
@@ -297,7 +312,8 @@ def compute_advantages(
         margin: δ of Eq. 8.
         intra_scope, discount: see `BinaryRewards`.
         ties: see `assign_rewards`.
-        mode_probs: `[Q, 2]`, the old policy's probability of each mode: turns on `decision_weights`. None is the paper.
+        decision_weighting: factors of the inter-group advantages, one of `DECISION_WEIGHTINGS`; "uniform" is the paper.
+        mode_probs: `[Q, 2]`, the old policy's probability of each mode, π_old(m|q); only "saturating" uses them.
         decided: `[Q]`, queries without think samples that no-think has won (`decided_without_think`). Their think rows
             have a NaN reward, hence no intra-group signal, but the inter-group advantage of rows that lost.
 
@@ -309,12 +325,16 @@ def compute_advantages(
             that are not finite; the message names it.
     """
     check_choice("intra_scope", intra_scope, INTRA_SCOPES)
+    check_choice("decision_weighting", decision_weighting, DECISION_WEIGHTINGS)
     check_coefficients(alpha, margin, discount)
     estimate = load_estimator(estimator) if isinstance(estimator, str) else estimator
     if rewards.dtype != torch.float64:
         rewards = rewards.float()
     r_inter, r_intra = assign_rewards(rewards, margin, ties, decided)
     _check_lengths(completion_lengths, rewards.numel())
+    if mode_probs is not None:
+        _check_mode_probs(mode_probs, rewards.shape[:2])
+        mode_probs = mode_probs.to(rewards.dtype)
 
     valid = ~rewards.isnan()
     batch = BinaryRewards(
@@ -331,10 +351,8 @@ def compute_advantages(
     if estimate not in ESTIMATORS.values():
         _check_estimates(advantages, inter, batch)
         advantages = advantages.to(rewards.dtype, copy=True)  # the user's own tensor stays as it is
-    if mode_probs is not None:
-        _check_mode_probs(mode_probs, rewards.shape[:2])
-        inter = inter * decision_weights(r_inter, mode_probs.to(inter.dtype))
-    advantages[:, 0] += alpha * inter.reshape(-1)
+    weights = DECISION_WEIGHTINGS[decision_weighting](r_inter.amax(dim=2), mode_probs)
+    advantages[:, 0] += alpha * (weights[:, :, None] * inter).reshape(-1)
     return advantages
 
 

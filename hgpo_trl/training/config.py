@@ -34,8 +34,9 @@ class HGPOConfig(GRPOConfig):
         intra_scope: normalise r_intra over the mode's own N/2 samples ("mode") or over all N ("all").
         ties: r_intra of samples that share the maximum: "all" get 1, or the "first" only.
         discount: γ of Eq. 22; REINFORCE++ only.
-        decision_weighting: "saturating" scales the inter-group advantage by how far the policy is from the winning
-            mode; "uniform" is the paper as printed, whose push on the decision token never ends (docs/method.md).
+        decision_weighting: weights of the inter-group advantage on the rows of the winning and of the losing mode:
+            "winner" 2 and 0; "saturating" 2(1 − π_old) and 2·π_old of the row's mode; "uniform" 1 and 1, the paper as
+            printed, whose push on the loser never ends (docs/method.md).
         off_mode_warning: warn, once per run, when the mean probability that the first token is neither mode exceeds
             this; between 0 and 1.
         trim_micro_batches: sort the rows of an optimizer step by length into its micro-batches and trim each to its own
@@ -51,8 +52,8 @@ class HGPOConfig(GRPOConfig):
         eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
             (`hybrid_accuracy.accuracy_at_budget`). None: not computed.
         metric_for_best_model: a metric of the evaluation. Default with `load_best_model_at_end`: BEST_METRIC.
-        greater_is_better: follows from the metric (`hybrid_accuracy.GREATER_IS_BETTER`): tokens and off-mode mass are
-            better when lower. `thinking_ratio` alone needs it.
+        greater_is_better: follows from the metric (`hybrid_accuracy.GREATER_IS_BETTER`): tokens, off-mode mass
+            and unsolved prompts are better when lower. `thinking_ratio` alone needs it.
 
     Raises:
         UserError: at construction, naming the field, its value and the remedy.
@@ -97,11 +98,11 @@ class HGPOConfig(GRPOConfig):
     )
     discount: float = field(default=0.99, metadata={"help": "Discount γ of REINFORCE++."})
     decision_weighting: str = field(
-        default="saturating",
+        default="winner",
         metadata={
-            "help": "Weight of the inter-group advantage: saturating (by the policy's distance from the winning mode) "
-            "or uniform (the paper as printed).",
-            "choices": DECISION_WEIGHTINGS,
+            "help": "Weights of the inter-group advantage: winner (the winning mode's rows alone), saturating (by the "
+            "policy's distance from the winning mode) or uniform (the paper as printed).",
+            "choices": tuple(DECISION_WEIGHTINGS),
         },
     )
     off_mode_warning: float = field(

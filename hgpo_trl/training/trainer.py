@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 OFF_MODE = (
     "The first token is neither mode with a mean probability of {mass:.3f} (off_mode_warning={limit}). The policy is "
-    "leaving the two modes: use decision_weighting=saturating, raise beta, or lower the learning rate. If it has been "
+    "leaving the two modes: use decision_weighting=winner, raise beta, or lower the learning rate. If it has been "
     "so from the first step, train HFT for longer."
 )
 OUT_OF_REACH = (
@@ -159,7 +159,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             intra_scope=self.args.intra_scope,
             ties=self.args.ties,
             discount=self.args.discount,
-            mode_probs=decision.mode_probs if self.args.decision_weighting == "saturating" else None,
+            decision_weighting=self.args.decision_weighting,
+            mode_probs=decision.mode_probs,
             decided=rollout.decided,
         )
         first = self.accelerator.process_index * len(inputs)
@@ -303,7 +304,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         else:
             self._lazy.fill_column(column, self._pending_extra_logs[column], values)
 
-    # --- the decision (saturating weights, metrics)
+    # --- the decision (mode probabilities, metrics)
 
     def _read_decision(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decision:
         """Read the old policy's first-token distribution for every query of the global batch, `[Q]` per field."""
