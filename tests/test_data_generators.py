@@ -226,7 +226,8 @@ def test_rows_do_not_depend_on_the_process() -> None:
     """But for those that the builder refuses without PYTHONHASHSEED."""
     code = (
         "import sys, json\nfrom hgpo_trl.data.generators import ReasoningGymGenerator as G\n"
-        "print()  # after what the data sets print\nprint(json.dumps({n: [G(n, n, {}, 9, 6, None, None)(i) for i in range(6)] for n in sys.argv[1:]}))"
+        "print()\n"  # the data sets print, too
+        "print(json.dumps({n: [G(n, n, {}, 9, 6, None, None)(i) for i in range(6)] for n in sys.argv[1:]}))"
     )
     names = [name for name in dataset_names() if name not in SLOW]
     outputs = []
