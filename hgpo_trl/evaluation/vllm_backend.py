@@ -64,7 +64,7 @@ def running_engine(
         tensor_parallel_size=tensor_parallel_size,
         gpu_memory_utilization=gpu_memory_utilization,
         logprobs_mode="raw_logprobs",  # of the model itself, whatever the sampling
-        # A seeded request whose prompt is cut into chunks ends vLLM's engine on a CPU: torch's CPU generator has no offset.
+        # On a CPU a seeded request whose prompt is cut ends the engine: torch's CPU generator has no offset.
         enable_chunked_prefill=False if current_platform.is_cpu() else None,
     )
     try:
