@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
