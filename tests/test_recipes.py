@@ -147,7 +147,9 @@ def test_the_kind_of_data_of_a_recipes_name(name: str, kind: str) -> None:
 
 def test_data_runs_the_kind_that_its_recipes_name_tells(tmp_path: Path, parse: Parse) -> None:
     recipe = tmp_path / "data_eval.yaml"
-    recipe.write_text("output_dir: out\nsources: [{path: x.jsonl, fields: {prompt: q}}]\nmax_rows: 7\n", encoding="utf-8")
+    recipe.write_text(
+        "output_dir: out\nsources: [{path: x.jsonl, fields: {prompt: q}}]\nmax_rows: 7\n", encoding="utf-8"
+    )
     for argv in (["--config", str(recipe)], [f"--config={recipe}"], ["hgpo", "--config", str(recipe)]):
         (args,) = parse("data", *argv)
         assert isinstance(args, data_hgpo.HGPODataArguments)
