@@ -4,7 +4,6 @@ import asyncio
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import astuple
 from importlib.util import find_spec
 from itertools import pairwise
 from types import SimpleNamespace
@@ -32,7 +31,7 @@ TOKENS = mode_tokens(TOKENIZER)
 WORDS = TOKENIZER.convert_tokens_to_ids("let 3 + = a".split())
 MESSAGES = [{"role": "user", "content": "a = 3 </think> sum mod 10 ?"}]  # a tag in a prompt means nothing
 
-IDS = st.lists(st.sampled_from([*astuple(TOKENS), *astuple(TOKENS), *WORDS]), max_size=12)
+IDS = st.lists(st.sampled_from([*TOKENS.ids, *TOKENS.ids, *WORDS]), max_size=12)
 FORCED = st.sampled_from([None, *MODES])
 
 Fields = dict[str, str]

@@ -1,35 +1,53 @@
-"""The two modes: their format, chat template, decision and hybrid accuracy."""
+"""The two modes: their formats, chat template, decision and hybrid accuracy."""
 
 from hgpo_trl.modes.format import (
+    LHRM,
     MODES,
+    PRESETS,
     TAGS,
     TRACE_FIELDS,
     Fault,
     Mode,
-    ModeTokens,
+    ModeFormat,
     Response,
-    add_mode_tokens,
-    check_embeddings,
+    as_format,
     completion_text,
     format_response,
-    mode_tokens,
     split_response,
     trace_mark,
 )
+from hgpo_trl.modes.tokens import (
+    OTHER,
+    ModeTokens,
+    add_mode_tokens,
+    check_embeddings,
+    declare_format,
+    format_of,
+    mode_tokens,
+    prompt_end,
+)
 
 __all__ = [
+    "LHRM",
     "MODES",
+    "OTHER",
+    "PRESETS",
     "TAGS",
     "TRACE_FIELDS",
     "Fault",
     "Mode",
+    "ModeFormat",
     "ModeTokens",
     "Response",
     "add_mode_tokens",
+    "as_format",
     "check_embeddings",
     "completion_text",
+    "declare_format",
+    "format_of",
     "format_response",
     "mode_tokens",
+    "prompt_end",
     "split_response",
     "trace_mark",
 ]
