@@ -23,6 +23,7 @@ from hgpo_trl.modes.tokens import (
     check_embeddings,
     declare_format,
     format_of,
+    is_declared,
     mode_tokens,
     prompt_end,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "declare_format",
     "format_of",
     "format_response",
+    "is_declared",
     "mode_tokens",
     "prompt_end",
     "split_response",

@@ -17,12 +17,13 @@ import re
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import LHRM, MODES, format_of, prompt_end
+from hgpo_trl.modes import LHRM, MODES, PRESETS, as_format, declare_format, format_of, is_declared, prompt_end
 
 
 def _template(name: str) -> str:
@@ -157,6 +158,37 @@ def let_model_decide(tokenizer: PreTrainedTokenizerBase) -> str:
             "that does not. Write a template whose generation prompt ends before it, and set it as the tokenizer's."
         )
     return opening
+
+
+FORMAT_HELP = (
+    f"Marks of the modes: {', '.join(PRESETS)}, or a mapping of texts (docs/formats.md); null: as the tokenizer shows."
+)
+
+
+def settle_format(tokenizer: PreTrainedTokenizerBase, given: Any = None) -> str:
+    """Settle a tokenizer's format, and have its chat template leave the decision to the model.
+
+    Args:
+        given: a recipe's `mode_format`; None: the tokenizer shows it (`format_of`).
+
+    Returns:
+        A line for the user about what was found or changed; empty if there is nothing to say.
+
+    Raises:
+        UserError: `given` is no format, or the template cannot leave the decision to the model.
+    """
+    if given is not None:
+        declare_format(tokenizer, as_format(given))
+    mode_format = format_of(tokenizer)
+    if mode_format == LHRM:
+        return ""
+    declared = is_declared(tokenizer)
+    declare_format(tokenizer, mode_format)
+    opening = let_model_decide(tokenizer)
+    notes = [] if declared else ["the chat template shows it"]
+    if opening:
+        notes.append(f"the chat template opens a mode by itself, {opening!r}, which is left to the model here")
+    return f"mode_format: {mode_format.name} ({'; '.join(notes)})" if notes else ""
 
 
 def ensure_thinking_modes(tokenizer: PreTrainedTokenizerBase) -> None:

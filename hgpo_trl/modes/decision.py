@@ -100,6 +100,7 @@ def draw_other(
 
     Args:
         pad: a token to pad prompts with, on the left.
+        temperature: of the sampling; 0 is greedy.
         batch_rows: prompts per forward pass.
 
     Returns:
@@ -115,5 +116,6 @@ def draw_other(
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1].float()
         logits[:, excluded] = -torch.inf
-        drawn += torch.softmax(logits / temperature, dim=-1).multinomial(1)[:, 0].tolist()
+        best = logits.argmax(dim=-1)
+        drawn += (torch.softmax(logits / temperature, dim=-1).multinomial(1)[:, 0] if temperature else best).tolist()
     return drawn

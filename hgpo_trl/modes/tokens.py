@@ -5,7 +5,8 @@ ones: TRL decodes completions with `skip_special_tokens=True`, so a special toke
 it. Other formats' openings may have several tokens; the decision stands where the two part.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -68,6 +69,48 @@ class ModeTokens:
     def no_think(self) -> int:
         """The token that decides against it."""
         return self.decision[1]
+
+    @property
+    def beginnings(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Every beginning of an opening, with the tokens that follow it in one: where to read π(m | q) by steps."""
+        found: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for opening in self.openings:
+            for place, token in enumerate(opening):
+                known = found.get(opening[:place], ())
+                found[opening[:place]] = known if token in known else (*known, token)
+        return found
+
+    def probabilities(self, log_probs: Mapping[tuple[int, ...], float]) -> tuple[float, float]:
+        """π(think | q) and π(no_think | q) from the log-probability of each beginning's last token after the others."""
+
+        def follow(opening: tuple[int, ...]) -> float:
+            return math.exp(sum(log_probs[opening[: place + 1]] for place in range(len(opening))))
+
+        think, no_think = (
+            follow(opening) - (follow((*opening, other)) if token == OTHER else 0.0)
+            for opening, token, other in zip(self.openings, self.decision, reversed(self.decision), strict=True)
+        )
+        return think, no_think
+
+    def picked(self, greedy: Mapping[tuple[int, ...], int]) -> Mode | None:
+        """The mode that the most likely token after each beginning leads to; None if it is neither."""
+        for mode, opening, token, other in zip(
+            MODES, self.openings, self.decision, reversed(self.decision), strict=True
+        ):
+            follows = all(greedy[opening[:place]] == opening[place] for place in range(len(opening)))
+            if follows and (token != OTHER or greedy[opening] != other):
+                return mode
+        return None
+
+    def chosen(self, response: Sequence[int]) -> Mode | None:
+        """The mode that a response's tokens decide for; None if they go another way before or at the decision."""
+        place = len(self.prefix)
+        if len(response) <= place or tuple(response[:place]) != self.prefix:
+            return None
+        for mode, token, other in zip(MODES, self.decision, reversed(self.decision), strict=True):
+            if response[place] == token or (token == OTHER and response[place] != other):
+                return mode
+        return None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -156,6 +199,11 @@ _FIELD = "mode_format"  # of tokenizer_config.json
 def declare_format(tokenizer: "PreTrainedTokenizerBase", mode_format: ModeFormat) -> None:
     """Make a format that of a tokenizer; it is saved with it."""
     tokenizer.init_kwargs[_FIELD] = mode_format.declaration()
+
+
+def is_declared(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a tokenizer declares its format."""
+    return tokenizer.init_kwargs.get(_FIELD) is not None
 
 
 def format_of(tokenizer: "PreTrainedTokenizerBase") -> ModeFormat:

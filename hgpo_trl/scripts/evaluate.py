@@ -41,6 +41,7 @@ from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
 from hgpo_trl.inference.generate import AUTO, check_settings, render
 from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
+from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
 from hgpo_trl.modes.hybrid_accuracy import Label, group_labels
 from hgpo_trl.rewards.functions import check_weights, load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -96,6 +97,7 @@ class EvaluateArguments:
     tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs that share the model."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: its share of each GPU's memory."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
+    mode_format: dict | str | None = field(default=None, metadata={"help": FORMAT_HELP})
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "samples_per_mode", "batch_size", "tensor_parallel_size"):
@@ -247,6 +249,8 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
         UserError: there is no such model, or it has no mode tags.
     """
     tokenizer = tokenizer_of("model", args.model)
+    if line := settle_format(tokenizer, args.mode_format):
+        print(line, flush=True)
     try:
         mode_tokens(tokenizer)
     except ValueError as error:
