@@ -209,7 +209,7 @@ def _decide(
             think = torch.softmax(output.logits[0].float(), dim=-1)[:, tokens.think]
         else:
             think = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens).think
-        found |= dict(zip(batch, zip(output.sequences[:, length].tolist(), think.tolist(), strict=True), strict=True))
+        found |= dict(zip(batch, zip(output.sequences[:, length:].tolist(), think.tolist(), strict=True), strict=True))
     return [found[row] for row in range(len(ids))]
 
 

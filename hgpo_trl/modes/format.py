@@ -7,6 +7,7 @@ That is the format of `lhrm`, this library's own (arXiv 2505.14631, section 2.1)
 marks: a `ModeFormat` says which.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -140,7 +141,7 @@ PRESETS = {
 }
 
 
-def as_format(value: "str | Mapping[str, str] | ModeFormat") -> ModeFormat:
+def as_format(value: Any) -> ModeFormat:
     """The format that a recipe's `mode_format` names, or gives by its texts.
 
     Raises:
@@ -148,6 +149,8 @@ def as_format(value: "str | Mapping[str, str] | ModeFormat") -> ModeFormat:
     """
     if isinstance(value, ModeFormat):
         return value
+    if isinstance(value, str) and value.startswith("{"):  # from a command line
+        value = json.loads(value)
     if isinstance(value, str):
         if value not in PRESETS:
             raise UserError(

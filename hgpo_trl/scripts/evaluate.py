@@ -40,7 +40,7 @@ from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
 from hgpo_trl.inference.generate import AUTO, check_settings, render
 from hgpo_trl.inference.vllm_support import check_vllm_installed
-from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
+from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, as_format, format_of, format_response, mode_tokens
 from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
 from hgpo_trl.modes.hybrid_accuracy import Label, group_labels
 from hgpo_trl.rewards.functions import check_weights, load_reward
@@ -177,8 +177,16 @@ def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) -> None:
+def _claim(
+    args: EvaluateArguments,
+    dataset: Dataset,
+    settings: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ModeFormat:
     """Claim `output_dir` for these samples, and record their model, prompts and settings there.
+
+    Returns:
+        The format of the samples: the tokenizer's, or without one, where samples are only scored, that of the record.
 
     Raises:
         UserError: it holds samples of another model, of other prompts or settings, or of an unknown run; or there are
@@ -193,6 +201,8 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
         "dtype": args.dtype,
         **settings,
     }
+    if tokenizer is not None and (mode_format := format_of(tokenizer)) != LHRM:
+        run["mode_format"] = mode_format.declaration()
     if args.backend == "transformers":  # a batch is drawn from one stream of random numbers
         run["batch_size"] = args.batch_size
     if args.rescore:
@@ -202,12 +212,15 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
                 "of a finished evaluation, or leave rescore out to sample what is missing."
             )
         before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        run["model_files"] = before.get("model_files")  # the model may be gone
+        run["model_files"] = before.get("model_files")  # the model may be gone, and its tokenizer with it
+        if "mode_format" in before:
+            run["mode_format"] = before["mode_format"]
     else:
         run["model_files"] = fingerprint(args.model)
     if (output_dir / SAMPLES).is_file() or any((output_dir / PARTS).glob("*.parquet")):
         check_same_run(record, run)
     write_json(record, run)
+    return as_format(run.get("mode_format", LHRM))
 
 
 def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
@@ -298,7 +311,7 @@ def main(argv: Sequence[str]) -> None:
     groups: dict[str, list[Label | None]] = {
         name: group_labels(name, dataset[name]) for name in GROUPS if name in dataset.column_names
     }
-    _claim(args, dataset, settings)
+    mode_format = _claim(args, dataset, settings, tokenizer)
     _try_rewards(rewards, dataset)
     reward_model = reward_args.build_reward_model(default_device(), dataset[0]["prompt"])
     if reward_model is not None:
@@ -310,7 +323,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         assert tokenizer is not None  # rescoring without samples was refused
         samples = _sample(args, tokenizer, list(dataset["prompt"]))
-    samples = score_samples(samples, dataset, rewards, args.reward_weights)
+    samples = score_samples(samples, dataset, rewards, args.reward_weights, mode_format)
     write_samples(output_dir / SAMPLES, samples)
     report = report_on(
         samples,
