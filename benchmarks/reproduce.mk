@@ -4,6 +4,7 @@ BIN ?= .venv/bin
 R ?= runs/reproduce
 SEEDS ?= 0 1 2
 MARGINS ?= 0.45 0.7# beside 0.2 of the recipe; at N = 8 a mode's mean is a multiple of 1/4
+HGPO ?=# fields of every HGPO run, beside the recipe's: --decision_weighting saturating
 SMALL ?= 32# width of the smaller model; the recipe's is 64
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -39,7 +40,7 @@ endef
 # $(call hgpo,SEED,PREFIX,NAME,RECIPES,FIELDS)
 define hgpo
 $(R)/$(1)/$(2)$(3)/model.safetensors: $(R)/$(1)/$(2)hft/model.safetensors
-	$$(call run,$(1)-$(2)$(3),hgpo --config $(4)/hgpo.yaml --seed $(1) --model_name_or_path $$(<D) --train_data $(R)/$(1)/$(2)data/hgpo.parquet --output_dir $$(@D) $(5))
+	$$(call run,$(1)-$(2)$(3),hgpo --config $(4)/hgpo.yaml --seed $(1) --model_name_or_path $$(<D) --train_data $(R)/$(1)/$(2)data/hgpo.parquet --output_dir $$(@D) $(5) $(HGPO))
 $(call evaluation,$(1),$(2)$(3),$(2)$(3),$(4),$(R)/$(1)/$(2)data/eval.parquet)
 endef
 

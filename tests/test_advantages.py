@@ -9,9 +9,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.training.advantages import BinaryRewards, assign_rewards, compute_advantages, load_estimator
+from hgpo_trl.training.advantages import (
+    DECISION_WEIGHTINGS,
+    BinaryRewards,
+    assign_rewards,
+    compute_advantages,
+    load_estimator,
+)
 
 ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_as_printed")
 GROUP_ESTIMATORS = ("grpo", "rloo")
@@ -37,6 +44,7 @@ class Case:
     intra_scope: str = "mode"
     ties: str = "all"
     discount: float = 0.99
+    decision_weighting: str = "uniform"
     mode_probs: list[list[float]] | None = None
 
     def run(self) -> Rows:
@@ -55,6 +63,7 @@ class Case:
             intra_scope=self.intra_scope,
             ties=self.ties,
             discount=self.discount,
+            decision_weighting=self.decision_weighting,
             mode_probs=probs,
         )
 
@@ -157,7 +166,10 @@ def reference_advantages(case: Case) -> Rows:
 
         inter = [r_inter[q][m][s] for m, s in members]
         for (m, s), value in zip(members, normalise(inter) if grouped else inter, strict=True):
-            if case.mode_probs is not None:
+            if case.decision_weighting == "winner":
+                value *= 2 if r_inter[q][m][s] == 1 else 0
+            elif case.decision_weighting == "saturating":
+                assert case.mode_probs is not None
                 pi = case.mode_probs[q][m]
                 value *= 2 * (1 - pi) if r_inter[q][m][s] == 1 else 2 * pi
             out[row_of(q, m, s)][0] += case.alpha * value
@@ -203,8 +215,8 @@ def gap_is_decided(case: Case) -> bool:
 
 
 @st.composite
-def cases(draw: st.DrawFn, estimator: str | None = None, exact: bool = False, probs: bool = True) -> Case:
-    """A call; `exact`: rewards and margin are multiples of 1/8; `probs`: with mode_probs half of the time."""
+def cases(draw: st.DrawFn, estimator: str | None = None, exact: bool = False, weighting: str | None = None) -> Case:
+    """A call; `exact`: rewards and margin are multiples of 1/8; `weighting`: of the decision, any if None."""
     queries = draw(st.integers(1, 4))
     half = draw(st.sampled_from([2, 3, 4]))
     kind = draw(st.sampled_from(["ties", "grid"] if exact else ["ties", "grid", "continuous"]))
@@ -213,8 +225,9 @@ def cases(draw: st.DrawFn, estimator: str | None = None, exact: bool = False, pr
         reward = st.one_of(reward, reward, st.just(NAN))
     samples = st.lists(reward, min_size=half, max_size=half)
     margins = eighths(-2, 8) if exact else st.one_of(eighths(-2, 8), st.sampled_from([0.2, 0.05]))
+    weighting = weighting or draw(st.sampled_from([*DECISION_WEIGHTINGS]))
     mode_probs = None
-    if probs and draw(st.booleans()):
+    if weighting == "saturating":
         mode_probs = []
         for _ in range(queries):
             think, share = draw(st.floats(0, 1)), draw(st.floats(0, 1))
@@ -229,6 +242,7 @@ def cases(draw: st.DrawFn, estimator: str | None = None, exact: bool = False, pr
         intra_scope=draw(st.sampled_from(["mode", "all"])),
         ties=draw(st.sampled_from(["all", "first"])),
         discount=draw(st.one_of(st.just(0.99), st.just(1.0), st.floats(0.05, 1))),
+        decision_weighting=weighting,
         mode_probs=mode_probs,
     )
     assume(gap_is_decided(case))
@@ -266,7 +280,7 @@ def test_compute_advantages_matches_reference(estimator: str, data: st.DataObjec
 
 
 @settings(max_examples=200, deadline=None)
-@given(case=cases(probs=False))
+@given(case=cases(weighting="uniform"))
 def test_assign_rewards_matches_reference(case: Case) -> None:
     """r_inter and r_intra are the reference's zeros and ones."""
     rewards = torch.tensor(case.rewards, dtype=torch.float64)
@@ -307,7 +321,7 @@ def test_low_precision_rewards_are_computed_in_float32(dtype: torch.dtype, estim
 @given(estimator=st.sampled_from(GROUP_ESTIMATORS), data=st.data())
 def test_inter_group_advantages_sum_to_zero_per_query(estimator: str, data: st.DataObject) -> None:
     """What alpha adds is a redistribution within the query."""
-    case = data.draw(cases(estimator, probs=False))
+    case = data.draw(cases(estimator, weighting="uniform"))
     sums = [0.0] * len(case.rewards)
     for (q, _, _), gain in zip(rows_of(case), first_column_gain(case), strict=True):
         sums[q] += gain
@@ -323,7 +337,7 @@ def test_alpha_touches_the_decision_token_only(case: Case) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(probs=False))
+@given(case=cases(weighting="uniform"))
 def test_alpha_is_linear(case: Case) -> None:
     """Doubling alpha doubles what it adds."""
     once, twice = first_column_gain(case, 1.0), first_column_gain(case, 2.0)
@@ -370,15 +384,15 @@ def test_shape_zero_padding_and_invalid_rows(case: Case) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(probs=False))
+@given(case=cases(weighting="uniform"))
 def test_saturating_at_one_half_is_the_printed_rule(case: Case) -> None:
     """An undecided policy has the factor 2 * 1/2 = 1 in every row."""
-    halves = replace(case, mode_probs=[[0.5, 0.5] for _ in case.rewards])
+    halves = replace(case, decision_weighting="saturating", mode_probs=[[0.5, 0.5] for _ in case.rewards])
     assert_close(halves.run(), case.run(), 1e-12)
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(probs=False), winner_prob=st.floats(0, 1), loser_prob=st.floats(0, 1))
+@given(case=cases(weighting="uniform"), winner_prob=st.floats(0, 1), loser_prob=st.floats(0, 1))
 def test_saturating_stops_at_a_decided_policy(case: Case, winner_prob: float, loser_prob: float) -> None:
     """Zero for the winner's rows at pi = 1 and the loser's at pi = 0; doubled at the other ends."""
     r_inter, _ = reference_rewards(case.rewards, case.margin, case.ties)
@@ -386,7 +400,7 @@ def test_saturating_stops_at_a_decided_policy(case: Case, winner_prob: float, lo
 
     def gains(of_winner: float, of_loser: float) -> list[float]:
         probs = [[of_winner if m == best else of_loser for m in (0, 1)] for best in winner]
-        return first_column_gain(replace(case, mode_probs=probs))
+        return first_column_gain(replace(case, decision_weighting="saturating", mode_probs=probs))
 
     printed = first_column_gain(case)
     settled_winner, settled_loser, undone = gains(1.0, loser_prob), gains(winner_prob, 0.0), gains(0.0, 1.0)
@@ -396,6 +410,103 @@ def test_saturating_stops_at_a_decided_policy(case: Case, winner_prob: float, lo
         else:
             assert settled_loser[i] == pytest.approx(0, abs=1e-12)
         assert undone[i] == pytest.approx(2 * printed[i], abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(weighting="uniform"))
+def test_winner_pays_the_winning_rows_alone(case: Case) -> None:
+    """Twice the printed advantage on the rows of the mode that won, none on the other mode's."""
+    r_inter, _ = reference_rewards(case.rewards, case.margin, case.ties)
+    printed, gains = first_column_gain(case), first_column_gain(replace(case, decision_weighting="winner"))
+    for (q, mode, _), gain, of_printed in zip(rows_of(case), gains, printed, strict=True):
+        if any(r_inter[q][mode]):
+            assert gain == pytest.approx(2 * of_printed, abs=1e-9)
+            assert gain >= 0
+        else:
+            assert gain == 0
+
+
+def decision_step(embeddings: Tensor, hidden: Tensor, weighting: str) -> tuple[Tensor, Tensor]:
+    """Expected policy gradient of the decision token where think (token 0) wins over no-think (token 1).
+
+    Args:
+        embeddings: `[V, d]`; the logits are embeddings · hidden, as in a language model.
+        hidden: `[d]`.
+
+    Returns:
+        The gradient on `hidden`, and π `[V]`.
+    """
+    hidden = hidden.clone().requires_grad_()
+    log_probs = torch.log_softmax(embeddings @ hidden, dim=0)
+    probs = log_probs.detach().exp()
+    rewards = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]], dtype=torch.float64)
+    advantages = compute_advantages(
+        rewards, torch.ones(4, dtype=torch.long), decision_weighting=weighting, mode_probs=probs[None, :2]
+    )
+    (gradient,) = torch.autograd.grad((advantages[:, 0] * log_probs[[0, 0, 1, 1]]).sum(), hidden)
+    return gradient, probs
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits=st.lists(st.floats(-8, 8), min_size=3, max_size=12))
+def test_updates_of_the_logits(logits: list[float]) -> None:
+    """As docs/method.md states them: "winner" pushes nothing up but the winner, and vanishes at π(winner) = 1."""
+    hidden, identity = torch.tensor(logits, dtype=torch.float64), torch.eye(len(logits), dtype=torch.float64)
+    gradient, probs = decision_step(identity, hidden, "winner")
+    won = torch.zeros_like(probs)
+    won[0] = 1
+    scale = 4 * INTER  # two rows, weight 2
+    torch.testing.assert_close(gradient, scale * (won - probs), rtol=0, atol=1e-6)
+    others = {name: decision_step(identity, hidden, name)[0][2:] for name in DECISION_WEIGHTINGS}
+    neither = probs[2:].sum()
+    expected = {"winner": -probs[2:], "saturating": -probs[2:] * neither, "uniform": torch.zeros_like(probs[2:])}
+    for name, update in others.items():
+        torch.testing.assert_close(update, scale * expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["winner", "saturating"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_the_policy_comes_to_rest_at_the_share_of_wins(weighting: str, share: float) -> None:
+    """Where think wins that share of a query's comparisons, the mean update is 0 at π(think) = share."""
+    hidden, identity = torch.tensor([share, 1 - share, 1e-12], dtype=torch.float64).log(), torch.eye(3).double()
+    think_wins, _ = decision_step(identity, hidden, weighting)
+    no_think_wins, _ = decision_step(identity[[1, 0, 2]], hidden, weighting)
+    mean_update = share * think_wins + (1 - share) * no_think_wins
+    assert mean_update.abs().max() < 1e-9
+    assert think_wins.abs().max() > 0.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), tokens=st.integers(3, 12), width=st.integers(1, 6))
+def test_winner_never_moves_mass_away_from_the_winner(seed: int, tokens: int, width: int) -> None:
+    """However the tokens share their weights: 1 − π(winner), which bounds the mass on neither, falls at every step."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(tokens, width, dtype=torch.float64, generator=generator)
+    hidden = torch.randn(width, dtype=torch.float64, generator=generator)
+    step = 0.1 / embeddings.square().sum(dim=1).max()  # of the order of the inverse curvature
+    before = 0.0
+    for _ in range(40):
+        gradient, probs = decision_step(embeddings, hidden, "winner")
+        assert probs[0] >= before - 1e-12
+        before = probs[0]
+        hidden += step * gradient
+
+
+def test_the_printed_rule_moves_the_mass_to_neither_mode() -> None:
+    """All of it, where a third token lies in the direction from loser to winner."""
+    embeddings = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [3.0, 0.0]], dtype=torch.float64)
+    neither = {}
+    for weighting in ("uniform", "winner"):
+        hidden = torch.tensor([0.0, 4.0], dtype=torch.float64)  # both modes at 0.495
+        neither[weighting] = []
+        for _ in range(400):
+            gradient, probs = decision_step(embeddings, hidden, weighting)
+            neither[weighting].append(probs[2].item())
+            hidden += 0.2 * gradient
+    assert neither["uniform"][0] == neither["winner"][0] < 0.01
+    assert neither["uniform"][-1] > 0.99
+    assert max(neither["winner"]) < 0.1
+    assert neither["winner"][-1] < 0.01
 
 
 @settings(max_examples=100, deadline=None)
@@ -526,7 +637,11 @@ def test_by_hand_whitening_spans_the_batch() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(estimator=st.sampled_from(["grpo", "rloo", "reinforce_plus_plus"]), case=cases(probs=False), queries=st.data())
+@given(
+    estimator=st.sampled_from(["grpo", "rloo", "reinforce_plus_plus"]),
+    case=cases(weighting="uniform"),
+    queries=st.data(),
+)
 def test_a_mode_whose_samples_tie_gets_no_signal_but_the_decisions(
     estimator: str, case: Case, queries: st.DataObject
 ) -> None:
@@ -549,13 +664,22 @@ def test_a_mode_whose_samples_tie_gets_no_signal_but_the_decisions(
 
 
 def test_by_hand_saturating() -> None:
-    """mode_probs: the winner's rows by 2 * (1 - pi), the loser's by 2 * pi; the intra-group part stays."""
+    """The winner's rows by 2 * (1 - pi), the loser's by 2 * pi; the intra-group part stays."""
     # pi = (0.6, 0.3): think (wins) by 2 * 0.4 = 0.8, no think (loses) by 2 * 0.3 = 0.6.
-    case = replace(BY_HAND, mode_probs=[[0.6, 0.3]])
+    case = replace(BY_HAND, decision_weighting="saturating", mode_probs=[[0.6, 0.3]])
     won, lost = 0.8 * INTER, -0.6 * INTER
     assert_close(case.run(), [[won, 0, 0], [won, 0, 0], [lost - PAIR, 0, 0], [lost + PAIR, PAIR, PAIR]], 1e-7)
     case = replace(case, estimator="reinforce_plus_plus_as_printed", discount=0.5)
     assert_close(case.run(), [[2.3, 1, 0], [1.8, 0, 0], [0, 0, 0], [1.75, 1.5, 1]], 1e-12)
+
+
+def test_by_hand_winner() -> None:
+    """The winner's rows by 2, the loser's by 0; the intra-group part stays."""
+    case = replace(BY_HAND, decision_weighting="winner")
+    won = 2 * INTER
+    assert_close(case.run(), [[won, 0, 0], [won, 0, 0], [-PAIR, 0, 0], [PAIR, PAIR, PAIR]], 1e-7)
+    case = replace(case, estimator="reinforce_plus_plus_as_printed", discount=0.5)
+    assert_close(case.run(), [[3.5, 1, 0], [3, 0, 0], [0, 0, 0], [1.75, 1.5, 1]], 1e-12)
 
 
 def test_by_hand_tie_at_the_margin() -> None:
@@ -637,7 +761,9 @@ def test_by_hand_a_mode_without_valid_samples(estimator: str, empty: int) -> Non
     expected = nothing + rows if empty == 0 else rows + nothing
     assert_close(case.run(), expected, 1e-7)
     assert_close(replace(case, intra_scope="all").run(), expected, 1e-7)
-    assert_close(replace(case, mode_probs=[[0.9, 0.1]]).run(), expected, 1e-7)
+    for weighting in DECISION_WEIGHTINGS:
+        weighted = replace(case, decision_weighting=weighting, mode_probs=[[0.9, 0.1]])
+        assert_close(weighted.run(), expected, 1e-7)
 
 
 def test_by_hand_one_invalid_sample() -> None:
@@ -684,7 +810,7 @@ def expect_error(field: str, value: str, **changes: Any) -> None:
     assert value in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["estimator", "intra_scope", "ties"])
+@pytest.mark.parametrize("field", ["estimator", "intra_scope", "ties", "decision_weighting"])
 def test_unknown_choice(field: str) -> None:
     """The choices are closed."""
     expect_error(field, "nonsense", **{field: "nonsense"})
@@ -756,6 +882,10 @@ def test_mode_probs_out_of_range(value: float) -> None:
         compute_advantages(
             torch.ones(1, 2, 2), torch.ones(4, dtype=torch.long), mode_probs=torch.tensor([[0.5, value]])
         )
+
+
+def test_saturating_without_mode_probs() -> None:
+    expect_error("mode_probs", "saturating", decision_weighting="saturating")
 
 
 def test_infinite_rewards_are_compared_like_any_other() -> None:

@@ -166,3 +166,22 @@ def test_what_real_data_sets_share(shared_data: Path, benchmark: str, data: str,
     drops = [drop for drop in decontaminator([example(text) for text in problems(shared_data, data)]) if drop]
     assert len(drops) == pytest.approx(overlapping, abs=3)
     assert sum(drop.detail["overlap"] == 1.0 for drop in drops) >= whole
+
+
+def test_templated_questions_are_matched_exactly() -> None:
+    """By n-grams one question of a template is all of them; exactly, only itself."""
+    template = "Ann has {} apples and buys {} more of them, on her way home from the market that opens every week on "
+    template += "Monday. How many apples does Ann have now, all in all, if she has not eaten any?"
+    trained = [template.format(i, j) for i in range(20) for j in range(20)]
+    fresh = [example(template.format(i, 20)) for i in range(20)]
+    assert None not in Decontaminator({"trained": trained})(fresh)
+    exact = Decontaminator({"trained": trained, "riddles": [SHEEP]}, exact={"trained"})
+    assert exact(fresh) == [None] * 20
+    (drop,) = exact([example("Hello", "Hi", f" {trained[21]}\n")])
+    assert drop is not None
+    assert drop.detail == {"benchmark": "trained", "row": 21, "overlap": 1.0, "text": trained[21]}
+    assert exact([example(trained[21].upper())]) == [None]
+    (drop,) = exact([example(SHEEP.upper())])
+    assert drop is not None
+    assert drop.detail["benchmark"] == "riddles"
+    assert pickle.loads(pickle.dumps(exact))(fresh) == [None] * 20

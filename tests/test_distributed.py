@@ -106,12 +106,12 @@ ENGINES = {
 @pytest.mark.parametrize(
     ("config", "one", "two", "weighting"),
     [
-        ("cpu_ddp", (8, 2), (8, 1), "uniform"),
-        ("cpu_ddp", (6, 4), (6, 2), "uniform"),  # N = 4: every other group straddles the two processes
-        ("zero2", (8, 2), (4, 2), "uniform"),
-        ("zero3", (6, 4), (6, 2), "uniform"),
+        ("cpu_ddp", (8, 2), (8, 1), "winner"),
+        ("cpu_ddp", (6, 4), (6, 2), "winner"),  # N = 4: every other group straddles the two processes
+        ("zero2", (8, 2), (4, 2), "winner"),
+        ("zero3", (6, 4), (6, 2), "winner"),
         ("zero3", (6, 4), (6, 2), "saturating"),
-        ("fsdp2", (8, 2), (8, 1), "uniform"),
+        ("fsdp2", (8, 2), (8, 1), "winner"),
     ],
     ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
 )
@@ -124,7 +124,7 @@ def test_two_processes_take_the_steps_of_one(
     assert len(alone["rows"]) == len(together["rows"])
     for row, other in zip(fixed(alone), fixed(together), strict=True):
         assert (row["query"], row["completion"]) == (other["query"], other["completion"])
-        if weighting == "uniform":
+        if weighting != "saturating":
             assert row["advantages"] == other["advantages"]
         else:
             assert row["advantages"] == pytest.approx(other["advantages"], abs=1e-5)
@@ -270,6 +270,20 @@ def test_hft_adds_the_tags_and_takes_the_steps_of_one_process(
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("config", ["cpu_ddp", "zero3"])
+def test_steps_sorted_by_length_are_those_of_one_process(
+    config: str, stage: Stage, hft_fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two processes share the rows of a step, in micro-batches of unequal size; every token weighs alike."""
+    fields = hft_fields | {"train_sampling_strategy": "batch_rebalance", "max_steps": 3}
+    alone = stage(None, "hft", tmp_path / "alone", per_device_train_batch_size=8, **fields)
+    fields |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    both = stage(config, "hft", tmp_path / "both", **fields)
+    for mine, expected in zip(log_of(both), log_of(alone), strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
 @pytest.mark.parametrize("config", ["cpu_ddp", "zero2", "zero3", "fsdp2"])
 def test_hgpo_resumes_under_sharding(config: str, stage: Stage, model_dir: str, data: Path, tmp_path: Path) -> None:
     """Plain generation in every process; groups straddle the two. An epoch is one step under DDP, five elsewhere."""
@@ -282,9 +296,13 @@ def test_hgpo_resumes_under_sharding(config: str, stage: Stage, model_dir: str, 
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_hft_resumes_within_a_later_epoch(stage: Stage, hft_fields: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["random", "batch_rebalance"])
+def test_hft_resumes_within_a_later_epoch(
+    strategy: str, stage: Stage, hft_fields: dict[str, Any], tmp_path: Path
+) -> None:
     """Two steps an epoch; the third of five is the middle of the second."""
     fields = hft_fields | {"per_device_train_batch_size": 2, "train_split": "train[:8]", "max_steps": 5}
+    fields |= {"train_sampling_strategy": strategy}
     whole = stage("cpu_ddp", "hft", tmp_path / "whole", **fields)
     resumed = stage("cpu_ddp", "hft", tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-3", **fields)
     assert log_of(resumed) == log_of(whole)

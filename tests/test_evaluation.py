@@ -640,7 +640,7 @@ def test_the_example_looks_the_cheapest_bias_up(evaluate: Callable[..., Path]) -
 
 
 def test_evaluate_again_gives_the_same_files(evaluate: Callable[..., Path], tmp_path: Path) -> None:
-    names = ("report.json", "samples.parquet")
+    names = ("report.json", "samples.parquet", "examples.json")
     first, second = ([(evaluate(output_dir=tmp_path / f"{n}") / name).read_bytes() for name in names] for n in "ab")
     assert first == second
 

@@ -1,6 +1,7 @@
 """Stage I on rows of unequal length: the gradient of one big batch, and P(think) as the share of think examples."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.modes.decision import read_decision
 from hgpo_trl.scripts import hft
-from hgpo_trl.tasks.embedded import build_model, draw, hft_dataset, prompt_dataset
+from hgpo_trl.tasks.embedded import Query, build_model, draw, hft_dataset, prompt_dataset
 from hgpo_trl.training.hft import HFTTrainer, row_lengths
 
 EXAMPLES = ["prompt", "completion"]
@@ -35,9 +36,7 @@ def make(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Callable[..., SF
     def make(dataset: Any, cls: type[SFTTrainer] = HFTTrainer, dtype: str = "float32", **fields: Any) -> SFTTrainer:
         model = build_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2).to(getattr(torch, dtype))
         settings = ON_CPU | {"output_dir": str(tmp_path), "max_length": 128, "max_steps": 1}
-        return cls(
-            model=model, args=SFTConfig(**settings | fields), train_dataset=dataset, processing_class=tokenizer
-        )
+        return cls(model=model, args=SFTConfig(**settings | fields), train_dataset=dataset, processing_class=tokenizer)
 
     return make
 
@@ -79,11 +78,13 @@ def test_rows_are_sorted_within_a_step_alone(examples: Dataset, make: Callable[.
     rows = [[length for batch in step for length in batch] for step in steps]
     assert [len(step) for step in rows] == [32] * 6 + [8], "the last step has what is left"
     assert all(len(step) == 8 for step in steps), "as many micro-batches as in every other step"
-    assert sorted(sum(rows, [])) == sorted(row_lengths(trainer.train_dataset)), "every row once"
+    assert sorted(length for step in rows for length in step) == sorted(row_lengths(trainer.train_dataset)), (
+        "every row once"
+    )
     padded = sum(max(batch) * len(batch) for step in steps for batch in step)
-    random = make(examples.select(range(200)), **fields)
+    unsorted = steps_of(make(examples.select(range(200)), **fields))
     assert padded < 1.2 * sum(map(sum, rows))
-    assert sum(max(batch) * len(batch) for step in steps_of(random) for batch in step) > 1.4 * sum(map(sum, rows))
+    assert sum(max(batch) * len(batch) for step in unsorted for batch in step) > 1.4 * sum(map(sum, rows))
     for step in rows[:-1]:
         assert 6 <= sum(length > 30 for length in step) <= 26, "rows of both modes in every step"
 
@@ -128,34 +129,36 @@ def test_streams_keep_their_order(examples: Dataset, make: Callable[..., SFTTrai
     assert trainer.state.global_step == 1
 
 
-def think_share(trainer: SFTTrainer) -> float:
-    """Mean P(think) over fresh queries after training."""
+def sums(num: int, seed: int) -> Iterator[Query]:
+    """Queries of the easiest level: a think response has 16 tokens, a no-think response 4."""
+    rng = random.Random(seed)
+    return (TASK.sample(1, rng) for _ in range(num))
+
+
+def thinks(rows: Dataset, cls: type[SFTTrainer], strategy: str, make: Callable[..., SFTTrainer]) -> float:
+    """Mean P(think) after training on some rows."""
+    fields = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 90, "seed": 0}
+    fields |= {"learning_rate": 2e-2, "adam_beta2": 0.98, "lr_scheduler_type": "linear"}
+    trainer = make(rows.select_columns(EXAMPLES), cls, train_sampling_strategy=strategy, **fields)
     trainer.train()
-    tokenizer = trainer.processing_class
-    queries = prompt_dataset(draw(TASK, 64, held_out=True, fraction=0.2, seed=1))["prompt"]
-    prompts = tokenizer.apply_chat_template(
-        list(queries), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    )
+    tokenizer, queries = trainer.processing_class, list(prompt_dataset(sums(64, seed=1))["prompt"])
+    kwargs = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
+    prompts = tokenizer.apply_chat_template(queries, **kwargs)
     trainer.model.eval()
-    decision = read_decision(
-        trainer.model, prompts["input_ids"], prompts["attention_mask"], mode_tokens(trainer.processing_class)
-    )
-    return (decision.think / (decision.think + decision.no_think)).mean().item()
+    return read_decision(trainer.model, **prompts, tokens=mode_tokens(tokenizer)).think.mean().item()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25])
 def test_model_thinks_as_often_as_its_examples(share: float, make: Callable[..., SFTTrainer]) -> None:
-    """Steps of like length, which TRL would take, tilt the decision towards the shorter mode."""
-    rows = hft_dataset(draw(TASK, 640, held_out=False, fraction=0.2, seed=0), share, seed=0)
+    rows = hft_dataset(sums(960, seed=0), share, seed=0)
     in_data = sum(mode == "think" for mode in rows["mode"]) / len(rows)
-    fields = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "learning_rate": 1e-2}
-    fields |= {"max_steps": 60, "logging_steps": 60, "lr_scheduler_type": "linear"}
+    assert thinks(rows, HFTTrainer, "batch_rebalance", make) == pytest.approx(in_data, abs=0.05)
 
-    def trained(cls: type[SFTTrainer], strategy: str) -> float:
-        return think_share(make(rows.select_columns(EXAMPLES), cls, train_sampling_strategy=strategy, **fields))
 
-    assert trained(HFTTrainer, "batch_rebalance") == pytest.approx(in_data, abs=0.05)
-    assert trained(SFTTrainer, "group_by_length") < in_data - 0.1
+def test_steps_of_like_length_tilt_the_decision(make: Callable[..., SFTTrainer]) -> None:
+    """Why HFTTrainer refuses them: half of the examples think, and a quarter of the mass does."""
+    rows = hft_dataset(sums(960, seed=0), 0.5, seed=0)
+    assert thinks(rows, SFTTrainer, "group_by_length", make) < 0.35
 
 
 def test_steps_of_one_mode_are_refused(

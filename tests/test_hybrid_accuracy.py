@@ -84,8 +84,14 @@ def reference_row(prompt: Prompt, margin: float) -> dict[str, float]:
     lengths = [mean([float(length) for length in samples]) for samples in prompt.lengths]
     target = reference_target(scores, lengths, margin)
     neither = min(max(1.0 - prompt.prob_think - prompt.prob_no_think, 0.0), 1.0)
+    right = NAN if target is None else float(prompt.picked == target)
+    gain = scores[THINK] - scores[NO_THINK]
+    gains = gain >= max(margin - 1e-9, 1e-9)
     row = {
-        "hybrid_accuracy": NAN if target is None else float(prompt.picked == target),
+        "hybrid_accuracy": right,
+        "hybrid_accuracy_where/thinking_gains": right if gains else NAN,
+        "hybrid_accuracy_where/no_gain": NAN if gains else right,
+        "unsolved": NAN if target is None else float(scores[THINK] < 0.5 and scores[NO_THINK] < 0.5),
         "thinking_ratio": prompt.prob_think,
         "off_mode_mass": neither,
     }
@@ -180,6 +186,9 @@ def test_a_row_by_hand() -> None:
     prompt = Prompt(([1.0, 1.0, 0.0, NAN], [0.0, 1.0, 0.0, 0.0]), ([8, 10, 12, 10], [2, 2, 3, 1]), 0.5, 0.25, THINK)
     expected = {
         "hybrid_accuracy": 1.0,
+        "hybrid_accuracy_where/thinking_gains": 1.0,
+        "hybrid_accuracy_where/no_gain": NAN,
+        "unsolved": 0.0,
         "thinking_ratio": 0.5,
         "off_mode_mass": 0.25,
         "accuracy/auto": 2 / 3,
@@ -193,7 +202,7 @@ def test_a_row_by_hand() -> None:
         "mean_tokens/no_think": 2.0,
         "mean_tokens/oracle": 10.0,
     }
-    assert row_of(prompt) == pytest.approx(expected)
+    assert row_of(prompt) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize(("picked", "expected"), [(THINK, 1.0), (NO_THINK, 0.0), (NEITHER, 0.0)])
@@ -279,6 +288,8 @@ def test_matches_the_reference(prompts: list[Prompt], margin: float) -> None:
         head, _, tail = name.partition("/")
         value = summary[head][tail] if tail else summary[head]
         assert value == pytest.approx(mean([row[name] for row in rows]), nan_ok=True), name
+    parts = [mean([row[f"hybrid_accuracy_where/{part}"] for row in rows]) for part in ("thinking_gains", "no_gain")]
+    assert summary["balanced_hybrid_accuracy"] == pytest.approx(sum(parts) / 2, nan_ok=True)
 
 
 @settings(max_examples=200)
@@ -307,6 +318,90 @@ def test_a_larger_margin_never_makes_the_oracle_longer(prompts: list[Prompt], ma
     small, large = (table_of(prompts, margin)["mean_tokens/oracle"] for margin in sorted(margins))
     defined = ~np.isnan(small)
     assert (large[defined] <= small[defined]).all()
+
+
+# --- What hybrid accuracy does not show ---------------------------------------
+
+GAINS, NO_GAIN, BALANCED = (
+    "hybrid_accuracy_where/thinking_gains",
+    "hybrid_accuracy_where/no_gain",
+    "balanced_hybrid_accuracy",
+)
+
+
+def always_wrong(picked: int, num_prompts: int = 30) -> list[Prompt]:
+    return [Prompt(([0.0] * 4, [0.0] * 4), ([40] * 4, [3] * 4), picked=picked)] * num_prompts
+
+
+def test_a_model_that_is_always_wrong_and_never_thinks_fools_hybrid_accuracy_alone() -> None:
+    summary = summarize(table_of(always_wrong(NO_THINK)))
+    assert summary["hybrid_accuracy"] == 1.0
+    assert summary["unsolved"] == 1.0
+    assert math.isnan(summary[BALANCED]), "there is no prompt where thinking gains"
+    lucky = Prompt(([1.0, 0.0, 0.0, 0.0], [0.0] * 4), ([40] * 4, [3] * 4), picked=NO_THINK)
+    summary = summarize(table_of([*always_wrong(NO_THINK), lucky], 0.2))
+    assert summary["hybrid_accuracy"] == pytest.approx(30 / 31)
+    assert (summary["unsolved"], summary[BALANCED]) == (1.0, 0.5), "one response in four is not to solve it"
+
+
+@settings(max_examples=100)
+@given(prompts=prompt_lists(), margin=st.sampled_from([0.0, 0.25]), picked=st.sampled_from([THINK, NO_THINK, NEITHER]))
+def test_one_and_the_same_choice_is_worth_half_at_most(prompts: list[Prompt], margin: float, picked: int) -> None:
+    """As long as thinking takes the more tokens; a choice that is always the oracle's is worth 1."""
+    costly = [replace(prompt, lengths=([9] * len(prompt.scores[0]), [2] * len(prompt.scores[0]))) for prompt in prompts]
+    found = summarize(table_of([replace(prompt, picked=picked) for prompt in costly], margin))[BALANCED]
+    assert math.isnan(found) or found == (0.0 if picked == NEITHER else 0.5)
+    targets = [reference_target([mean(list(s)) for s in prompt.scores], [9.0, 2.0], margin) for prompt in costly]
+    oracle = [replace(p, picked=p.picked if t is None else t) for p, t in zip(costly, targets, strict=True)]
+    best = summarize(table_of(oracle, margin))[BALANCED]
+    assert best == 1.0 or (math.isnan(best) and math.isnan(found))
+
+
+@settings(max_examples=100)
+@given(prompts=prompt_lists(), margin=st.sampled_from([0.0, 0.25]), copies=st.integers(2, 4), data=st.data())
+def test_balanced_does_not_depend_on_how_many_prompts_need_thinking(
+    prompts: list[Prompt], margin: float, copies: int, data: st.DataObject
+) -> None:
+    part = data.draw(st.sampled_from([GAINS, NO_GAIN]))
+    table = table_of(prompts, margin)
+    repeated = [
+        copy
+        for p, right in zip(prompts, table[part], strict=True)
+        for copy in [p] * (1 if math.isnan(right) else copies)
+    ]
+    before, after = (summarize(table_of(of, margin))[BALANCED] for of in (prompts, repeated))
+    assert after == pytest.approx(before, nan_ok=True)
+
+
+@settings(max_examples=100)
+@given(prompts=prompt_lists(), margin=st.sampled_from([0.0, 0.25]))
+def test_the_two_parts_make_up_the_whole(prompts: list[Prompt], margin: float) -> None:
+    table = table_of(prompts, margin)
+    both = np.stack([table[GAINS], table[NO_GAIN]])
+    assert (np.isnan(both).sum(axis=0) >= 1).all(), "a prompt is in one part at most"
+    whole = np.where(np.isnan(both).all(axis=0), np.nan, np.nan_to_num(both).sum(axis=0))
+    assert np.array_equal(whole, table["hybrid_accuracy"], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        pytest.param(([0, 0], [0, 0]), 1.0, id="never right"),
+        pytest.param(([1, 0, 0], [0, 0, 1]), 1.0, id="right once in three in both"),
+        pytest.param(([0, 0], [1, 0]), 0.0, id="half of the responses of one mode"),
+        pytest.param(([1, 1], [0, 0]), 0.0, id="one mode always"),
+        pytest.param(([0.49, 0.49], [0.2, 0.3]), 1.0, id="graded, below"),
+        pytest.param(([0.1, 0.9], [0.2, 0.3]), 0.0, id="graded, half on average"),
+        pytest.param(([1 / 6, 1 / 3, 1 - 1e-12], [0.2, 0.3, 0.1]), 0.0, id="half but for the last bits"),
+        pytest.param(([-3, -2], [-1, -1]), 1.0, id="negative"),
+        pytest.param(([1, NAN], [NAN, NAN]), NAN, id="a mode without a valid score"),
+        pytest.param(([0, NAN], [NAN, 1]), 0.0, id="of valid scores alone"),
+    ],
+)
+def test_unsolved(scores: tuple[list[float], list[float]], expected: float) -> None:
+    lengths = [9] * len(scores[0]), [2] * len(scores[0])
+    for picked in (THINK, NO_THINK, NEITHER):
+        assert row_of(Prompt(scores, lengths, picked=picked))["unsolved"] == pytest.approx(expected, nan_ok=True)
 
 
 # --- Decision bias ------------------------------------------------------------
@@ -438,6 +533,12 @@ def test_a_curve_by_hand() -> None:
     assert (own["accuracy"]["auto"], own["mean_tokens"]["auto"], own["thinking_ratio"]["auto"]) == (0.5, 11.0, 0.5)
     assert (always["accuracy"]["auto"], always["mean_tokens"]["auto"]) == (1.0, 15.0)
     assert [entry["hybrid_accuracy"] for entry in (never, own, always)] == [0.5, 0.0, 0.5]
+    parts = [
+        (entry["hybrid_accuracy_where"]["thinking_gains"], entry["hybrid_accuracy_where"]["no_gain"])
+        for entry in (never, own, always)
+    ]
+    assert parts == [(0.0, 1.0), (0.0, 0.0), (1.0, 0.0)]
+    assert [entry["balanced_hybrid_accuracy"] for entry in (never, own, always)] == [0.5, 0.0, 0.5]
     weights = 0.5 * math.e, 0.25 / math.e, 0.25
     think = 0.2 * math.e, 0.8 / math.e
     expected = (think[0] / sum(think) + weights[0] / sum(weights)) / 2
@@ -459,11 +560,10 @@ def test_accuracy_at_a_budget_by_hand(budget: float, expected: float) -> None:
     assert accuracy_at_budget(*scored, *choice, budget) == pytest.approx(expected, nan_ok=True)
     found = evaluation_metrics(*scored, *choice, margin=0.1, token_budget=budget)
     table = table_of(prompts, 0.1)
-    assert list(found) == [*table, "accuracy_at_budget"]
-    assert found == pytest.approx(
-        {name: column.mean() for name, column in table.items()} | {"accuracy_at_budget": expected}, nan_ok=True
-    )
-    assert list(evaluation_metrics(*scored, *choice)) == list(table)
+    assert list(found) == [*table, BALANCED, "accuracy_at_budget"]
+    means = {name: np.nanmean(column) for name, column in table.items()}
+    assert found == pytest.approx(means | {BALANCED: 0.0, "accuracy_at_budget": expected}, nan_ok=True)
+    assert list(evaluation_metrics(*scored, *choice)) == [*table, BALANCED]
 
 
 def test_thinking_where_it_helps_little_is_not_always_worth_its_tokens() -> None:
@@ -539,6 +639,46 @@ def test_blocks_are_the_resamples_of_one_draw(block: int, monkeypatch: pytest.Mo
     assert whole["x"] == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
     monkeypatch.setattr(hybrid_accuracy, "BLOCK", block)
     assert bootstrap_intervals({"x": column}, resamples=101)["x"] == pytest.approx(whole["x"], rel=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 70, 1234, hybrid_accuracy.BLOCK])
+def test_the_balanced_interval_resamples_prompts_of_both_parts(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the definition, resample by resample: all prompts are drawn together, then each part has its mean."""
+    rng = np.random.default_rng(5)
+    right, gains = rng.integers(0, 2, 30).astype(float), rng.random(30) < 0.2
+    table = {GAINS: np.where(gains, right, NAN), NO_GAIN: np.where(gains, NAN, right)}
+    balanced = []
+    for count in np.random.default_rng(7).multinomial(30, np.full(30, 1 / 30), size=200):
+        drawn = np.repeat(np.arange(30), count)
+        if gains[drawn].any() and not gains[drawn].all():
+            balanced.append((right[drawn][gains[drawn]].mean() + right[drawn][~gains[drawn]].mean()) / 2)
+    assert 150 < len(balanced) <= 200
+    monkeypatch.setattr(hybrid_accuracy, "BLOCK", block)
+    found = bootstrap_intervals(table, resamples=200, seed=7)
+    assert list(found) == [GAINS, NO_GAIN, BALANCED]
+    assert found[BALANCED] == pytest.approx(tuple(np.quantile(balanced, [0.025, 0.975])))
+
+
+def test_the_balanced_interval_covers() -> None:
+    """Thinking gains on one prompt in four; the choice is right on 60 % of these and on 90 % of the others."""
+    rng = np.random.default_rng(0)
+    hits, simulations = 0, 300
+    for seed in range(simulations):
+        gains = rng.random(200) < 0.25
+        right = (rng.random(200) < np.where(gains, 0.6, 0.9)).astype(float)
+        table = {GAINS: np.where(gains, right, NAN), NO_GAIN: np.where(gains, NAN, right)}
+        low, high = bootstrap_intervals(table, 400, seed)[BALANCED]
+        hits += low <= 0.75 <= high
+    assert 0.91 <= hits / simulations <= 0.98
+
+
+def test_without_its_parts_there_is_no_balanced_metric() -> None:
+    for table in ({GAINS: np.ones(3)}, {"x": np.ones(3)}):
+        assert BALANCED not in summarize(table)
+    empty = {GAINS: np.full(3, NAN), NO_GAIN: np.ones(3)}
+    summary = summarize(empty)
+    assert math.isnan(summary[BALANCED])
+    assert all(math.isnan(bound) for bound in summary["intervals"][BALANCED])
 
 
 def test_columns_are_resampled_together() -> None:

@@ -20,7 +20,13 @@ from trl import GRPOTrainer
 
 from hgpo_trl.modes import MODES, Fault, Mode, Response
 from hgpo_trl.rewards.functions import check_bounded, checked
-from hgpo_trl.training.advantages import ESTIMATORS, assign_rewards, compute_advantages, decided_without_think
+from hgpo_trl.training.advantages import (
+    DECISION_WEIGHTINGS,
+    ESTIMATORS,
+    assign_rewards,
+    compute_advantages,
+    decided_without_think,
+)
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.lazy import LazyThinking
 from hgpo_trl.training.trainer import HGPOTrainer
@@ -62,9 +68,16 @@ def test_ties_go_to_no_think() -> None:
     assert decided_without_think(no_think[:3], 0.0).tolist() == [False, False, True]
 
 
-@given(unit_rewards(), MARGIN, st.sampled_from([*ESTIMATORS]), st.sampled_from(["all", "first"]), st.data())
+@given(
+    unit_rewards(),
+    MARGIN,
+    st.sampled_from([*ESTIMATORS]),
+    st.sampled_from(["all", "first"]),
+    st.sampled_from([*DECISION_WEIGHTINGS]),
+    st.data(),
+)
 def test_decision_tokens_get_what_the_whole_algorithm_gives_them(
-    rewards: torch.Tensor, margin: float, estimator: str, ties: str, data: st.DataObject
+    rewards: torch.Tensor, margin: float, estimator: str, ties: str, weighting: str, data: st.DataObject
 ) -> None:
     queries, _, half = rewards.shape
     lengths = torch.tensor(data.draw(st.lists(st.integers(1, 6), min_size=rewards.numel(), max_size=rewards.numel())))
@@ -73,7 +86,13 @@ def test_decision_tokens_get_what_the_whole_algorithm_gives_them(
     unsampled = torch.stack([decided, torch.zeros_like(decided)], dim=1).repeat_interleave(half, dim=1)  # [Q, N]
     seen = rewards.masked_fill(unsampled.view(rewards.shape), torch.nan)
     short = lengths.masked_fill(unsampled.flatten(), 1)
-    options: dict[str, Any] = {"estimator": estimator, "margin": margin, "ties": ties, "mode_probs": probs}
+    options: dict[str, Any] = {
+        "estimator": estimator,
+        "margin": margin,
+        "ties": ties,
+        "decision_weighting": weighting,
+        "mode_probs": probs,
+    }
 
     def both(alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
         whole = compute_advantages(rewards, lengths, alpha=alpha, **options)

@@ -1,4 +1,4 @@
-"""The package: what the wheel holds, recipes found by name, and the demo's commands."""
+"""The package: what the wheel holds, and recipes found by name."""
 
 import importlib
 import os
@@ -7,17 +7,14 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 import hgpo_trl
 from hgpo_trl.common import recipe_files
 from hgpo_trl.common.environment import apply_env
-from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.recipe_files import find_recipe, nearest_recipe, package_recipes, recipe_names, summary
-from hgpo_trl.scripts import demo, recipes
+from hgpo_trl.scripts import recipes
 
 ROOT = Path(__file__).parents[1]
 PACKAGED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*") if path.is_file())
@@ -176,61 +173,3 @@ def test_recipes_lists_those_here_first(folder: Callable[..., Path], capsys: pyt
     assert "  study/hgpo  About recipes/study/hgpo.yaml\n" in text
     assert text.index("study/hgpo") < text.index("chain-sum/hgpo")
     assert "accelerate/cpu" not in text
-
-
-# --- the demo -------------------------------------------------------------------------------------------------
-
-Calls = list[tuple[list[str], dict[str, str]]]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
-    """Commands that the demo runs, and their environments, in place of running them."""
-    found: Calls = []
-
-    def run(command: list[str], env: dict[str, str]) -> Any:
-        found.append((command[3:], env))
-        return subprocess.CompletedProcess(command, returncode=3 if "hgpo" in command[3:4] else 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.chdir(tmp_path)
-    return found
-
-
-@pytest.mark.parametrize("recipe", ["chain-sum", "two-domains"])
-def test_every_command_of_the_demo_reads_what_an_earlier_one_writes(recipe: str) -> None:
-    written: list[str] = []
-    for _, words in demo.commands(recipe):
-        options = dict(zip(words[1::2], words[2::2], strict=True))
-        fields = yaml.safe_load(Path(options.pop("--config")).read_text(encoding="utf-8"))
-        fields |= {name.removeprefix("--"): value for name, value in options.items()}
-        written.append(fields.pop("output_dir"))
-        named = [text for value in fields.values() for text in (value if isinstance(value, list) else [value])]
-        for path in [str(text).rpartition("=")[2] for text in named if "runs/" in str(text)]:
-            assert any(path == folder or path.startswith(f"{folder}/") for folder in written[:-1]), (words[0], path)
-    assert f"runs/{recipe}/report" in written
-
-
-def test_the_demo_ends_with_the_command_that_fails(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        demo.main([])
-    assert caught.value.code == 3
-    assert [command[0] for command, _ in calls] == ["data", "hft", "hgpo"]
-    assert capsys.readouterr().out.split("\n=== ")[1:] == ["data ===\n", "train-hft ===\n", "train-hgpo ===\n"]
-
-
-def test_the_demos_environment_gives_way_to_the_users(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    with pytest.raises(SystemExit):
-        demo.main([])
-    assert {env["OMP_NUM_THREADS"] for _, env in calls} == {"4"}
-    assert {env["TOKENIZERS_PARALLELISM"] for _, env in calls} == {"false"}
-
-
-def test_a_demo_without_recipes_names_those_that_there_are(calls: Calls) -> None:
-    with pytest.raises(UserError, match=r"no recipe chainsum/data\. Name one of chain-sum, two-domains"):
-        demo.main(["--recipe", "chainsum"])
-    with pytest.raises(UserError, match=r"no recipe qwen2\.5-math-1\.5b/data\."):
-        demo.main(["--recipe", "qwen2.5-math-1.5b"])
-    assert not calls

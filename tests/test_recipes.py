@@ -23,6 +23,7 @@ from transformers import Trainer
 
 from hgpo_trl.cli import STAGES
 from hgpo_trl.common.environment import set_env
+from hgpo_trl.scripts import data, data_hgpo
 from hgpo_trl.scripts.recipe import RecipeParser, _Loader, _of_type
 from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
 
@@ -104,9 +105,9 @@ def stage_of(path: Path) -> str:
 
 
 def command_of(path: Path) -> tuple[str, ...]:
-    """data_classifier.yaml is one for `hgpo-trl data classifier`, baselines_rft.yaml for `hgpo-trl baselines rft`."""
+    """`hgpo-trl data` tells the kind by the recipe's name; baselines_rft.yaml is one for `hgpo-trl baselines rft`."""
     stage, kind = stage_of(path), path.stem.partition("_")[2]
-    return (stage, kind) if stage in ("data", "baselines") and kind else (stage,)
+    return (stage, kind) if stage == "baselines" else (stage,)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -123,6 +124,27 @@ def test_recipe_loads_through_its_stage(path: Path, parse: Parse) -> None:
         if isinstance(value, (int, float)) and key in values:
             assert values[key] == value
             assert type(values[key]) in (type(value), float)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("runs/x/data.yaml", "task"), ("x/data", "task"), ("mine.yaml", "task"), ("hft.yaml", "task"),
+        ("x/data_hft", "hft"), ("a/b/data_hgpo.yaml", "hgpo"), ("data_eval.yaml", "hgpo"),
+        ("recipes/data/data_classifier.yaml", "classifier"), ("data_hgpo_hard.yaml", "task"), ("eval.yaml", "task"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_data_of_a_recipes_name(name: str, kind: str) -> None:
+    assert data.kind_of(name) == kind
+
+
+def test_data_runs_the_kind_that_its_recipes_name_tells(tmp_path: Path, parse: Parse) -> None:
+    recipe = tmp_path / "data_eval.yaml"
+    recipe.write_text("output_dir: out\nsources: []\nmax_rows: 7\n", encoding="utf-8")
+    for argv in (["--config", str(recipe)], [f"--config={recipe}"], ["hgpo", "--config", str(recipe)]):
+        (args,) = parse("data", *argv)
+        assert isinstance(args, data_hgpo.HGPODataArguments)
+        assert args.max_rows == 7
 
 
 @pytest.mark.processes

@@ -18,6 +18,8 @@ POLICIES = ("auto", "sampled", "think", "no_think", "oracle")
 ACCURACY = {"auto": 0.9617, "sampled": 0.9302, "think": 0.9812, "no_think": 0.7023, "oracle": 0.9851}
 TOKENS = {"auto": 1210.4, "sampled": 1302.5, "think": 2501.6, "no_think": 88.7, "oracle": 1190.8}
 
+PARTS = {"thinking_gains": 0.7561, "no_gain": 0.9323}
+
 Evaluation = dict[str, Any]
 
 
@@ -30,12 +32,18 @@ def figures(hybrid_accuracy: float = 0.8914, thinking_ratio: float = 0.4137) -> 
     return {
         "num_prompts": 270,
         "hybrid_accuracy": hybrid_accuracy,
+        "hybrid_accuracy_where": dict(PARTS),
+        "balanced_hybrid_accuracy": 0.8442,
+        "unsolved": 0.0778,
         "thinking_ratio": thinking_ratio,
         "off_mode_mass": 0.0213,
         "accuracy": dict(ACCURACY),
         "mean_tokens": dict(TOKENS),
         "intervals": {
             "hybrid_accuracy": around(hybrid_accuracy, 0.0211),
+            "hybrid_accuracy_where": {part: around(value, 0.02) for part, value in PARTS.items()},
+            "balanced_hybrid_accuracy": around(0.8442, 0.0333),
+            "unsolved": [0.0555, 0.1001],
             "thinking_ratio": around(thinking_ratio, 0.0311),
             "off_mode_mass": [0.0123, 0.0321],
             "accuracy": {policy: around(ACCURACY[policy], 0.0111) for policy in POLICIES},
@@ -88,11 +96,11 @@ def table(text: str, first_header: str) -> dict[str, list[str]]:
 def null(entry: Evaluation) -> None:
     """Every number that an evaluation without valid samples lacks becomes null, in place."""
     for key, value in entry.items():
-        if key in ("accuracy", "mean_tokens"):
+        if key in ("accuracy", "mean_tokens", "hybrid_accuracy_where"):
             entry[key] = dict.fromkeys(value)
         elif key == "intervals":
             null(value)
-        elif key in ("hybrid_accuracy", "thinking_ratio", "off_mode_mass"):
+        elif key in ("hybrid_accuracy", "balanced_hybrid_accuracy", "unsolved", "thinking_ratio", "off_mode_mass"):
             entry[key] = None if isinstance(value, float) else [None, None]
 
 
@@ -159,6 +167,10 @@ def test_numbers_of_the_model_table(full: Path) -> None:
     rows = table(read(full)[0], " |")
     assert rows[""] == ["hft", "hgpo"]
     assert rows["Hybrid accuracy"][1] == "89.1 % [87.0, 91.2]"
+    assert rows["Hybrid accuracy, balanced"][1] == "84.4 % [81.1, 87.8]"
+    assert rows["Right choice where thinking gains"][1] == "75.6 % [73.6, 77.6]"
+    assert rows["Right choice where it does not"][1] == "93.2 % [91.2, 95.2]"
+    assert rows["Solved by neither mode"][1] == "7.8 % [5.5, 10.0]"
     assert rows["Thinking ratio"] == ["50.0 % [38.3, 44.5]", "41.4 % [38.3, 44.5]"]
     assert rows["Off-mode mass"][1] == "2.1 % [1.2, 3.2]"
     assert rows["Format faults, thinking"][1] == "4.7 %"
@@ -175,23 +187,31 @@ def test_numbers_of_the_model_table(full: Path) -> None:
 def test_tables_by_level_and_by_margin(full: Path) -> None:
     text, _ = read(full)
     lines = [line.replace(NO_BREAK, " ") for line in text.splitlines()]
-    level_rows = [line.split(" | ")[:5] for line in lines if re.match(r"\| \d \| h", line)]
+    level_rows = [line.split(" | ")[:7] for line in lines if re.match(r"\| \d \| h", line)]
     assert [row[:2] for row in level_rows] == [[f"| {k}", name] for k in (1, 2, 3) for name in ("hft", "hgpo")]
-    assert level_rows[4][2:] == ["270", "89.1 % [87.0, 91.2]", "30.0 % [26.9, 33.1]"]
+    assert level_rows[4][2:] == [
+        "270",
+        "89.1 % [87.0, 91.2]",
+        "84.4 % [81.1, 87.8]",
+        "7.8 % [5.5, 10.0]",
+        "30.0 % [26.9, 33.1]",
+    ]
     rows = table(text, "Training margin")
     assert list(rows)[2:] == ["0", "0.4"]
-    assert rows["0.4"][1].startswith("22.2 %")
+    assert rows["0.4"][1:3] == ["84.4 % [81.1, 87.8]", "22.2 % [38.3, 44.5]"]
 
 
 def test_sentences_are_computed(full: Path) -> None:
     text = read(full)[0].replace(NO_BREAK, " ")
     assert (
         "> `hgpo` answers 96.2 % correctly with 48 % of the tokens of always thinking and picks the better "
-        "mode for 89.1 % [87.0, 91.2] of the prompts." in text
+        "mode for 89.1 % [87.0, 91.2] of the prompts (75.6 % of those where thinking gains, 93.2 % of the others)."
+        in text
     )
     assert "against the same model always thinking: accuracy −1.9 points, tokens −52 %." in text
     assert "against the same model never thinking: accuracy +25.9 points, tokens +1265 %." in text
-    assert "`hgpo` against `hft`, both by their own choice: hybrid accuracy +0.0 points" in text
+    assert "`hgpo` against `hft`, both by their own choice: hybrid accuracy +0.0 points, balanced +0.0 points" in text
+    assert "Neither mode of `hgpo` solves 7.8 % of the prompts." in text
     assert "`hft` thinks with probability 10.0 % [6.9, 13.1] at level 1 and 30.0 % [26.9, 33.1] at level 3." in text
     assert "Note:" not in text
 
@@ -199,7 +219,30 @@ def test_sentences_are_computed(full: Path) -> None:
 def test_a_worse_model_is_not_praised(tmp_path: Path) -> None:
     worse = evaluation("hgpo", hybrid_accuracy=0.5)
     text = read(write_report({"hft": evaluation("hft"), "hgpo": worse}, tmp_path))[0].replace(NO_BREAK, " ")
-    assert "hybrid accuracy −39.1 points, accuracy +0.0 points, tokens +0 %." in text
+    assert "hybrid accuracy −39.1 points, balanced +0.0 points, accuracy +0.0 points, tokens +0 %." in text
+
+
+def test_reports_of_earlier_versions_are_shown_without_the_later_metrics(tmp_path: Path) -> None:
+    old = evaluation("hft")
+    for part in (old, *old["by_level"]):
+        for name in ("hybrid_accuracy_where", "balanced_hybrid_accuracy", "unsolved"):
+            del part[name], part["intervals"][name]
+    text = read(write_report({"new": evaluation(), "hft": old}, tmp_path))[0].replace(NO_BREAK, " ")
+    rows = table(text, " |")
+    assert rows["Hybrid accuracy, balanced"] == ["84.4 % [81.1, 87.8]", "–"]
+    assert rows["Solved by neither mode"] == ["7.8 % [5.5, 10.0]", "–"]
+    assert "picks the better mode for 89.1 % [87.0, 91.2] of the prompts.\n" in text
+    assert "Neither mode of" not in text
+
+
+def test_domains_have_a_table_where_there_are_several(tmp_path: Path) -> None:
+    domains = [{"domain": name, **figures(thinking_ratio=share)} for name, share in (("legs", 0.2), ("sums", 0.7))]
+    text = read(write_report({"hgpo": evaluation(by_domain=domains)}, tmp_path / "two"))[0].replace(NO_BREAK, " ")
+    rows = table(text, "Domain")
+    assert [rows[name][0:2] for name in ("legs", "sums")] == [["hgpo", "270"]] * 2
+    assert rows["sums"][5].startswith("70.0 %")
+    one = read(write_report({"hgpo": evaluation(by_domain=domains[:1])}, tmp_path / "one"))[0]
+    assert "| Domain" not in one
 
 
 def curve(*biases: float) -> list[dict[str, Any]]:
@@ -251,7 +294,7 @@ def test_null_is_a_dash(tmp_path: Path) -> None:
     empty = evaluation(levels=(1, 2))
     null(empty["by_level"][0])
     text, page = read(write_report({"hgpo": empty}, tmp_path / "level"))
-    assert text.count("| 1 | hgpo | 270 | – | – | – | – | – | – | – | – |") == 1
+    assert text.count(f"| 1 | hgpo | 270 |{' – |' * 10}") == 1
     assert "at level 1" not in text
 
     null(empty)

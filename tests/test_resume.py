@@ -67,6 +67,12 @@ def run(model_dir: str, train_data: dict[str, str]) -> Callable[..., Path]:
     ("stage", "fields", "steps"),
     [
         ("hft", {"max_steps": 5}, [1, 2, 3]),  # two steps an epoch
+        (
+            "hft",
+            {"max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+            | {"train_sampling_strategy": "batch_rebalance"},
+            [1, 3],
+        ),
         ("hgpo", {"max_steps": 9}, [1, 4, 6]),  # four steps an epoch: within, at and after a boundary
         ("hgpo", {"max_steps": 6, "num_iterations": 2, "steps_per_generation": 2}, [1, 2, 3]),  # amid a rollout
         (
@@ -76,7 +82,7 @@ def run(model_dir: str, train_data: dict[str, str]) -> Callable[..., Path]:
         ),
         ("hgpo", {"max_steps": 7, "logging_steps": 3, "save_steps": 2}, [2, 4]),  # amid a mean of several steps
     ],
-    ids=["hft", "hgpo", "amid a rollout", "amid a lazy rollout", "amid a mean"],
+    ids=["hft", "hft by length", "hgpo", "amid a rollout", "amid a lazy rollout", "amid a mean"],
 )
 def test_resumed_run_equals_the_uninterrupted_one(
     stage: str, fields: Fields, steps: list[int], run: Callable[..., Path], tmp_path: Path

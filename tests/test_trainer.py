@@ -156,7 +156,7 @@ def test_forced_token_has_no_sampling_log_probability(make_trainer: Callable, mo
 
 
 @pytest.mark.usefixtures("well_formed")
-@pytest.mark.parametrize("weighting", ["saturating", "uniform"])
+@pytest.mark.parametrize("weighting", ["winner", "saturating", "uniform"])
 def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weighting: str) -> None:
     trainer = make_trainer(decision_weighting=weighting, alpha=0.5, margin=0.1)
     batch = rollout(trainer)
@@ -175,7 +175,8 @@ def test_advantages_are_those_of_the_pure_functions(make_trainer: Callable, weig
         batch["completion_mask"].sum(1),
         alpha=0.5,
         margin=0.1,
-        mode_probs=probs if weighting == "saturating" else None,
+        decision_weighting=weighting,
+        mode_probs=probs,
     )
     torch.testing.assert_close(batch["advantages"], expected, atol=1e-6, rtol=1e-5)
     assert batch["advantages"].shape == batch["completion_ids"].shape
@@ -560,7 +561,7 @@ def test_warns_once_when_the_policy_leaves_both_modes(make_trainer: Callable, ca
         ({"estimator": "math.ppo"}, "estimator: 'math.ppo': math has no function 'ppo'"),
         ({"ties": "last"}, "ties must be one of all, first"),
         ({"intra_scope": "group"}, "intra_scope must be one of mode, all"),
-        ({"decision_weighting": "none"}, "decision_weighting must be one of saturating, uniform"),
+        ({"decision_weighting": "none"}, "decision_weighting must be one of winner, saturating, uniform"),
         ({"discount": 0.0}, "discount must lie in"),
         ({"max_completion_length": 1}, "max_completion_length must be at least 2"),
         ({"off_mode_warning": 2.0}, "off_mode_warning must lie between 0 and 1"),

@@ -70,6 +70,10 @@ CASES: dict[str, tuple[list[str], tuple[float, float, int]]] = {
 }
 BY_HAND = {
     "hybrid_accuracy": 1 / 3,
+    "hybrid_accuracy_where/thinking_gains": 1.0,  # the first prompt
+    "hybrid_accuracy_where/no_gain": 0.0,
+    "balanced_hybrid_accuracy": 1 / 2,
+    "unsolved": 0.0,
     "thinking_ratio": (0.7 + 0.6 + 0.1) / 3,
     "off_mode_mass": (0.1 + 0.1 + 0.7) / 3,
     "accuracy/auto": (1 + 1 + 0) / 3,
@@ -390,7 +394,7 @@ def test_the_best_is_by_hybrid_accuracy_unless_said_otherwise(tmp_path: Path) ->
     ("metric", "message"),
     [
         ("eval_hybrid_accuracy", r"none of the evaluation's metrics.* Did you mean eval_hgpo/hybrid_accuracy\?"),
-        ("loss", r"metric_for_best_model='loss' is none .* There are eval_hgpo/hybrid_accuracy, eval_hgpo/thinking"),
+        ("loss", r"metric_for_best_model='loss' is none .* There are eval_hgpo/hybrid_accuracy, eval_hgpo/hybrid"),
         ("hgpo/accuracy_at_budget", r"\(accuracy_at_budget needs eval_token_budget\)"),
         ("eval_hgpo/accuracy", r"eval_hgpo/accuracy/auto, eval_hgpo/accuracy/sampled"),
     ],
@@ -419,14 +423,14 @@ def test_the_names_of_the_metrics_are_those_that_are_computed() -> None:
 @pytest.mark.parametrize("figure", [*EVALUATION_METRICS, BUDGET_METRIC])
 @pytest.mark.parametrize("metric", ["hgpo/{}", "eval_hgpo/{}", "eval_name_hgpo/{}"])
 def test_the_better_end_follows_from_the_figure(tmp_path: Path, figure: str, metric: str) -> None:
-    """More accuracy, fewer tokens, less mass on neither mode; of the thinking ratio the user must say."""
+    """More accuracy, fewer tokens, less on neither mode, fewer unsolved; of the thinking ratio the user must say."""
 
     def greater_is_better(**fields: Any) -> bool | None:
         name = metric.format(figure)
         args = HGPOConfig(str(tmp_path), use_cpu=True, bf16=False, metric_for_best_model=name, **EVALUATES, **fields)
         return args.greater_is_better
 
-    right = not figure.startswith(("mean_tokens", "off_mode_mass"))
+    right = not figure.startswith(("mean_tokens", "off_mode_mass", "unsolved"))
     if figure == "thinking_ratio":
         with pytest.raises(UserError, match=r"thinking_ratio' has no better end by itself\. Set greater_is_better"):
             greater_is_better()

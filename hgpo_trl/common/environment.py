@@ -15,7 +15,7 @@ import yaml
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import expand_path
-from hgpo_trl.common.recipe_files import find_recipe
+from hgpo_trl.common.recipe_files import find_recipe, named_recipe
 
 # Python and the dynamic linker read these before the first line of a program.
 _READ_BEFORE_START = re.compile(r"PYTHON\w+|(LD|DYLD|MALLOC|GLIBC)_\w+")
@@ -38,7 +38,7 @@ def apply_env(argv: Sequence[str]) -> None:
     Raises:
         UserError: as `set_env`.
     """
-    name = _config(argv)
+    name = named_recipe(argv)
     path = None if name is None else find_recipe(name)
     try:
         recipe = None if path is None else yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -75,14 +75,3 @@ def set_env(where: str, env: dict[str, object]) -> None:
                 f"`hgpo-trl` or `python -m hgpo_trl.scripts.STAGE`, or set {name} beforehand."
             )
         os.environ[name] = _applied[name, value] = text
-
-
-def _config(argv: Sequence[str]) -> str | None:
-    """The last recipe that a command line names."""
-    name = None
-    for place, word in enumerate(argv):
-        if word == "--config" and place + 1 < len(argv):
-            name = argv[place + 1]
-        elif word.startswith("--config="):
-            name = word.removeprefix("--config=")
-    return name

@@ -5,6 +5,7 @@ python -m hgpo_trl.scripts.hft ...                  the same
 accelerate launch -m hgpo_trl.scripts.hft ...       the same, from the first of the processes that meets it
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ def _leave_process_group() -> None:
     """Leave torch's process group: its threads can abort a process whose interpreter is taken down around them."""
     distributed = sys.modules.get("torch.distributed")  # this module does not import torch
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # ends a vLLM engine that the stage has left behind, which needs its groups for that
         distributed.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """Recipe files by name: `chain-sum/hgpo` is a recipe in `./recipes`, or one that comes with the package."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -28,6 +28,17 @@ def find_recipe(name: str) -> Path | None:
     name = expand_path("--config", name)
     named = (folder / f"{name.removesuffix('.yaml')}.yaml" for folder in (Path("recipes"), package_recipes()))
     return next((path for path in (Path(name), *named) if path.is_file()), None)
+
+
+def named_recipe(argv: Sequence[str]) -> str | None:
+    """The last recipe that a command line names; None if it names none."""
+    name = None
+    for place, word in enumerate(argv):
+        if word == "--config" and place + 1 < len(argv):
+            name = argv[place + 1]
+        elif word.startswith("--config="):
+            name = word.removeprefix("--config=")
+    return name
 
 
 def recipe_names(folder: Path) -> dict[str, Path]:

@@ -32,6 +32,7 @@ class Parts(TypedDict, total=False):
     level: str | None
     id: str
     domain: str
+    reasoning_gym: str | None
     generated: bool
 
 
@@ -734,7 +735,7 @@ def _generated(mode: Mode | None, row: Row) -> Parts:
         parts |= {"mode": mode, "answer": (answer or "").strip()}
     if mode is Mode.THINK:
         parts["reasoning"] = _text(row, "reasoning").strip()
-    for name in ("level", "domain", "id"):
+    for name in ("level", "domain", "id", "reasoning_gym"):
         if (value := _optional(row, name)) is not None:
             parts[name] = value
     return parts

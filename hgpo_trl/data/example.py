@@ -21,6 +21,7 @@ class Example:
         answer: the answer part of the response, without tags; empty for a prompt alone.
         reference: reference answer; None if nothing definite is known.
         level: difficulty, as text; None where the source has none.
+        reasoning_gym: what the verifier of `hgpo_trl.rewards.reasoning_gym_reward` needs, as text; None: not of there.
         generated: from a template by a program, not written by a person or a model: another word is another question.
         num_tokens: of prompt and response; 0 until the token limit's step has counted them.
     """
@@ -34,6 +35,7 @@ class Example:
     answer: str = ""
     reference: str | None = None
     level: str | None = None
+    reasoning_gym: str | None = None
     generated: bool = False
     num_tokens: int = 0
 

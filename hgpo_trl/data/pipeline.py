@@ -41,7 +41,7 @@ from hgpo_trl.common.files import whole_file, write_json
 from hgpo_trl.data.adapters import Adapter, adapt
 from hgpo_trl.data.deduplication import dedup_keys, first_of_each
 from hgpo_trl.data.example import Drop, Example, Step
-from hgpo_trl.data.generators import rows_of
+from hgpo_trl.data.generators import ReasoningGymGenerator, rows_of
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
 from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
 from hgpo_trl.data.sources import Source, Unit
@@ -70,6 +70,7 @@ _SCHEMAS = {
         [("prompt", _MESSAGES)] + [(name, pa.string()) for name in ("answer", "domain", "level", "source", "id")]
     ),
 }
+_REASONING_GYM = pa.field("reasoning_gym", pa.string())
 _REMOVED_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "source", "step", "reason", "detail")])
 
 
@@ -111,6 +112,13 @@ class Build:
     seed: int = 0
     not_read: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the data set; with that of reasoning-gym's verifiers if prompts are of there."""
+        schema = _SCHEMAS[self.stage]
+        verified = any(isinstance(adapter.generator, ReasoningGymGenerator) for _, adapter in self.sources)
+        return schema.append(_REASONING_GYM) if verified and self.stage == "hgpo" else schema
+
 
 # --- a unit, in a worker --------------------------------------------------------------------------------------
 
@@ -118,7 +126,7 @@ class Build:
 def _row(stage: str, example: Example) -> dict[str, Any]:
     row = {"prompt": example.prompt, "source": example.source, "domain": example.domain, "id": example.id}
     if stage == "hgpo":
-        return row | {"answer": example.reference, "level": example.level}
+        return row | {"answer": example.reference, "level": example.level, "reasoning_gym": example.reasoning_gym}
     assert example.mode is not None  # or it would have been dropped
     content = format_response(example.mode, example.answer, example.reasoning)
     return row | {"mode": str(example.mode), "completion": [{"role": "assistant", "content": content}]}
@@ -169,12 +177,12 @@ def make_chunk(build: Build, work: Path, number: int, unit: Unit) -> int:
     removed: list[dict[str, Any]] = []
     tables, keys, row_info = [], [], []
     for examples in _examples(build, unit, counts, removed):
-        tables.append(pa.Table.from_pylist([_row(build.stage, e) for e in examples], schema=_SCHEMAS[build.stage]))
+        tables.append(pa.Table.from_pylist([_row(build.stage, e) for e in examples], schema=build.schema))
         row_info += [(*_random(build.seed, e), e.num_tokens) for e in examples]
         if build.deduplication is not None:
             keys.append(dedup_keys(examples, **asdict(build.deduplication)))
     chunk = _Chunk(work, number)
-    _write_table(chunk.rows, pa.concat_tables(tables) if tables else _SCHEMAS[build.stage].empty_table())
+    _write_table(chunk.rows, pa.concat_tables(tables) if tables else build.schema.empty_table())
     _write_table(chunk.removed, pa.Table.from_pylist(removed, schema=_REMOVED_SCHEMA))
     _write_array(chunk.row_info, np.array(row_info, dtype=_ROW_INFO))
     if keys:
@@ -425,7 +433,7 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
     rank[by_rank] = np.arange(len(by_rank))
     paths = _shard_paths(target, len(by_rank), build.rows_per_shard)
     target.mkdir(parents=True, exist_ok=True)
-    schema = _SCHEMAS[build.stage].append(pa.field("_rank", pa.int64()))
+    schema = build.schema.append(pa.field("_rank", pa.int64()))
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     for begin in range(0, len(missing), _OPEN_SHARDS):
         some = {i: paths[i] for i in missing[begin : begin + _OPEN_SHARDS]}

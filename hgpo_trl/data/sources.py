@@ -52,6 +52,7 @@ class Source:
             out. None: all. Of a generated source: how many rows are generated.
         config: generated sources only (`hgpo_trl.data.generators`): settings of the generator.
         seed: generated sources only: another seed asks other questions.
+        reasoning, level: data sets of reasoning-gym only: field of the metadata, or function of the entry.
     """
 
     path: str
@@ -67,6 +68,8 @@ class Source:
     rows: NonNegativeInt | dict[str, NonNegativeInt] | None = None
     config: dict[str, Any] | None = None
     seed: int | None = None
+    reasoning: str | None = None
+    level: str | None = None
 
     @property
     def label(self) -> str:

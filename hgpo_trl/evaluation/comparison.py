@@ -14,13 +14,22 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap
+from numpy.typing import NDArray
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import nan_to_null, write_atomically, write_json
 from hgpo_trl.evaluation.metrics import prompt_table
 from hgpo_trl.evaluation.samples import PROMPT_ID
-from hgpo_trl.modes.hybrid_accuracy import Array, PromptTable, summarize
+from hgpo_trl.modes.hybrid_accuracy import (
+    BALANCED,
+    STRATA,
+    Array,
+    PromptTable,
+    column_means,
+    percentile_interval,
+    resampled_means,
+    summarize,
+)
 from hgpo_trl.reporting.documents import (
     NO_BREAK,
     Block,
@@ -37,6 +46,9 @@ from hgpo_trl.reporting.report import METRICS, MODEL_COLORS, MODEL_MARKERS, look
 
 COMPARED = (
     "hybrid_accuracy",
+    "balanced_hybrid_accuracy",
+    *(name.replace("/", ".") for name in STRATA),
+    "unsolved",
     "accuracy.auto",
     "accuracy.sampled",
     "accuracy.think",
@@ -69,7 +81,14 @@ class Difference(NamedTuple):
 # --- statistics -----------------------------------------------------------------------------------------------
 
 
-def paired_difference(first: Array, second: Array, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+def paired_difference(
+    first: Array,
+    second: Array,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    counted: NDArray[np.bool_] | None = None,
+) -> Difference:
     """Mean of `second` minus mean of `first`, both on the same prompts.
 
     Prompts are resampled with replacement, with both models' values on them. The interval is the 2.5 to the 97.5
@@ -78,35 +97,35 @@ def paired_difference(first: Array, second: Array, resamples: int = RESAMPLES, s
     data as one more resample, so that no p-value is 0.
 
     Args:
-        first, second: `[K]`, NaN where a model has no valid number; such prompts count for neither.
-        resamples: of the prompts.
+        first, second: `[K]`, NaN where a model has no valid number; or `[S, K]`, where the mean is that of S rows'
+            means, each over its own numbers.
+        resamples: of the prompts; those without a value are left out.
         seed: the same seed resamples the same prompts for every metric.
+        counted: `[K]`, the prompts that count; None: those on which both models have a valid number.
 
     Returns:
-        NaN for all where no prompt is left.
+        NaN for all where no prompt is left, or a row has no number on those that are.
     """
-    differences = second - first
-    differences = differences[~np.isnan(differences)]
-    count = len(differences)
-    if count == 0:
-        return Difference(np.nan, (np.nan, np.nan), np.nan, 0)
+    models = np.atleast_2d(first), np.atleast_2d(second)
+    missing = [np.isnan(rows).all(axis=0) for rows in models]
+    prompts = np.flatnonzero(~(missing[0] | missing[1]) if counted is None else counted)
+    count = len(prompts)
+    table = {f"{m}/{row}": values[prompts] for m, rows in enumerate(models) for row, values in enumerate(rows)}
+
+    def difference(means: Mapping[str, Any]) -> Any:
+        one, other = (np.mean([means[f"{m}/{row}"] for row in range(len(models[m]))], axis=0) for m in (0, 1))
+        return other - one
+
+    value = float(difference(column_means(table)))
+    if np.isnan(value):
+        return Difference(np.nan, (np.nan, np.nan), np.nan, count)
     if count == 1:  # every resample is the same
-        value = float(differences[0])
         return Difference(value, (value, value), 1.0, 1)
-    result = bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=resamples,
-        batch=max(1, 5_000_000 // count),
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    means = result.bootstrap_distribution
-    far = min((means <= _TOLERANCE).sum(), (means >= -_TOLERANCE).sum())
-    low, high = result.confidence_interval
-    p_value = min(1.0, 2 * (1 + int(far)) / (1 + resamples))
-    return Difference(float(differences.mean()), (float(low), float(high)), p_value, count)
+    found = difference(resampled_means(table, resamples, seed))
+    found = found[~np.isnan(found)]
+    far = min((found <= _TOLERANCE).sum(), (found >= -_TOLERANCE).sum())
+    p_value = min(1.0, 2 * (1 + int(far)) / (1 + len(found)))
+    return Difference(value, percentile_interval(found), p_value, count)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -183,10 +202,7 @@ def compare(evaluations: Mapping[str, EvaluationOutput], resamples: int = RESAMP
     }
     (reference, first), *others = tables.items()
     found = {
-        name: {
-            path: paired_difference(first[_column(path)], table[_column(path)], resamples, seed) for path in COMPARED
-        }
-        for name, table in others
+        name: {path: _difference(first, table, path, resamples, seed) for path in COMPARED} for name, table in others
     }
     adjusted = {
         path: dict(zip(found, holm([of[path].p_value for of in found.values()]), strict=True)) for path in COMPARED
@@ -207,6 +223,20 @@ def compare(evaluations: Mapping[str, EvaluationOutput], resamples: int = RESAMP
     }
 
 
+def _difference(first: PromptTable, second: PromptTable, path: str, resamples: int, seed: int) -> Difference:
+    """`paired_difference` in a metric.
+
+    Where thinking gains is for each model to say: it answers for its own strata, of the prompts that count for both.
+    """
+    name = _column(path)
+    columns = BALANCED.get(name, (name,))
+    counted = None
+    if {*columns} & {*STRATA}:
+        counted = ~np.isnan(first["hybrid_accuracy"] + second["hybrid_accuracy"])
+    one, other = (np.stack([table[column] for column in columns]) for table in (first, second))
+    return paired_difference(one, other, resamples, seed, counted=counted)
+
+
 def _column(path: str) -> str:
     return path.replace(".", "/")
 
@@ -214,7 +244,8 @@ def _column(path: str) -> str:
 def _metrics(report: Mapping[str, Any], table: PromptTable) -> dict[str, Any]:
     """A model's own metrics, as in its report.json, and the settings that identify it."""
     settings = {key: report[key] for key in ("model", "samples_per_mode", "decision_bias", "settings") if key in report}
-    return {**settings, **summarize({_column(path): table[_column(path)] for path in COMPARED})}
+    columns = {name: column for name, column in table.items() if name.replace("/", ".") in COMPARED}
+    return {**settings, **summarize(columns)}
 
 
 # --- the report --------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ GROUPS = ("level", "subject", "domain")  # columns of a data set by which prompt
 SWEEP = "sweep"  # in place of a decision bias: every bias that makes a difference
 
 
-class _Arrays(NamedTuple):
+class SampleArrays(NamedTuple):
     """Arguments of `per_prompt_table`: `[K, 2, n]` twice, and `[K]` three times, in the order of `prompt_id`."""
 
     scores: NDArray[np.float64]
@@ -38,7 +38,7 @@ class _Arrays(NamedTuple):
     picked: NDArray[np.int64]
 
 
-def _by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, _Arrays]:
+def by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, SampleArrays]:
     """The samples in order, and as arrays.
 
     Raises:
@@ -57,10 +57,10 @@ def _by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, _Arrays]:
     shape = (len(prompts), len(MODES), -1)
     scores, lengths = (samples[name].to_numpy(dtype=np.float64).reshape(shape) for name in ("reward", "num_tokens"))
     own = (prompts[name].to_numpy() for name in ("prob_think", "prob_no_think", "picked"))
-    return samples, _Arrays(scores, lengths, *own)
+    return samples, SampleArrays(scores, lengths, *own)
 
 
-def _biased_table(arrays: _Arrays, margin: float, decision_bias: float) -> PromptTable:
+def _biased_table(arrays: SampleArrays, margin: float, decision_bias: float) -> PromptTable:
     choice = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
     return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin)
 
@@ -75,7 +75,7 @@ def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: floa
     Returns:
         Columns as of `hgpo_trl.modes.hybrid_accuracy.per_prompt_table`, each `[K]`, in the order of `prompt_id`.
     """
-    return _biased_table(_by_prompt(samples)[1], margin, decision_bias)
+    return _biased_table(by_prompt(samples)[1], margin, decision_bias)
 
 
 def report_on(
@@ -105,7 +105,7 @@ def report_on(
     Raises:
         UserError: a level, subject or domain is neither a number nor text, or samples are missing.
     """
-    samples, arrays = _by_prompt(samples)
+    samples, arrays = by_prompt(samples)
     curve = {}
     if decision_bias == SWEEP:
         decision_bias = 0.0

@@ -1,7 +1,8 @@
 """Hybrid accuracy (Eq. 13 of arXiv 2505.14631) and the other metrics of an evaluation, as pure functions of samples.
 
 A table with one number per prompt in each column is computed first. Every reported metric, overall, per level or with
-an interval, is the mean of a column over some prompts; NaN entries do not count.
+an interval, is the mean of a column over some prompts, or the mean of several such means (`BALANCED`); NaN entries do
+not count.
 
 Shapes: `K` prompts, `n` samples in each mode; axis 1 is the mode in the order of `hgpo_trl.modes.MODES`.
 """
@@ -25,6 +26,9 @@ Label = int | float | str
 BLOCK = 1_000_000  # entries of a block of resamples: 8 MB, and as much again for each copy that numpy makes
 THINK, NO_THINK = 0, 1  # positions on the mode axis
 TIE_TOLERANCE = 1e-9  # of means, relative where they exceed 1: rounding of the same scores in another order
+SOLVED = 0.5  # mean score from which a mode solves a prompt: scored 0 or 1, half of its responses are right
+STRATA = ("hybrid_accuracy_where/thinking_gains", "hybrid_accuracy_where/no_gain")
+BALANCED = {"balanced_hybrid_accuracy": STRATA}  # metrics that are the mean of the means of several columns
 
 
 def valid_mean(x: Array, axis: int | None = None) -> Any:
@@ -46,12 +50,17 @@ def better_mode(mean_scores: Array, mean_lengths: Array, margin: float = 0.0) ->
     Returns:
         `[K]`: 0 = think, 1 = no_think, -1 = undefined, because a mode has no valid sample.
     """
-    gain = mean_scores[:, THINK] - mean_scores[:, NO_THINK]
-    tolerance = TIE_TOLERANCE * np.maximum(1.0, np.abs(mean_scores).max(axis=1))
-    close = (np.abs(gain) <= tolerance) | (np.abs(gain) < margin - tolerance)
+    gain, close = _gain(mean_scores, margin)
     shorter = np.where(mean_lengths[:, THINK] < mean_lengths[:, NO_THINK], THINK, NO_THINK)
     better = np.where(close, shorter, np.where(gain > 0, THINK, NO_THINK))
     return np.where(np.isnan(gain), -1, better)
+
+
+def _gain(mean_scores: Array, margin: float) -> tuple[Array, NDArray[np.bool_]]:
+    """What thinking gains in mean score, and whether the means count as equal, both `[K]`."""
+    gain = mean_scores[:, THINK] - mean_scores[:, NO_THINK]
+    tolerance = TIE_TOLERANCE * np.maximum(1.0, np.abs(mean_scores).max(axis=1))
+    return gain, (np.abs(gain) <= tolerance) | (np.abs(gain) < margin - tolerance)
 
 
 def per_prompt_table(
@@ -74,6 +83,9 @@ def per_prompt_table(
     Returns:
         Columns, each `[K]`:
         `hybrid_accuracy`: 1 where m_p = m_gt, else 0 (picking neither is wrong); NaN where m_gt is undefined.
+        `hybrid_accuracy_where/*` (`STRATA`): the same on one part of these prompts, NaN elsewhere: where thinking has
+        the higher mean score, by the margin or more (`thinking_gains`, m_gt = think), and all others (`no_gain`).
+        `unsolved`: 1 where neither mode's mean score reaches `SOLVED`, else 0; NaN where m_gt is undefined.
         `thinking_ratio`: π(think|q), the expected share of freely sampled responses that think.
         `off_mode_mass`: probability that the first token is neither mode.
         `accuracy/*` (score) and `mean_tokens/*` (tokens), where * is
@@ -83,11 +95,18 @@ def per_prompt_table(
     """
     mean_scores, mean_lengths = valid_mean(scores, axis=2), valid_mean(lengths.astype(np.float64), axis=2)  # [K, 2]
     target = better_mode(mean_scores, mean_lengths, margin)
+    gain, close = _gain(mean_scores, margin)
+    thinking_gains = ~close & (gain > 0)
+    right = np.where(target < 0, np.nan, (picked == target).astype(np.float64))
+    unsolved = (mean_scores.max(axis=1) < SOLVED - TIE_TOLERANCE).astype(np.float64)
+    by_gain = np.where(thinking_gains, right, np.nan), np.where(thinking_gains, np.nan, right)
     rows = np.arange(len(target))
     off_mode = picked == OFF_MODE
     neither = np.clip(1.0 - prob_think - prob_no_think, 0.0, 1.0)
     table = {
-        "hybrid_accuracy": np.where(target < 0, np.nan, (picked == target).astype(np.float64)),
+        "hybrid_accuracy": right,
+        **dict(zip(STRATA, by_gain, strict=True)),
+        "unsolved": np.where(target < 0, np.nan, unsolved),
         "thinking_ratio": prob_think.astype(np.float64),
         "off_mode_mass": neither.astype(np.float64),
     }
@@ -186,8 +205,8 @@ def decision_bias_curve(
         biases: see `biased_choice`; −inf and inf are allowed.
 
     Returns:
-        One entry per bias: `bias`, `hybrid_accuracy`, and `thinking_ratio`, `accuracy` and `mean_tokens` of the greedy
-        choice (`auto`) and of the sampled one (`sampled`), means over the prompts.
+        One entry per bias: `bias`, hybrid accuracy (overall, in the `STRATA` and balanced), and `thinking_ratio`,
+        `accuracy` and `mean_tokens` of the greedy choice (`auto`) and of the sampled one (`sampled`).
     """
     curve = []
     for bias in map(float, biases):
@@ -195,7 +214,7 @@ def decision_bias_curve(
         table = per_prompt_table(scores, lengths, *choice, margin)
         shown = [f"{metric}/{policy}" for metric in ("accuracy", "mean_tokens") for policy in ("auto", "sampled")]
         columns = {
-            "hybrid_accuracy": table["hybrid_accuracy"],
+            **{name: table[name] for name in ("hybrid_accuracy", *STRATA)},
             "thinking_ratio/auto": (choice[2] == THINK).astype(np.float64),
             "thinking_ratio/sampled": table["thinking_ratio"],
             **{name: table[name] for name in shown},
@@ -238,7 +257,7 @@ def evaluation_metrics(
     margin: float = 0.0,
     token_budget: float | None = None,
 ) -> dict[str, float]:
-    """Metrics of an evaluation inside training: the mean of every column of `per_prompt_table`, by its name.
+    """Metrics of an evaluation inside training: `column_means` of `per_prompt_table`.
 
     With a token budget also `accuracy_at_budget`.
     """
@@ -253,6 +272,9 @@ def evaluation_metrics(
 
 GREATER_IS_BETTER = {  # of `evaluation_metrics`, by the part of the name before the slash; None: neither end is better
     "hybrid_accuracy": True,
+    "hybrid_accuracy_where": True,
+    "balanced_hybrid_accuracy": True,
+    "unsolved": False,
     "accuracy": True,
     "accuracy_at_budget": True,
     "mean_tokens": False,
@@ -262,14 +284,31 @@ GREATER_IS_BETTER = {  # of `evaluation_metrics`, by the part of the name before
 
 
 def column_means(table: PromptTable) -> dict[str, float]:
-    """Mean of every column over the prompts; NaN for a column without a value."""
-    return {name: float(valid_mean(column)) for name, column in table.items()}
+    """Mean of every column over the prompts, and the means of these that are in `BALANCED`; NaN where one has no value.
+
+    A balanced metric needs all its columns to have a value; it is left out where the table lacks one of them.
+    """
+    means = _with_balanced({name: valid_mean(column) for name, column in table.items()})
+    return {name: float(mean) for name, mean in means.items()}
 
 
-def bootstrap_intervals(table: PromptTable, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of every column's mean, from prompts resampled with replacement, the same for all.
+def _with_balanced(means: dict[str, Any]) -> dict[str, Any]:
+    """Add the metrics of `BALANCED` to the columns' means, of all prompts or of each resample."""
+    balanced = {
+        name: sum(means[of] for of in columns) / len(columns)
+        for name, columns in BALANCED.items()
+        if means.keys() >= {*columns}
+    }
+    return means | balanced
+
+
+def resampled_means(table: PromptTable, resamples: int = 2000, seed: int = 0) -> dict[str, Array]:
+    """`column_means` of prompts resampled with replacement, the same prompts for all columns.
 
     Resamples are drawn in blocks, so that memory grows with the number of prompts alone.
+
+    Returns:
+        `[resamples]` each; NaN for a resample without a value.
     """
     num_prompts = len(next(iter(table.values())))
     rng = np.random.default_rng(seed)
@@ -283,13 +322,19 @@ def bootstrap_intervals(table: PromptTable, resamples: int = 2000, seed: int = 0
         counts = rng.multinomial(num_prompts, share, size=min(block, resamples - start))  # [R, K]
         total, weight = counts @ scores, counts @ weights
         parts.append(np.where(weight > 0, total / np.maximum(weight, 1), np.nan))
-    means = np.concatenate(parts)
-    intervals = {}
-    for name, column in zip(table, means.T, strict=True):
-        column = column[~np.isnan(column)]
-        low, high = np.quantile(column, [0.025, 0.975]) if len(column) else (np.nan, np.nan)
-        intervals[name] = (float(low), float(high))
-    return intervals
+    return _with_balanced(dict(zip(table, np.concatenate(parts).T, strict=True)))
+
+
+def percentile_interval(means: Array) -> tuple[float, float]:
+    """95 % percentile interval of resampled means, of those that have a value; NaN where none has."""
+    means = means[~np.isnan(means)]
+    low, high = np.quantile(means, [0.025, 0.975]) if len(means) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def bootstrap_intervals(table: PromptTable, resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals of `column_means` by `resampled_means`."""
+    return {name: percentile_interval(means) for name, means in resampled_means(table, resamples, seed).items()}
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +350,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summarize(table: PromptTable, seed: int = 0) -> dict[str, Any]:
-    """Mean and 95 % interval of every column, nested as in report.json: means at the top, `intervals` beside them."""
+    """`column_means` and their 95 % intervals, nested as in report.json: means at the top, `intervals` beside them."""
     return {
         "num_prompts": len(next(iter(table.values()))),
         **_nest(column_means(table)),

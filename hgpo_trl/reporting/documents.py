@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+OPEN = 400  # characters of a reasoning that the page shows without a click
+EXCERPT = 300  # characters of a text that Markdown shows
 NO_BREAK = "\u00a0"  # a space at which no line ends
 
 
@@ -62,7 +64,32 @@ class Code:
     language: str = ""
 
 
-Block = Heading | Lead | Paragraph | Bullets | Table | Picture | Code
+@dataclass(frozen=True)
+class Response:
+    """A model's response: its mode, badges such as "chosen", what is known of it, and its text as it is.
+
+    `verdict` is "right", "wrong", "graded" or "".
+    """
+
+    mode: str
+    badges: Sequence[str]
+    verdict: str
+    notes: Sequence[str]
+    reasoning: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """A prompt and the responses to it, in columns; Markdown shows the beginning of each text and the end."""
+
+    title: str
+    prompt: str
+    facts: Sequence[str]
+    responses: Sequence[Response]
+
+
+Block = Heading | Lead | Paragraph | Bullets | Table | Picture | Code | SideBySide
 
 
 def _markdown(text: str) -> str:
@@ -77,6 +104,18 @@ def _html(text: str) -> Markup:
     return Markup().join(code.format(part) if index % 2 else escape(part) for index, part in enumerate(parts))
 
 
+def _fenced(text: str) -> str:
+    """Text as a block of Markdown code, whatever it holds."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _excerpt(text: str) -> str:
+    """The beginning and the end of a text, where the answer is."""
+    return text if len(text) <= EXCERPT else f"{text[: EXCERPT // 2]} […] {text[-EXCERPT // 2 :]}"
+
+
 def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
@@ -89,9 +128,12 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+_TEMPLATES.globals["OPEN"] = OPEN
 _TEMPLATES.filters |= {
     "markdown": _markdown,
     "html": _html,
+    "fenced": _fenced,
+    "excerpt": _excerpt,
     "data_url": _data_url,
     "kind": lambda block: type(block).__name__,
 }

@@ -96,6 +96,8 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["stage"] in STAGES:
             runs.insert(0, run)
+        elif run["stage"] == "model" and runs:  # `hgpo-trl model` has fetched it in place of the hub's
+            runs[0]["model_name_or_path"] = run["hub_id"]
         # A merged model's run names the adapter, which is where the training stage has left its own.
         path = Path(str(run.get("model" if run["stage"] == "merge" else "model_name_or_path"))) / RUN_FILE
     return runs

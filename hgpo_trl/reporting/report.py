@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import nan_to_null, write_atomically
+from hgpo_trl.modes.hybrid_accuracy import STRATA
 from hgpo_trl.reporting.documents import (
     NO_BREAK,
     Block,
@@ -34,6 +35,7 @@ from hgpo_trl.reporting.documents import (
     to_html,
     to_markdown,
 )
+from hgpo_trl.reporting.examples import Example, example_blocks
 from hgpo_trl.reporting.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 
 Array = NDArray[np.float64]
@@ -62,13 +64,23 @@ def lookup(evaluation: Evaluation, path: str) -> Any:
 
 
 def _value(evaluation: Evaluation, path: str) -> float:
-    return _number(lookup(evaluation, path))
+    return _number(_found(evaluation, path))
 
 
 def _interval(evaluation: Evaluation, path: str) -> tuple[float, float]:
     """95 % interval of a metric; NaN on both sides where it is null."""
-    low, high = lookup(evaluation, f"intervals.{path}") or (None, None)
+    low, high = _found(evaluation, f"intervals.{path}") or (None, None)
     return _number(low), _number(high)
+
+
+def _found(evaluation: Evaluation, path: str) -> Any:
+    """`lookup`; None for one of `ADDED` that an evaluation of an earlier version lacks."""
+    try:
+        return lookup(evaluation, path)
+    except KeyError:
+        if path.removeprefix("intervals.") in ADDED:
+            return None
+        raise
 
 
 def _percent(value: float, decimals: int = 1) -> str:
@@ -89,6 +101,10 @@ def _with_interval(evaluation: Evaluation, path: str, form: Callable[[float], st
 # (row of the table, path in the evaluation, format). METRICS have intervals and are repeated for every level.
 METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("Hybrid accuracy", "hybrid_accuracy", _percent),
+    ("Hybrid accuracy, balanced", "balanced_hybrid_accuracy", _percent),
+    ("Right choice where thinking gains", "hybrid_accuracy_where.thinking_gains", _percent),
+    ("Right choice where it does not", "hybrid_accuracy_where.no_gain", _percent),
+    ("Solved by neither mode", "unsolved", _percent),
     ("Thinking ratio", "thinking_ratio", _percent),
     ("Accuracy: own choice", "accuracy.auto", _percent),
     ("Accuracy: own choice, sampled", "accuracy.sampled", _percent),
@@ -102,12 +118,15 @@ METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("Tokens: oracle", "mean_tokens.oracle", _tokens),
     ("Off-mode mass", "off_mode_mass", _percent),
 )
+# Reports of earlier versions lack these.
+ADDED = ("balanced_hybrid_accuracy", "unsolved", *(name.replace("/", ".") for name in STRATA))
 FAULTS = (
     ("Format faults, thinking", "format_faults.think", _percent),
     ("Format faults, not thinking", "format_faults.no_think", _percent),
     ("Truncated, thinking", "truncated.think", _percent),
     ("Truncated, not thinking", "truncated.no_think", _percent),
 )
+GROUPS = {"level": "Results by difficulty level", "domain": "Results by domain"}  # each a table of its own
 SETTINGS = {"dataset": "data set", "num_prompts": "number of prompts", "margin": "margin of hybrid accuracy"}
 SAMPLING = {  # settings of the sampling; reports of earlier versions lack them
     "settings.split": "split",
@@ -130,18 +149,23 @@ def _check(name: str, evaluation: Evaluation) -> None:
                     "`hgpo-trl evaluate` writes; evaluate the model again if it comes from another version."
                 ) from None
 
-    metrics = [path for _, path, _ in METRICS]
+    metrics = [path for _, path, _ in METRICS if path not in ADDED]
     metrics += [f"intervals.{path}" for path in metrics]
     faults = [path for _, path, _ in FAULTS]
     require(evaluation, ["model", *SETTINGS, "samples_per_mode", *metrics, *faults, "by_level"])
-    for index, level in enumerate(evaluation["by_level"]):
-        require(level, ["level", "num_prompts", *metrics], f"by_level[{index}].")
+    for group in GROUPS:
+        for index, entry in enumerate(evaluation.get(f"by_{group}", [])):
+            require(entry, [group, "num_prompts", *metrics], f"by_{group}[{index}].")
+
+
+def _labels(evaluations: Iterable[Evaluation], group: str) -> list[Any]:
+    """Every level or domain that occurs: numbers in order, then text."""
+    labels = {entry[group] for evaluation in evaluations for entry in evaluation.get(f"by_{group}", [])}
+    return sorted(labels, key=lambda label: (isinstance(label, str), label))
 
 
 def _levels(evaluations: Iterable[Evaluation]) -> list[Any]:
-    """Every level that occurs: numbers in order, then text."""
-    levels = {entry["level"] for evaluation in evaluations for entry in evaluation["by_level"]}
-    return sorted(levels, key=lambda level: (isinstance(level, str), level))
+    return _labels(evaluations, "level")
 
 
 def load_training_log(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -341,6 +365,7 @@ def _hgpo_panels(figure: SubFigure, log: TrainingLog) -> None:
     _curve(share, log, "hgpo/think_win_rate", THINK, "thinking wins")
     _curve(share, log, "hgpo/no_signal", NEITHER, "no signal")
     _curve(share, log, "eval_hgpo/hybrid_accuracy", INK, "better mode picked", marker="o", markersize=4)
+    _curve(share, log, "eval_hgpo/balanced_hybrid_accuracy", NO_THINK, "… balanced", marker="o", markersize=4)
     reward.set_ylabel("mean reward")
     length.set_ylim(bottom=0)
     length.set_ylabel("tokens per response")
@@ -416,7 +441,20 @@ GLOSSARY = {
         "responses where the accuracies are equal or differ by less than the margin. It is known only "
         "afterwards, from the very responses that it is scored on, so luck flatters it somewhat."
     ),
-    "Hybrid accuracy": "the share of prompts for which the model's own choice is the oracle's.",
+    "Hybrid accuracy": (
+        "the share of prompts for which the model's own choice is the oracle's. Where neither mode ever succeeds the "
+        "shorter one is the better one, so that a model without any skill that never thinks scores high. The next "
+        "four rows show whether the figure can be trusted."
+    ),
+    "Hybrid accuracy, balanced": (
+        "the mean of two shares: how often the choice is right on the prompts where thinking gains (its accuracy is "
+        "higher, by the margin or more), and how often on all others. Never or always thinking scores 50 % on it, or "
+        "less. A dash means that one of the two parts has no prompt."
+    ),
+    "Solved by neither mode": (
+        "the share of prompts on which neither mode has a mean score of at least 1/2: with answers that are right or "
+        "wrong, those that both modes get wrong more often than right."
+    ),
     "Thinking ratio": "the mean probability that the first token is `<think>`.",
     "Off-mode mass": "the mean probability that the first token is neither `<think>` nor `<no_think>`.",
     "Format faults": "the share of responses with broken, missing or misplaced tags.",
@@ -452,6 +490,9 @@ def _headline(name: str, evaluation: Evaluation) -> str:
     answers = "" if math.isnan(accuracy) else f"answers {_percent(accuracy)} correctly"
     cost = f"{'with' if answers else 'takes'} {_percent(share, 0)} of the tokens of always thinking"
     picks = f"picks the better mode for {_with_interval(evaluation, 'hybrid_accuracy', _percent)} of the prompts"
+    gains, others = (_percent(_value(evaluation, name.replace("/", "."))) for name in STRATA)
+    if "–" not in (gains, others):
+        picks += f" ({gains} of those where thinking gains, {others} of the others)"
     clauses = [
         _join([answers, "" if math.isnan(share) else cost], " "),
         "" if math.isnan(hybrid) else picks,
@@ -475,12 +516,21 @@ def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
     for other_name, other in others:
         changes = _join(
             [
-                _difference("hybrid accuracy", _value(last, "hybrid_accuracy"), _value(other, "hybrid_accuracy")),
+                *(
+                    _difference(label, _value(last, path), _value(other, path))
+                    for label, path in (
+                        ("hybrid accuracy", "hybrid_accuracy"),
+                        ("balanced", "balanced_hybrid_accuracy"),
+                    )
+                ),
                 _difference("accuracy", accuracy, _value(other, "accuracy.auto")),
                 _difference("tokens", tokens, _value(other, "mean_tokens.auto"), relative=True),
             ]
         )
         items.append(changes and f"`{name}` against `{other_name}`, both by their own choice: {changes}.")
+    unsolved = _value(last, "unsolved")
+    if not math.isnan(unsolved):
+        items.append(f"Neither mode of `{name}` solves {_percent(unsolved)} of the prompts.")
     for other_name, evaluation in evaluations.items():
         entries = {entry["level"]: entry for entry in evaluation["by_level"]}
         if len(entries) > 1:
@@ -535,22 +585,25 @@ def _select(*paths: str) -> list[tuple[str, str, Callable[[float], str]]]:
     return [metric for path in paths for metric in METRICS if metric[1] == path]
 
 
-def _level_table(evaluations: Mapping[str, Evaluation]) -> Table:
+def _group_table(evaluations: Mapping[str, Evaluation], group: str) -> Table:
+    """A row for each level or domain and model."""
     modes = ("auto", "think", "no_think")
     policies = [f"{metric}.{mode}" for metric in ("accuracy", "mean_tokens") for mode in modes]
-    shown = _select("hybrid_accuracy", "thinking_ratio", *policies)
+    shown = _select("hybrid_accuracy", "balanced_hybrid_accuracy", "unsolved", "thinking_ratio", *policies)
     rows = []
-    for level in _levels(evaluations.values()):
+    for label in _labels(evaluations.values(), group):
         for name, evaluation in evaluations.items():
-            for entry in evaluation["by_level"]:
-                if entry["level"] == level:
+            for entry in evaluation.get(f"by_{group}", []):
+                if entry[group] == label:
                     numbers = [_with_interval(entry, path, form) for _, path, form in shown]
-                    rows.append([str(level), name, str(entry["num_prompts"]), *numbers])
-    return Table(["Level", "Model", "Prompts", *(label for label, _, _ in shown)], rows, labels=2)
+                    rows.append([str(label), name, str(entry["num_prompts"]), *numbers])
+    return Table([group.capitalize(), "Model", "Prompts", *(label for label, _, _ in shown)], rows, labels=2)
 
 
 def _sweep_table(sweep: Mapping[float, Evaluation]) -> Table:
-    shown = _select("hybrid_accuracy", "thinking_ratio", "accuracy.auto", "mean_tokens.auto")
+    shown = _select(
+        "hybrid_accuracy", "balanced_hybrid_accuracy", "thinking_ratio", "accuracy.auto", "mean_tokens.auto"
+    )
     rows = [[f"{d:g}", *(_with_interval(e, path, form) for _, path, form in shown)] for d, e in sweep.items()]
     return Table(["Training margin δ", *(label for label, _, _ in shown)], rows)
 
@@ -594,7 +647,7 @@ CAPTIONS = {
             "mode's responses; the probability of each mode as first token (“neither”, every other token, "
             "should stay near 0); and the share of queries where thinking won on mean reward, after the "
             "margin, and of those that gave no signal at all. “Better mode picked”, where it was logged, is "
-            "hybrid accuracy on the evaluation prompts. For any other run: its loss."
+            "hybrid accuracy on the evaluation prompts, “balanced” its balanced form. For any other run: its loss."
         ),
     ),
     "margin_sweep": (
@@ -629,6 +682,7 @@ def _blocks(
     evaluations: Mapping[str, Evaluation],
     sweep: Mapping[float, Evaluation],
     pictures: Sequence[Picture],
+    examples: Mapping[str, Sequence[Example]],
 ) -> list[Block]:
     name, last = list(evaluations.items())[-1]
     everything = {**evaluations, **{f"δ = {margin:g}": evaluation for margin, evaluation in sweep.items()}}
@@ -651,12 +705,13 @@ def _blocks(
         ),
         _model_table(evaluations),
     ]
-    if _levels(evaluations.values()):
-        blocks += [Heading("Results by difficulty level"), _level_table(evaluations)]
+    for group, heading in GROUPS.items():
+        if len(_labels(evaluations.values(), group)) > (group == "domain"):  # a single domain is the whole
+            blocks += [Heading(heading), _group_table(evaluations, group)]
     if sweep:
         blocks += [Heading("Results by training margin"), _sweep_table(sweep)]
     glossary = Bullets([f"{term}: {meaning}" for term, meaning in GLOSSARY.items()])
-    return [*blocks, Heading("Figures"), *pictures, Heading("Glossary"), glossary]
+    return [*blocks, Heading("Figures"), *pictures, *example_blocks(examples), Heading("Glossary"), glossary]
 
 
 def write_report(
@@ -665,6 +720,7 @@ def write_report(
     *,
     training_logs: Mapping[str, TrainingLog] | None = None,
     margin_sweep: Mapping[float, Evaluation] | None = None,
+    examples: Mapping[str, Sequence[Example]] | None = None,
     title: str = "Hybrid reasoning report",
 ) -> Path:
     """Write report.md, report.html (self-contained), report.json and the figures they show.
@@ -675,6 +731,8 @@ def write_report(
         output_dir: created if missing. An evaluation's own folder would lose its report.json.
         training_logs: name -> `load_training_log(...)`; drawn by optimizer step.
         margin_sweep: training margin δ -> evaluation of the model trained with it.
+        examples: name -> examples.json of `hgpo-trl evaluate`, in the order of `evaluations`; those of the last one
+            are shown, with the choices of the others.
         title: heading of the report.
 
     Returns:
@@ -694,7 +752,7 @@ def write_report(
         _check(f"margin_sweep[{margin:g}]", evaluation)
 
     pictures = _pictures(evaluations, training_logs or {}, sweep)
-    blocks = _blocks(title, evaluations, sweep, pictures)
+    blocks = _blocks(title, evaluations, sweep, pictures, examples or {})
     data: dict[str, Any] = dict(evaluations)
     if sweep:
         data["margin_sweep"] = [{"train_margin": margin, **evaluation} for margin, evaluation in sweep.items()]

@@ -273,7 +273,7 @@ def accuracy_reward(
     Returns:
         One of 1.0, 0.0 and None (no reference answer, or none that the verifier could judge) per completion.
     """
-    responses = response or [_answer_or_response(completion_text(completion)) for completion in completions]
+    responses = responses_of(completions, response)
     references = answer or [None] * len(responses)
     rewards: list[float | None] = [
         0.0 if has_answer(reference) else None for reference, _ in zip(references, responses, strict=True)
@@ -283,7 +283,7 @@ def accuracy_reward(
     for row, verdict in zip(rows, verdicts, strict=True):
         rewards[row] = None if verdict is None else float(verdict)
     if None in verdicts:
-        _warn_once(
+        warn_once(
             "The verifier was stuck or crashed and could not judge an answer. Such a response gets no reward and "
             "carries no signal; hgpo/verifier_failures is their share."
         )
@@ -293,8 +293,13 @@ def accuracy_reward(
 
 
 @cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def responses_of(completions: list, response: list[Response] | None) -> list[Response]:
+    """The parts of every response: as a caller has split them, else split here; text without a mode is an answer."""
+    return response or [_answer_or_response(completion_text(completion)) for completion in completions]
 
 
 def _answer_or_response(text: str) -> Response:

@@ -18,7 +18,14 @@ from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, columns_of, generic
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
 from hgpo_trl.data.filters import language, opened, quality, token_limit
-from hgpo_trl.data.generators import TASK, is_generated, list_units, resolve_generated
+from hgpo_trl.data.generators import (
+    GENERATOR_KEYS,
+    REASONING_GYM,
+    TASK,
+    is_generated,
+    list_units,
+    resolve_generated,
+)
 from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
@@ -138,11 +145,13 @@ def resolve(sources: list[dict[str, Any]], stage: str, seed: int = 0) -> list[tu
         where = f"sources[{index}] ({source.label})"
         name = source.adapter or (source.path if source.path in ADAPTERS else "generic")
         if is_generated(source):
-            resolved.append((source, resolve_generated(where, source, stage, seed)))
+            adapter = resolve_generated(where, source, stage, seed)
+            resolved.append((source, replace(adapter, licence=source.licence or adapter.licence)))
             continue
-        if given := [key for key in ("config", "seed") if getattr(source, key) is not None]:
+        if given := [key for key in GENERATOR_KEYS if getattr(source, key) is not None]:
             raise UserError(
-                f"{where} has `{given[0]}`, which only generated sources take. Drop it, or set adapter: {TASK}."
+                f"{where} has `{given[0]}`, which only generated sources take. Drop it, or set adapter: {TASK}, or "
+                f"path: {REASONING_GYM}NAME."
             )
         if name == "generic":
             if not source.fields:

@@ -2,7 +2,8 @@
 
     hgpo-trl evaluate --config recipes/chain-sum/evaluate.yaml --model runs/chain-sum/hft --output_dir runs/eval/hft
 
-Writes `report.json` (the metrics) and `samples.parquet` (every response with its score) into `output_dir`. The same
+Writes `report.json` (the metrics), `samples.parquet` (every response with its score) and `examples.json` (some prompts
+with a response of either mode) into `output_dir`. The same
 command resumes after an interruption; `--rescore true` scores the existing samples again, without the model.
 `--compare NAME=FOLDER NAME=FOLDER ...` compares models that have been evaluated: see `hgpo_trl.scripts.compare`.
 """
@@ -25,6 +26,7 @@ from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.common.files import nan_to_null, write_json
 from hgpo_trl.evaluation.backends import check_backend, default_device, loaded_sampler
 from hgpo_trl.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from hgpo_trl.evaluation.examples import examples_of
 from hgpo_trl.evaluation.metrics import GROUPS, SWEEP, report_on
 from hgpo_trl.evaluation.parts import PARTS, draw_missing, parts_by_length, read_parts
 from hgpo_trl.evaluation.samples import (
@@ -43,6 +45,7 @@ from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, as_format, format_of, format_response, mode_tokens
 from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
 from hgpo_trl.modes.hybrid_accuracy import Label, group_labels
+from hgpo_trl.reporting.examples import EXAMPLES
 from hgpo_trl.rewards.functions import check_weights, load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
@@ -334,12 +337,15 @@ def main(argv: Sequence[str]) -> None:
         domains=groups.get("domain"),
         price_per_million_tokens=args.price_per_million_tokens,
     )
+    bias = 0.0 if args.decision_bias == SWEEP else float(args.decision_bias)
+    write_json(output_dir / EXAMPLES, nan_to_null(examples_of(samples, dataset, groups, args.margin, bias)))
     heading = {"model": args.model, "dataset": args.data, "settings": settings}
     write_json(output_dir / "report.json", nan_to_null({**heading, **report}))
     shutil.rmtree(output_dir / PARTS, ignore_errors=True)  # all of it is in samples.parquet
     accuracy, length = report["accuracy"], report["mean_tokens"]
     print(
         f"{args.model}: hybrid accuracy {report['hybrid_accuracy']:.3f}, "
+        f"balanced {report['balanced_hybrid_accuracy']:.3f}, solved by neither mode {report['unsolved']:.3f}, "
         f"thinking ratio {report['thinking_ratio']:.3f}, "
         f"accuracy {accuracy['auto']:.3f} (always thinking {accuracy['think']:.3f}), "
         f"tokens {length['auto']:.1f} (always thinking {length['think']:.1f}) -> {output_dir}"

@@ -23,6 +23,7 @@ from hgpo_trl.modes import add_mode_tokens, mode_tokens
 from hgpo_trl.modes.chat_template import ensure_thinking_modes
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.stages import (
+    AUTOMATIC,
     load_tokenizer,
     lora_config,
     model_init_kwargs,
@@ -32,6 +33,7 @@ from hgpo_trl.scripts.stages import (
 from hgpo_trl.training.checks import DROP_HELP, check_examples, dropped_rows_file
 from hgpo_trl.training.hft import HFTTrainer, check_sampling
 from hgpo_trl.training.lora import prepare_wrapped
+from hgpo_trl.training.precision import check_same_precision
 from hgpo_trl.training.rows import Renderer, as_trained
 from hgpo_trl.training.run_dir import claim_run_dir
 
@@ -100,8 +102,9 @@ def fine_tune(
 
 def main(argv: Sequence[str]) -> None:
     data_args, training_args, model_args = RecipeParser(
-        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft"
+        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft", automatic=AUTOMATIC
     ).parse_recipe(argv)
+    check_same_precision(training_args)
     checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
 
     def load(field: str, name: str, split: str) -> Dataset:

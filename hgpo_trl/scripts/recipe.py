@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, NoReturn
 
@@ -41,6 +41,9 @@ _RENAMED = {
     "vllm_guided_decoding_regex": "vllm_structured_outputs_regex",
     "warmup_ratio": "warmup_steps",
 }
+
+AUTO = "auto"
+Resolve = Callable[[argparse.Namespace], Any]
 
 
 class _Switch(str):
@@ -102,15 +105,21 @@ class RecipeParser(TrlParser):
     Every error ends the program with status 2 and one message: a file that does not exist or is not a mapping, an
     unknown key (with the nearest valid one), a value of the wrong type, a combination that a dataclass refuses.
     In every value, of the recipe and of the command line, `~` and `$NAME` in a path are replaced (`expand_path`).
+
+    Args:
+        automatic: fields that may be `auto`, each with a function of all fields (a Namespace) that finds its value.
     """
 
-    def __init__(self, dataclass_types: Any, prog: str) -> None:
+    def __init__(self, dataclass_types: Any, prog: str, automatic: Mapping[str, Resolve] | None = None) -> None:
+        self.automatic = automatic or {}
         description = "--config RECIPE.yaml, a flat YAML file, sets any of these fields; the command line overrides it."
         super().__init__(dataclass_types, prog=prog, description=description, allow_abbrev=False)
         types = self._types()
         for action in self._actions:
             annotation = types.get(action.dest)
-            if annotation == float | str:
+            if action.dest in self.automatic:
+                action.type = _or_auto(action.type)
+            elif annotation == float | str:
                 action.type = _number_or_text  # HfArgumentParser takes numbers alone
             elif getattr(action.type, "__name__", None) == "dict":  # perhaps within a function that takes None, too
                 action.type = _mapping
@@ -143,6 +152,9 @@ class RecipeParser(TrlParser):
         namespace, rest = super().parse_known_args(args, namespace)
         for name, value in vars(namespace).items():
             setattr(namespace, name, None if value == [None] else expand_paths(name, value))
+        for name, resolve in self.automatic.items():
+            if getattr(namespace, name) == AUTO:
+                setattr(namespace, name, resolve(namespace))
         return namespace, rest
 
     def _types(self) -> dict[str, Any]:
@@ -184,7 +196,8 @@ class RecipeParser(TrlParser):
             elif isinstance(value, str) and _is_null(value) and _takes_null(types[key], default):
                 value = None
             try:
-                recipe[key] = value = _of_type(value, types[key])
+                if not (value == AUTO and key in self.automatic):
+                    recipe[key] = value = _of_type(value, types[key])
             except ValueError as error:
                 self.error(f"{path}: {key}={value!r} has the wrong type: {error}")
             if choices and value is not None and value not in choices:
@@ -204,6 +217,11 @@ def _mapping(text: str) -> dict[str, Any] | None:
     if not isinstance(value, dict | None):
         raise argparse.ArgumentTypeError(f"{text!r} is not a mapping in JSON")
     return value
+
+
+def _or_auto(convert: Any) -> Callable[[str], Any]:
+    """A field's own conversion, which `auto` passes by."""
+    return lambda word: word if word == AUTO else convert(word)
 
 
 def _number_or_text(word: str) -> float | str:

@@ -9,12 +9,13 @@ goes to a Weights & Biases run as well.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.reporting.examples import EXAMPLES
 from hgpo_trl.reporting.report import load_training_log, write_report
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -68,6 +69,12 @@ def load_evaluation(name: str, folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _examples(folders: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Examples of the evaluations that have some; earlier versions have written none."""
+    paths = {name: folder / EXAMPLES for name, folder in folders.items()}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+
+
 def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]]) -> None:
     """Log one run of job type "report": all metrics of the evaluations as its summary, the pictures, the HTML page."""
     import wandb
@@ -81,8 +88,9 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
             metrics = {key: value for key, value in evaluation.items() if key not in lists}
             run.summary.update({f"report/{name}": metrics})
             if levels := evaluation["by_level"]:
-                columns = ["level", "num_prompts", "hybrid_accuracy", "thinking_ratio", "off_mode_mass"]
-                rows: Any = [[level[column] for column in columns] for level in levels]
+                columns = ["level", "num_prompts", "hybrid_accuracy", "balanced_hybrid_accuracy", "unsolved"]
+                columns += ["thinking_ratio", "off_mode_mass"]
+                rows: Any = [[level.get(column) for column in columns] for level in levels]
                 run.log({f"report/{name}/by_level": wandb.Table(columns=[*columns], data=rows)})
         pictures = {f"report/{path.stem}": wandb.Image(str(path)) for path in sorted(output_dir.glob("*.png"))}
         run.log({**pictures, "report/html": wandb.Html(str(output_dir / "report.html"), inject=False)})
@@ -90,15 +98,20 @@ def _log_to_wandb(args: ReportArguments, evaluations: dict[str, dict[str, Any]])
 
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(ReportArguments, prog="hgpo-trl report").parse_recipe(argv)
-    evaluations = {
-        name: load_evaluation("evaluations", folder)
-        for name, folder in named_folders("evaluations", args.evaluations).items()
-    }
+    folders = named_folders("evaluations", args.evaluations)
+    evaluations = {name: load_evaluation("evaluations", folder) for name, folder in folders.items()}
     sweep = {margin: load_evaluation("margin_sweep", folder) for margin, folder in _sweep(args.margin_sweep).items()}
     logs = {
         name: load_training_log(folder) for name, folder in named_folders("training_runs", args.training_runs).items()
     }
-    path = write_report(evaluations, args.output_dir, training_logs=logs, margin_sweep=sweep, title=args.title)
+    path = write_report(
+        evaluations,
+        args.output_dir,
+        training_logs=logs,
+        margin_sweep=sweep,
+        examples=_examples(folders),
+        title=args.title,
+    )
     if args.report_to == "wandb":
         _log_to_wandb(args, evaluations)
     print(f"Report: {path} and {path.with_suffix('.html')}")

@@ -17,6 +17,9 @@ from hgpo_trl.training.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.training.checks import model_positions
 from hgpo_trl.training.lora import train_tag_rows
 from hgpo_trl.training.model_dir import tokenizer_of
+from hgpo_trl.training.precision import resolve_bf16
+
+AUTOMATIC = {"bf16": resolve_bf16}  # fields of the stages' recipes that may be `auto`
 
 TrainingConfig = SFTConfig | GRPOConfig | DPOConfig
 

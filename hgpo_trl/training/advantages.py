@@ -164,12 +164,12 @@ def leave_one_out(x: Tensor, mask: Tensor, dim: tuple[int, ...]) -> Tensor:
     return (x - mean) * count / (count - 1).clamp(min=1) * mask
 
 
-DecisionWeighting = Callable[[Tensor, Tensor], Tensor]
+DecisionWeighting = Callable[[Tensor, Tensor | None], Tensor]
 """Returns the factors of the inter-group advantages, `[Q, 2]`, from the mode that won each query (Eq. 8), `[Q, 2]` with
-entries 0 or 1, and the old policy's π_old(m|q), `[Q, 2]`."""
+entries 0 or 1, and the old policy's π_old(m|q), `[Q, 2]`, which a rule may not need."""
 
 
-def winner(won: Tensor, mode_probs: Tensor) -> Tensor:
+def winner(won: Tensor, mode_probs: Tensor | None = None) -> Tensor:
     """2 for the mode that won, 0 for the other: the policy gradient is that of the winner's log-likelihood.
 
     The gradient of log π(m|q) on the logit of token v is 1[v = m] − π(v|q): it pulls the winner up and every other
@@ -178,12 +178,14 @@ def winner(won: Tensor, mode_probs: Tensor) -> Tensor:
     return 2 * won
 
 
-def saturating(won: Tensor, mode_probs: Tensor) -> Tensor:
+def saturating(won: Tensor, mode_probs: Tensor | None = None) -> Tensor:
     """2(1 − π_old(m|q)) for the mode that won, 2·π_old(m|q) for the other: 1 at π_old = 1/2, 0 once it is decided."""
+    if mode_probs is None:
+        raise ValueError("decision_weighting=saturating needs mode_probs, the old policy's probability of each mode.")
     return 2 * (won - mode_probs).abs()
 
 
-def uniform(won: Tensor, mode_probs: Tensor) -> Tensor:
+def uniform(won: Tensor, mode_probs: Tensor | None = None) -> Tensor:
     """1 for both modes, the paper as printed (Eq. 10).
 
     Both modes are always forced, so the push on the loser's decision token never ends, and once the decision is settled
@@ -293,8 +295,8 @@ def compute_advantages(
     intra_scope: str = "mode",
     ties: str = "all",
     discount: float = 0.99,
-    decision_weighting: str = "winner",
-    mode_probs: Tensor,
+    decision_weighting: str = "uniform",
+    mode_probs: Tensor | None = None,
     decided: Tensor | None = None,
 ) -> Tensor:
     """Per-token advantages A_i^t = norm(r_intra)_i + 1[t = 0] · α · norm(r_inter)_i (Eq. 10).
@@ -310,7 +312,7 @@ def compute_advantages(
         margin: δ of Eq. 8.
         intra_scope, discount: see `BinaryRewards`.
         ties: see `assign_rewards`.
-        decision_weighting: factors of the inter-group advantages, one of `DECISION_WEIGHTINGS`.
+        decision_weighting: factors of the inter-group advantages, one of `DECISION_WEIGHTINGS`; "uniform" is the paper.
         mode_probs: `[Q, 2]`, the old policy's probability of each mode, π_old(m|q); only "saturating" uses them.
         decided: `[Q]`, queries without think samples that no-think has won (`decided_without_think`). Their think rows
             have a NaN reward, hence no intra-group signal, but the inter-group advantage of rows that lost.
@@ -330,7 +332,9 @@ def compute_advantages(
         rewards = rewards.float()
     r_inter, r_intra = assign_rewards(rewards, margin, ties, decided)
     _check_lengths(completion_lengths, rewards.numel())
-    _check_mode_probs(mode_probs, rewards.shape[:2])
+    if mode_probs is not None:
+        _check_mode_probs(mode_probs, rewards.shape[:2])
+        mode_probs = mode_probs.to(rewards.dtype)
 
     valid = ~rewards.isnan()
     batch = BinaryRewards(
@@ -347,7 +351,7 @@ def compute_advantages(
     if estimate not in ESTIMATORS.values():
         _check_estimates(advantages, inter, batch)
         advantages = advantages.to(rewards.dtype, copy=True)  # the user's own tensor stays as it is
-    weights = DECISION_WEIGHTINGS[decision_weighting](r_inter.amax(dim=2), mode_probs.to(r_inter.dtype))
+    weights = DECISION_WEIGHTINGS[decision_weighting](r_inter.amax(dim=2), mode_probs)
     advantages[:, 0] += alpha * (weights[:, :, None] * inter).reshape(-1)
     return advantages
 

@@ -52,8 +52,8 @@ class HGPOConfig(GRPOConfig):
         eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
             (`hybrid_accuracy.accuracy_at_budget`). None: not computed.
         metric_for_best_model: a metric of the evaluation. Default with `load_best_model_at_end`: BEST_METRIC.
-        greater_is_better: follows from the metric (`hybrid_accuracy.GREATER_IS_BETTER`): tokens and off-mode mass are
-            better when lower. `thinking_ratio` alone needs it.
+        greater_is_better: follows from the metric (`hybrid_accuracy.GREATER_IS_BETTER`): tokens, off-mode mass
+            and unsolved prompts are better when lower. `thinking_ratio` alone needs it.
 
     Raises:
         UserError: at construction, naming the field, its value and the remedy.

@@ -75,7 +75,7 @@ class HFTTrainer(SFTTrainer):
         self.add_callback(_SetEpoch)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Trainer's, seeded; it takes a data set of the rows' lengths in place of the rows, and so need not read them."""
+        """Trainer's, seeded. It gets a data set of the rows' lengths, so that it need not read the rows."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "batch_rebalance" or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from hgpo_trl.modes import MODES, Fault
 from hgpo_trl.modes.decision import Decision
-from hgpo_trl.modes.hybrid_accuracy import evaluation_metrics
+from hgpo_trl.modes.hybrid_accuracy import BALANCED, STRATA, evaluation_metrics
 from hgpo_trl.training.advantages import query_signal
 from hgpo_trl.training.rollout import Rollout
 
 EVALUATION_METRICS = (
     "hybrid_accuracy",
+    *STRATA,
+    "unsolved",
     "thinking_ratio",
     "off_mode_mass",
     *(
@@ -21,6 +23,7 @@ EVALUATION_METRICS = (
         for name in ("accuracy", "mean_tokens")
         for of in ("auto", "sampled", "think", "no_think", "oracle")
     ),
+    *BALANCED,
 )  # names of `EvaluationMetrics.compute` without a token budget
 BUDGET_METRIC = "accuracy_at_budget"  # the one that a token budget adds
 

@@ -146,5 +146,5 @@ _OPEN: tuple[Callable[[random.Random], tuple[Sequence[str], str]], ...] = (_list
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
     """Draw one request, definite (level 1) or open (level 2)."""
     wordings, answer = _definite(rng) if level == 1 else rng.choice(_OPEN)(rng)
-    prompt, is_unseen = choose_pattern(wordings, patterns, rng)
-    return Query(prompt, "", answer, level, domain_name("everyday", is_unseen))
+    prompt, is_other = choose_pattern(wordings, patterns, rng)
+    return Query(prompt, "", answer, level, domain_name("everyday", is_other))

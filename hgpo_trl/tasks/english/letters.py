@@ -36,7 +36,7 @@ _PATTERNS: tuple[Callable[[str, str, str], str], ...] = (
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
     """Draw one query with `level` words and a letter that occurs in them."""
-    phrase, is_unseen = choose_pattern(_PATTERNS, patterns, rng)
+    phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
     words = rng.sample(_WORDS, level)
     letter = rng.choice(sorted(set("".join(words))))
     steps, total = [], 0
@@ -47,4 +47,4 @@ def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
             steps.append(f"{total}+{count}={total + count}")
         total += count
     question = phrase(letter, " ".join(words), rng.choice(NAMES))
-    return Query(question, "\n".join(steps), str(total), level, domain_name("letters", is_unseen))
+    return Query(question, "\n".join(steps), str(total), level, domain_name("letters", is_other))

@@ -37,7 +37,7 @@ _PATTERNS: tuple[Callable[[str, str, Sequence[str]], str], ...] = (
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
     """Draw one query with `level` times, in steps of 5 minutes up to 2 hours 55 minutes; the first has hours."""
-    phrase, is_unseen = choose_pattern(_PATTERNS, patterns, rng)
+    phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
     times = [60 * rng.randint(1, 3) + 5 * rng.randint(1, 11)]
     times += [5 * rng.randint(1, 11) for _ in range(level - 1)]
     hours, rest = divmod(times[0], 60)
@@ -49,4 +49,4 @@ def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
     activities = rng.sample(_ACTIVITIES, level)
     done = listed([f"{verb} for {time}" for verb, time in zip(activities, spelled, strict=True)])
     question = phrase(done, rng.choice(NAMES), spelled)
-    return Query(question, "\n".join(steps), str(total), level, domain_name("minutes", is_unseen))
+    return Query(question, "\n".join(steps), str(total), level, domain_name("minutes", is_other))

@@ -77,7 +77,7 @@ _PATTERNS: tuple[Pattern, ...] = (  # with whether a number may be taken away
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
     """Draw one query with `level` numbers from 1 to 9; the running total never falls below 1."""
-    (phrase, signed), is_unseen = choose_pattern(_PATTERNS, patterns, rng)
+    (phrase, signed), is_other = choose_pattern(_PATTERNS, patterns, rng)
     numbers = [rng.randint(1, 9)]
     steps, total = [], numbers[0]
     for _ in range(level - 1):
@@ -87,4 +87,4 @@ def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
         numbers.append(number)
         steps.append(f"{total}{_SIGNED[number < 0]}{abs(number)}={total + number}")
         total += number
-    return Query(phrase(numbers, rng), "\n".join(steps), str(total), level, domain_name("sums", is_unseen))
+    return Query(phrase(numbers, rng), "\n".join(steps), str(total), level, domain_name("sums", is_other))

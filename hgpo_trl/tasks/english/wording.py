@@ -7,7 +7,7 @@ from typing import TypeVar
 from hgpo_trl.common.errors import UserError
 
 NAMES = "Ann Ben Clara David Emma Finn Grace Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()
-NUM_UNSEEN = 2  # sentence patterns of each task that are kept apart
+NUM_OTHER = 2  # sentence patterns of each task that are kept apart
 
 
 T = TypeVar("T")
@@ -17,23 +17,23 @@ def choose_pattern(patterns: Sequence[T], which: str, rng: random.Random) -> tup
     """Draw a sentence pattern, and say whether it is one of those that are kept apart.
 
     Args:
-        patterns: all of a task; the last `NUM_UNSEEN` are kept apart.
-        which: "seen", "unseen" or "all".
+        patterns: all of a task; the last `NUM_OTHER` are kept apart.
+        which: "main", "other" or "all".
 
     Raises:
         UserError: `which` is none of these.
     """
-    parts = {"seen": (0, len(patterns) - NUM_UNSEEN), "unseen": (len(patterns) - NUM_UNSEEN, len(patterns))}
+    parts = {"main": (0, len(patterns) - NUM_OTHER), "other": (len(patterns) - NUM_OTHER, len(patterns))}
     parts["all"] = (0, len(patterns))
     if which not in parts:
         raise UserError(f"patterns must be one of {', '.join(parts)}; got {which!r}.")
     index = rng.randrange(*parts[which])
-    return patterns[index], index >= len(patterns) - NUM_UNSEEN
+    return patterns[index], index >= len(patterns) - NUM_OTHER
 
 
-def domain_name(task: str, is_unseen: bool) -> str:
+def domain_name(task: str, is_other: bool) -> str:
     """The domain of a query: the task, and whether its wording is one of those that are kept apart."""
-    return f"{task}, unseen wording" if is_unseen else task
+    return f"{task}, other wording" if is_other else task
 
 
 def listed(words: Sequence[str]) -> str:
