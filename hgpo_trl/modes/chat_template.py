@@ -160,9 +160,8 @@ def let_model_decide(tokenizer: PreTrainedTokenizerBase) -> str:
     return opening
 
 
-FORMAT_HELP = (
-    f"Marks of the modes: {', '.join(PRESETS)}, or a mapping of texts (docs/formats.md); null: as the tokenizer shows."
-)
+FORMATS = f"{', '.join(PRESETS)}, or a mapping of texts (docs/formats.md)"
+FORMAT_HELP = f"Marks of the modes: {FORMATS}; null: as the tokenizer shows."
 
 
 def settle_format(tokenizer: PreTrainedTokenizerBase, given: Any = None) -> str:

@@ -9,7 +9,6 @@ marks: a `ModeFormat` says which.
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from functools import cached_property

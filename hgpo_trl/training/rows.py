@@ -18,6 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import (
+    LHRM,
     MODES,
     TRACE_FIELDS,
     Fault,
@@ -25,6 +26,7 @@ from hgpo_trl.modes import (
     ModeFormat,
     Response,
     add_mode_tokens,
+    as_format,
     format_of,
     split_response,
 )
@@ -90,15 +92,21 @@ _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, Attri
 _PROBE = "An answer to look for."
 
 
-def as_trained(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+def as_trained(tokenizer: "PreTrainedTokenizerBase", mode_format: Any = None) -> "PreTrainedTokenizerBase":
     """Copy a tokenizer and prepare it as Stage I does: with the mode tags, and a chat template that knows the modes.
+
+    Args:
+        mode_format: of the recipe, for a model that keeps its own marks; None: this library's.
 
     Raises:
         ValueError: see `add_mode_tokens` and `ensure_thinking_modes`.
     """
-    from hgpo_trl.modes.chat_template import ensure_thinking_modes  # imports transformers
+    from hgpo_trl.modes.chat_template import ensure_thinking_modes, settle_format  # imports transformers
 
     trained = deepcopy(tokenizer)
+    if as_format(mode_format or LHRM) != LHRM:
+        settle_format(trained, mode_format)
+        return trained
     add_mode_tokens(trained)
     ensure_thinking_modes(trained)
     return trained
