@@ -27,7 +27,7 @@ from hgpo_trl.evaluation.parts import Part, draw_missing, read_parts
 from hgpo_trl.evaluation.samples import PROMPT_ID, sorted_by_mode
 from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.inference.vllm_support import check_vllm_installed
-from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.modes import MODES, format_of, mode_tokens
 from hgpo_trl.modes.hybrid_accuracy import valid_mean
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.training.advantages import query_signal
@@ -185,7 +185,9 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
     )
 
     def scores(part: Part, samples: pd.DataFrame) -> pd.DataFrame:
-        return score_samples(samples, measurable.select(part.prompts), [accuracy_reward])[_COLUMNS]
+        return score_samples(
+            samples, measurable.select(part.prompts), [accuracy_reward], mode_format=format_of(tokenizer)
+        )[_COLUMNS]
 
     draw_missing(
         parts, sampler, measurable["prompt"], samples_per_mode=per_mode, keep=scores, temperature=1.0, top_p=1.0

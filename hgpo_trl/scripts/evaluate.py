@@ -336,10 +336,14 @@ def main(argv: Sequence[str]) -> None:
         subjects=groups.get("subject"),
         domains=groups.get("domain"),
         price_per_million_tokens=args.price_per_million_tokens,
+        mode_format=mode_format,
     )
     bias = 0.0 if args.decision_bias == SWEEP else float(args.decision_bias)
-    write_json(output_dir / EXAMPLES, nan_to_null(examples_of(samples, dataset, groups, args.margin, bias)))
-    heading = {"model": args.model, "dataset": args.data, "settings": settings}
+    examples = examples_of(samples, dataset, groups, args.margin, bias, mode_format)
+    write_json(output_dir / EXAMPLES, nan_to_null(examples))
+    heading: dict[str, Any] = {"model": args.model, "dataset": args.data, "settings": settings}
+    if mode_format != LHRM:
+        heading["mode_format"] = mode_format.declaration()
     write_json(output_dir / "report.json", nan_to_null({**heading, **report}))
     shutil.rmtree(output_dir / PARTS, ignore_errors=True)  # all of it is in samples.parquet
     accuracy, length = report["accuracy"], report["mean_tokens"]
