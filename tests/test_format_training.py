@@ -14,6 +14,7 @@ from hgpo_trl.inference.generate import HybridModel
 from hgpo_trl.modes import MODES, OTHER, PRESETS, Mode, format_of, mode_tokens, split_response
 from hgpo_trl.modes.chat_template import settle_format
 from hgpo_trl.modes.decision import read_decision
+from hgpo_trl.reporting.model_card import write_model_card
 from hgpo_trl.rewards.functions import split_completions
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, load_task
 from hgpo_trl.training.config import HGPOConfig
@@ -205,5 +206,70 @@ def test_a_format_is_found_declared_and_kept(untrained: str, prompts: Dataset, t
         "which is left to the model here" in line
     )
     trainer.save_model()
+    card = write_model_card(tmp_path / "out").read_text(encoding="utf-8")
+    assert f"in the marks of its base model ({trainer.mode_tokens.mode_format.name})" in card
+    assert "thinking_mode" not in card
     kept = HybridModel.from_pretrained(str(tmp_path / "out"), device_map="cpu")
     assert format_of(kept.tokenizer) == trainer.mode_tokens.mode_format
+
+
+def of_no_think(completions: list, response: list, **kwargs: Any) -> list[float]:
+    return [float(parts.mode is not Mode.THINK) for parts in response]
+
+
+def of_think(completions: list, response: list, **kwargs: Any) -> list[float]:
+    return [float(parts.mode is Mode.THINK) for parts in response]
+
+
+SAMPLE = HGPOTrainer._generate_single_turn
+
+
+def faultless(self: HGPOTrainer, *args: Any) -> Any:
+    """Rollouts without a fault: the opening, a word, the end of the reasoning, a word."""
+    ids, log_probs = SAMPLE(self, *args)
+    tokens, tokenizer = self.mode_tokens, self.processing_class
+    word, eos = tokenizer.convert_tokens_to_ids("4"), tokenizer.eos_token_id
+    repaired = []
+    for row in ids:
+        mode = MODES.index(tokens.chosen(row))
+        begun = row[: tokens.forced[mode]]
+        repaired.append([*begun, word, tokens.end_think, word, eos] if mode == 0 else [*begun, word, eos])
+    return repaired, log_probs
+
+
+@pytest.mark.parametrize(("reward", "winner"), [(of_think, 0), (of_no_think, 1)])
+def test_the_decision_moves_to_the_mode_that_wins(
+    untrained: str, prompts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: Any, winner: int
+) -> None:
+    monkeypatch.setattr(HGPOTrainer, "_generate_single_turn", faultless)
+    settings = {"max_steps": 12, "learning_rate": 2e-2, "logging_steps": 100, "margin": 0.1}
+    trainer = make_trainer(untrained, prompts, tmp_path / "out", **settings)
+    trainer.reward_funcs = [reward]
+    ids = [tokenizer_ids(trainer.processing_class, prompt) for prompt in prompts["prompt"][:4]]
+    width = max(map(len, ids))
+    batch = torch.tensor([[0] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+
+    def odds() -> torch.Tensor:
+        """Log-odds of the winner at the token where the openings part."""
+        tokens = trainer.mode_tokens
+        prefix = torch.tensor(tokens.prefix, dtype=torch.long).expand(len(batch), -1)
+        with torch.no_grad():
+            logits = trainer.model(
+                input_ids=torch.cat([batch, prefix], dim=1),
+                attention_mask=torch.cat([mask, torch.ones_like(prefix)], dim=1),
+            ).logits[:, -1]
+        log_probs = logits.log_softmax(-1)
+        of_modes = [
+            torch.log1p(-log_probs[:, other].exp()) if token == OTHER else log_probs[:, token]
+            for token, other in zip(tokens.decision, reversed(tokens.decision), strict=True)
+        ]
+        return of_modes[winner] - of_modes[1 - winner]
+
+    before = odds()
+    trainer.train()
+    assert (odds() > before + 1).all()
+
+
+def tokenizer_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]

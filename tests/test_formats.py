@@ -37,6 +37,7 @@ from hgpo_trl.modes import (
 )
 from hgpo_trl.modes.chat_template import let_model_decide, opened_mode
 from hgpo_trl.modes.decision import OFF_MODE, draw_other, read_decision
+from hgpo_trl.serving.splitter import ResponseSplitter, split_whole
 from hgpo_trl.training.advantages import compute_advantages
 from hgpo_trl.training.rollout import OwnTokens
 
@@ -141,6 +142,31 @@ def test_a_blank_trace_is_refused_where_it_would_read_as_no_think() -> None:
     assert format_response("think", "2", "", PRESETS["deepseek-v3.1"]) == "<think></think>2"
 
 
+@in_format
+@given(text=texts, cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_a_response_that_arrives_in_pieces_is_split_as_a_whole(
+    mode_format: ModeFormat, text: str, cuts: list[int]
+) -> None:
+    ends = [*sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    splitter, fields = ResponseSplitter(mode_format=mode_format), dict[str, str]()
+    for start, end in itertools.pairwise([0, *ends]):
+        for field, piece in splitter.feed(text[start:end]).items():
+            fields[field] = fields.get(field, "") + piece
+    for field, piece in splitter.finish().items():
+        fields[field] = fields.get(field, "") + piece
+    assert fields == split_whole(text, mode_format=mode_format)
+    response = split_response(text, mode_format)
+    assert splitter.mode is response.mode
+    assert fields.get("reasoning", "") == response.reasoning
+    if Fault.TRAILING_TEXT not in response.faults:
+        assert fields.get("content", "") == response.answer
+    for mode in MODES:  # a response behind a prompt that forces the mode is the rest of one that begins with it
+        opening = mode_format.opening(mode)
+        opened = mode_format.opened(opening + text)
+        if opened is not None and opened[0] is mode and not text[:1].isspace():
+            assert split_whole(text, mode, mode_format) == split_whole(opening + text, mode_format=mode_format)
+
+
 # --- tokenizer --------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +256,17 @@ def test_tokens_that_do_not_fit_a_format_are_refused() -> None:
         check_embeddings(tiny_qwen2(10), mode_tokens(short))
 
 
+def test_an_opening_that_joins_the_prompt_is_refused() -> None:
+    tokenizer = thinking(qwen2(), "qwen3")
+    tokenizer.add_tokens([AddedToken("\n\n", special=False)])
+    mode_tokens(tokenizer)
+    declare_format(tokenizer, ModeFormat("custom", "\n<think>", "\n</think>", end_reasoning="</think>"))
+    with pytest.raises(
+        UserError, match=r"behind the chat template's .*the tokenizer encodes the opening"
+    ):
+        mode_tokens(tokenizer)
+
+
 @pytest.mark.parametrize(
     ("template", "name"),
     [
@@ -307,6 +344,20 @@ def test_templates_that_trl_ships_leave_the_decision_to_the_model(
     for mode in MODES:  # the forced tokens are those of the forced prompt
         forced = [*ids, *mode_tokens(tokenizer).openings[MODES.index(mode)]]
         assert forced == tokenizer(auto + mode_format.opening(mode))["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think", "qwen3_6"])
+def test_a_response_follows_the_prompt_that_asks_for_it(template: str) -> None:
+    tokenizer = thinking(qwen2(), template)
+    let_model_decide(tokenizer)
+    mode_format = format_of(tokenizer)
+    for conversation, mode in itertools.product(CONVERSATIONS, MODES):
+        response = format_response(mode, "5", "2 + 3" if mode is Mode.THINK else "", mode_format)
+        prompt = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(
+            [*conversation, {"role": "assistant", "content": response}], tokenize=False
+        )
+        assert whole == f"{prompt}{response}<|im_end|>\n"
 
 
 def test_a_template_that_opens_a_mode_is_found() -> None:

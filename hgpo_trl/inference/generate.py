@@ -36,7 +36,18 @@ from transformers import (
 
 from hgpo_trl.common.compat import prepend_to_stream
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import LHRM, MODES, OTHER, Mode, ModeTokens, check_embeddings, mode_tokens, split_response
+from hgpo_trl.modes import (
+    LHRM,
+    MODES,
+    OTHER,
+    Mode,
+    ModeFormat,
+    ModeTokens,
+    check_embeddings,
+    format_of,
+    mode_tokens,
+    split_response,
+)
 from hgpo_trl.modes.chat_template import has_thinking_modes, opened_mode, settle_format
 from hgpo_trl.modes.decision import draw_other, read_decision
 
@@ -492,6 +503,11 @@ class HybridModel:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
         check_model(model, tokenizer)
         return cls(model, tokenizer)
+
+    @property
+    def mode_format(self) -> ModeFormat:
+        """The format of its responses."""
+        return format_of(self.tokenizer)
 
     def __call__(self, prompt: Any, **settings: Any) -> Any:
         """`generate`: one `Generation` for a text or a conversation, a list of them for a list."""

@@ -164,6 +164,7 @@ def _format_tokens(tokenizer: "PreTrainedTokenizerBase", mode_format: ModeFormat
             f"mode_format {mode_format.name}: the tokenizer encodes both openings as {list(think)}, so that no token "
             "shows the mode. Give openings that differ by more than blanks, or make tokens of their marks."
         )
+    _check_boundary(tokenizer, mode_format)
     ends: list[int | None] = []
     for mode in MODES:
         mark = mode_format.end(mode)
@@ -177,6 +178,27 @@ def _format_tokens(tokenizer: "PreTrainedTokenizerBase", mode_format: ModeFormat
     end_think, end_no_think = ends
     assert end_think is not None  # the end of reasoning is never blank
     return ModeTokens(mode_format, (think, no_think), end_think, end_no_think)
+
+
+def _check_boundary(tokenizer: "PreTrainedTokenizerBase", mode_format: ModeFormat) -> None:
+    """UserError if the tokenizer joins an opening with the end of a prompt.
+
+    Its forced tokens would then be others than those of a prompt that the chat template ends with the opening.
+    """
+    if tokenizer.chat_template is None:
+        return
+    end = prompt_end(tokenizer)
+    openings = [mode_format.opening(mode) for mode in mode_format.by_length]
+    end = next((end.removesuffix(opening) for opening in openings if opening and end.endswith(opening)), end)
+    before = tokenizer.encode(end, add_special_tokens=False)
+    for opening in openings:
+        ids = tokenizer.encode(opening, add_special_tokens=False)
+        if (whole := tokenizer.encode(end + opening, add_special_tokens=False)) != [*before, *ids]:
+            raise UserError(
+                f"mode_format {mode_format.name}: behind the chat template's {end!r} the tokenizer encodes the opening "
+                f"{opening!r} as {whole}, but alone as {ids}. Give openings that begin with a token of their own, such "
+                "as <think>."
+            )
 
 
 def _encoded(tokenizer: "PreTrainedTokenizerBase", mode_format: ModeFormat, text: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hgpo_trl.common.errors import run_stage
 from hgpo_trl.inference.generate import AUTO, CHOICES, HybridModel, TooLongError, check_settings
-from hgpo_trl.modes import Mode, format_of
+from hgpo_trl.modes import Mode
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.serving.splitter import Field, ResponseSplitter
 from hgpo_trl.training.model_dir import check_model_path
@@ -107,7 +107,7 @@ class Chat:
 
     def _show(self, pieces: Iterator[str]) -> str:
         """Print a response while it arrives; returns its answer."""
-        splitter = ResponseSplitter(mode_format=format_of(self.model.tokenizer))
+        splitter = ResponseSplitter(mode_format=self.model.mode_format)
         answer = ""
         last: Field | None = None
         for parts in _split(splitter, pieces):
