@@ -553,7 +553,7 @@ def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
         items.append(changes and f"`{name}` against `{other_name}`, both by their own choice: {changes}.")
     unsolved = _value(last, "unsolved")
     if not math.isnan(unsolved):
-        items.append(f"Neither mode of `{name}` solves {_percent(unsolved)} of the prompts.")
+        items.append(f"{_percent(unsolved)} of the prompts are solved by neither mode of `{name}`.")
     for other_name, evaluation in evaluations.items():
         entries = {entry["level"]: entry for entry in evaluation["by_level"]}
         if len(entries) > 1:
