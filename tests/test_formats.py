@@ -261,9 +261,7 @@ def test_an_opening_that_joins_the_prompt_is_refused() -> None:
     tokenizer.add_tokens([AddedToken("\n\n", special=False)])
     mode_tokens(tokenizer)
     declare_format(tokenizer, ModeFormat("custom", "\n<think>", "\n</think>", end_reasoning="</think>"))
-    with pytest.raises(
-        UserError, match=r"behind the chat template's .*the tokenizer encodes the opening"
-    ):
+    with pytest.raises(UserError, match=r"behind the chat template's .*the tokenizer encodes the opening"):
         mode_tokens(tokenizer)
 
 
