@@ -249,7 +249,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             return openings
         draws = self.mode_tokens.decision.index(OTHER)
         rows = self.args.per_device_train_batch_size
-        with self.accelerator.autocast():
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, checkpointing), self.accelerator.autocast():
             drawn = draw_other(
                 self.model, self._tokenizer.pad_token_id, prompt_ids, self.mode_tokens, self.temperature, rows
             )
