@@ -18,8 +18,8 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from hgpo_trl.common import paper
 from hgpo_trl.inference.generate import set_generation_config
-from hgpo_trl.modes import MODES, Fault, Response, check_embeddings
-from hgpo_trl.modes.decision import Decision, read_decision
+from hgpo_trl.modes import MODES, OTHER, Fault, Response, check_embeddings
+from hgpo_trl.modes.decision import Decision, draw_other, read_decision
 from hgpo_trl.rewards.functions import answer_parts, check_finite, checked, floor_faults, overlong, split_completions
 from hgpo_trl.training.advantages import Estimator, compute_advantages
 from hgpo_trl.training.config import HGPOConfig
@@ -29,16 +29,23 @@ from hgpo_trl.training.lora import prepare_wrapped
 from hgpo_trl.training.metrics import EvaluationMetrics, group_metrics, sampled_completions
 from hgpo_trl.training.micro_batches import MicroBatchTrainer
 from hgpo_trl.training.resume import ResumableTrainer
-from hgpo_trl.training.rollout import Rollout, inspect_responses, row_modes, unsampled_rows
+from hgpo_trl.training.rollout import OwnTokens, Rollout, inspect_responses, row_modes, unsampled_rows
 from hgpo_trl.training.validate import as_list, check_text_only, model_name, validate
 from hgpo_trl.training.vllm import naming_a_failing_server, prepare_generation
 
 logger = get_logger(__name__)
 
+NO_MASS_BELOW = 1e-4  # mean probability of a mode at the first step that causes a warning
+
 OFF_MODE = (
     "The first token is neither mode with a mean probability of {mass:.3f} (off_mode_warning={limit}). The policy is "
     "leaving the two modes: use decision_weighting=winner, raise beta, or lower the learning rate. If it has been "
     "so from the first step, train HFT for longer."
+)
+NO_MASS = (
+    "The policy begins with the mode {mode} with a mean probability of {mass:.1e}: it has hardly ever seen that "
+    "opening, and the decision moves slowly from there. Check mode_format and the chat template (docs/formats.md); if "
+    "they are right, a short Stage I in this format, or a higher learning rate, gives the mode its mass."
 )
 OUT_OF_REACH = (
     "No decision bias keeps to eval_token_budget={budget}: never thinking takes {no_think:.1f} tokens per response. "
@@ -49,10 +56,11 @@ OUT_OF_REACH = (
 class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     """Trainer for Hybrid Group Policy Optimization (arXiv 2505.14631, Algorithm 1).
 
-    Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the
-    others with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for
-    the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10). With `lazy_thinking`,
-    queries that no-think wins whatever thinking would bring get no think samples.
+    Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with the opening of the
+    think mode, the others with that of the no-think mode (Eq. 5, 6): `<think>` and `<no_think>`, or the model's own.
+    The mode means decide the inter-group reward, the samples of a mode compete for the intra-group reward (Eq. 8, 9),
+    and together they give one advantage per token (Eq. 10). With `lazy_thinking`, queries that no-think wins whatever
+    thinking would bring get no think samples.
 
     The loss is that of `GRPOTrainer`. Overridden are:
 
@@ -69,7 +77,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode
-            tags (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning adds. Reward functions get the answer
+            tags (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning adds, or have modes of its own
+            (`hgpo_trl.modes.format_of`). Reward functions get the answer
             part of every response as its completion, and all its parts as the column `response` (a
             `hgpo_trl.modes.Response` each); a malformed response gets the lowest reward whatever they return.
         args: `HGPOConfig`.
@@ -124,7 +133,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         set_generation_config(self.model, self._tokenizer)
         if is_peft_model(self.model):
             prepare_wrapped(self.model)
-        max_new_tokens = self.max_completion_length - 1  # the decision token counts towards max_completion_length
+        # The opening counts towards max_completion_length.
+        max_new_tokens = self.max_completion_length - max(self.mode_tokens.forced)
         if self.use_vllm:
             prepare_generation(self.vllm_generation, is_peft_model(self.model), max_new_tokens)
         else:
@@ -150,9 +160,10 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         output = super()._generate_and_score_completions(inputs)  # sampling and rewards: the overrides below
         rollout = self._rollout
         decision = self._read_decision(output["prompt_ids"], output["prompt_mask"])
+        own = OwnTokens.of(self.mode_tokens, len(rollout.lengths), rollout.group_size, rollout.lengths.device)
         advantages = compute_advantages(
             rollout.rewards,
-            rollout.lengths,
+            own.lengths(rollout.lengths),
             estimator=self._estimator,
             alpha=self.args.alpha,
             margin=self.args.margin,
@@ -163,6 +174,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             mode_probs=decision.mode_probs,
             decided=rollout.decided,
         )
+        advantages = own.spread(advantages)
         first = self.accelerator.process_index * len(inputs)
         width = output["completion_ids"].shape[1]  # this process's own longest response, perhaps padded further
         local = advantages[first : first + len(inputs), :width]
@@ -185,22 +197,22 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
-        """Force each row's mode: its token ends the prompt during sampling and is then moved to the response's front.
+        """Force each row's mode: its opening ends the prompt during sampling and is then moved to the response's front.
 
-        The forced token was not sampled, so it has no sampling log-probability: None, which TRL turns into an
+        The forced tokens were not sampled, so they have no sampling log-probability: None, which TRL turns into an
         importance ratio of exactly 1.
         """
         check_text_only(images, multimodal_fields)
         modes = self._row_modes(len(prompt_ids))
-        decisions = [self.mode_tokens.decision[mode] for mode in modes]
+        openings = self._openings(prompt_ids, modes)
         think, no_think = ([row for row, mode in enumerate(modes) if mode == m] for m in range(len(MODES)))
         per_mode = num_generations // 2
-        completion_ids: list[list[int]] = [[token] for token in decisions]
-        log_probs: list[list[float | None]] = [[None] for _ in decisions]
+        completion_ids = [list(opening) for opening in openings]
+        log_probs: list[list[float | None]] = [[None] * len(opening) for opening in openings]
         generate = super()._generate_single_turn
 
         def sample(rows: list[int]) -> tuple[list[list[int]], Any]:
-            forced = [[*prompt_ids[row], decisions[row]] for row in rows]
+            forced = [[*prompt_ids[row], *openings[row]] for row in rows]
             is_training = self.model.training
             with naming_a_failing_server(self.args, self.state.global_step):
                 generated = generate(forced, None, {}, per_mode, has_tool_images)
@@ -230,6 +242,23 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             extend(list(range(len(modes))))
         return completion_ids, log_probs if self.use_vllm else None  # no other backend returns any
 
+    def _openings(self, prompt_ids: list[list[int]], modes: list[int]) -> list[list[int]]:
+        """The opening of each row's mode, with a token that the policy draws where the decision is OTHER."""
+        openings = [list(self.mode_tokens.openings[mode]) for mode in modes]
+        if OTHER not in self.mode_tokens.decision:
+            return openings
+        draws = self.mode_tokens.decision.index(OTHER)
+        rows = self.args.per_device_train_batch_size
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, checkpointing), self.accelerator.autocast():
+            drawn = draw_other(
+                self.model, self._tokenizer.pad_token_id, prompt_ids, self.mode_tokens, self.temperature, rows
+            )
+        return [
+            [*opening, token] if mode == draws else opening
+            for opening, token, mode in zip(openings, drawn, modes, strict=True)
+        ]
+
     def _undecided(self, lazy: LazyThinking, completion_ids: list[list[int]]) -> list[int]:
         """Score the no-think responses, the only ones there are; returns the think rows that need samples."""
         prompts = [row["prompt"] for row in lazy.inputs]
@@ -257,7 +286,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         """
         lazy, group_size, device = self._lazy, self._group_size, self.accelerator.device
         decided = None if lazy is None else lazy.decided
-        responses = split_completions(completions)
+        responses = split_completions(completions, self.mode_tokens.mode_format)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         local = inspect_responses(responses, completion_ids, ends)
         lengths, truncated, words, faults = self.accelerator.gather(local.to(device)).split(
@@ -282,7 +311,17 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         query = torch.arange(len(rewards), device=device) // group_size
         rewards = floor_faults(rewards, faults.any(dim=1), query, weights)
         truncated = (truncated * sampled)[:, 0]
-        return Rollout(rewards, weights, lengths[:, 0], truncated, faults, words[:, 0], group_size, decided)
+        return Rollout(
+            rewards,
+            weights,
+            lengths[:, 0],
+            truncated,
+            faults,
+            words[:, 0],
+            group_size,
+            decided,
+            self.mode_tokens.forced,
+        )
 
     def _cap_no_think(self, faults: Tensor, responses: list[Response]) -> tuple[Tensor, list[Response]]:
         """Add `Fault.OVERLONG` to no-think responses whose answer is beyond the cap; `responses` are this process's."""
@@ -382,6 +421,10 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         off_mode_mass = decision.neither[:queries].mean().item()
         if off_mode_mass > self.args.off_mode_warning:
             self._warn_once(OFF_MODE, mass=off_mode_mass, limit=self.args.off_mode_warning)
+        if self.state.global_step == 0:  # a trained policy may well have given up a mode
+            for mode, mass in zip(MODES, decision.mode_probs[:queries].mean(dim=0).tolist(), strict=True):
+                if mass < NO_MASS_BELOW:
+                    self._warn_once(NO_MASS, mode=mode, mass=mass)
 
     def _log_completion_table(self, rollout: Rollout, advantages: Tensor) -> None:
         """Show mode, advantage of the response and advantage of the decision in TRL's table of completions."""
@@ -390,7 +433,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         last = last.masked_fill(rollout.unsampled, 0.0)
         for _ in range(min(num_rows, len(self._logs["advantages"]))):  # TRL has just appended its own
             self._logs["advantages"].pop()
-        of_responses, of_decisions = torch.stack([last, advantages[:, 0]]).tolist()
+        of_responses, of_decisions = torch.stack([last, advantages[:, len(self.mode_tokens.prefix)]]).tolist()
         self._logs["advantages"].extend(of_responses)
         self._logs["extra"]["decision_advantage"].extend(of_decisions)
         self._logs["extra"]["mode"].extend(MODES[mode].value for mode in row_modes(num_rows, rollout.group_size))

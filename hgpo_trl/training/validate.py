@@ -239,7 +239,7 @@ def check_resolved_fields(args: Args) -> None:
     Raises:
         UserError: naming the field, its value and the remedy.
     """
-    forced = {"thinking_mode", "enable_thinking"} & set(args.chat_template_kwargs or {})
+    forced = {"thinking_mode", "enable_thinking", "thinking"} & set(args.chat_template_kwargs or {})
     if forced:
         raise UserError(
             f"chat_template_kwargs sets {' and '.join(sorted(forced))}, but HGPO itself forces each response's "
