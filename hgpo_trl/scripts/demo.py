@@ -215,7 +215,7 @@ def _check_results(demo: list[Command], entries: dict[str, _Entry]) -> None:
         if folders := [one.output_dir for one in later if Path(one.output_dir).is_dir()]:
             raise UserError(
                 f"{command.recipe} has changed, or {command.output_dir} is gone, since these folders were made from "
-                f"it: {' '.join(folders)}. Remove them, undo the change, or copy the recipes to a folder of another name."
+                f"it: {' '.join(folders)}. Remove them, undo the change, or copy the recipes to another folder."
             )
 
 
