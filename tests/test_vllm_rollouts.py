@@ -89,6 +89,15 @@ def run(folder: Path, *argv: str) -> Path:
     return folder
 
 
+def test_the_stage_ends_quietly(words: list[str], tmp_path: Path) -> None:
+    """At exit, an engine in the training's process looks for its process groups."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [sys.executable, "-m", "hgpo_trl.scripts.hgpo", *words, "--max_steps", "1", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def trained(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("trained"), *words)

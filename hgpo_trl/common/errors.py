@@ -5,7 +5,6 @@ python -m hgpo_trl.scripts.hft ...                  the same
 accelerate launch -m hgpo_trl.scripts.hft ...       the same, from the first of the processes that meets it
 """
 
-import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -49,10 +48,16 @@ def run_stage(main: Callable[[Sequence[str]], None], stage: str, argv: Sequence[
 
 
 def _leave_process_group() -> None:
-    """Leave torch's process group: its threads can abort a process whose interpreter is taken down around them."""
-    distributed = sys.modules.get("torch.distributed")  # this module does not import torch
+    """Leave torch's process group: its threads can abort a process whose interpreter is taken down around them.
+
+    A vLLM engine in this process has groups of its own, which it would look for at exit.
+    """
+    distributed = sys.modules.get("torch.distributed")  # this module imports neither torch nor vLLM
+    vllm = sys.modules.get("vllm.distributed.parallel_state")
+    if vllm is not None:
+        vllm.destroy_model_parallel()
+        vllm.destroy_distributed_environment()
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        gc.collect()  # ends a vLLM engine that the stage has left behind, which needs its groups for that
         distributed.destroy_process_group()
 
 
