@@ -6,6 +6,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from hgpo_trl.training.advantages import DECISION_WEIGHTINGS, ESTIMATORS, INTRA_SCOPES, TIES
+from hgpo_trl.training.rules import RULES
 from hgpo_trl.training.validate import (
     BEST_METRIC,
     best_direction,
@@ -29,6 +30,11 @@ class HGPOConfig(GRPOConfig):
         alpha: α of Eq. 10, weight of the inter-group advantage on the decision token.
         margin: δ of Eq. 8, added to the no-think mode's mean reward before the modes are compared. (GRPOConfig's
             `delta` is two-sided clipping.)
+        mode_rule: rule for learning when to think: "hgpo", "adaptthink", "thinkless", "stable_adaptive" or "grpo", or
+            the import path of your own (`rules.Rule`): package.module.Class, path/to/file.py:Class. docs/rules.md
+            compares them. The fields `alpha`, `estimator`, `intra_scope`, `ties`, `discount`, `decision_weighting` and
+            `lazy_thinking` are of HGPO alone.
+        mode_rule_kwargs: options of the rule, its keyword arguments.
         estimator: "grpo" (Eq. 10), "rloo" (Eq. 23), "reinforce_plus_plus" or "reinforce_plus_plus_as_printed" (Eq. 22),
             or the import path of your own (`advantages.Estimator`): package.module.function, path/to/file.py:function.
         intra_scope: normalise r_intra over the mode's own N/2 samples ("mode") or over all N ("all").
@@ -77,6 +83,16 @@ class HGPOConfig(GRPOConfig):
     alpha: float = field(default=1.0, metadata={"help": "Weight of the inter-group advantage on the decision token."})
     margin: float = field(
         default=0.2, metadata={"help": "Margin δ added to the no-think mean when modes are compared."}
+    )
+    mode_rule: str = field(
+        default="hgpo",
+        metadata={
+            "help": f"Rule for learning when to think: {', '.join(RULES)}, or your own as package.module.Class or "
+            "path/to/file.py:Class."
+        },
+    )
+    mode_rule_kwargs: dict | None = field(
+        default=None, metadata={"help": "Options of mode_rule, for example {control_weight: 0.1}; null: none."}
     )
     estimator: str = field(
         default="grpo",

@@ -43,12 +43,12 @@ def group_metrics(rollout: Rollout, decision: Decision, margin: float, ties: str
     faults = rollout.faults.float().masked_fill(unsampled[:, None], torch.nan)  # [B, len(Fault)]
     shares = faults.view(queries, -1, len(Fault)).nanmean(dim=1).unbind(dim=1)
     metrics = {f"hgpo/faults/{kind}": share for kind, share in zip(Fault, shares, strict=True)}
-    metrics["hgpo/rollout_tokens"] = (rollout.lengths - 1).view(queries, -1).sum(dim=1)
+    metrics["hgpo/rollout_tokens"] = rollout.sampled_lengths.view(queries, -1).sum(dim=1)
     if rollout.decided is not None:
         metrics["hgpo/lazy_decided"] = rollout.decided
 
     lengths, truncated, faulty = (
-        x.float().masked_fill(unsampled, torch.nan).view(rewards.shape)
+        rollout.by_mode(x.float().masked_fill(unsampled, torch.nan))
         for x in (rollout.lengths, rollout.truncated, rollout.faults.any(dim=1))
     )
     means = torch.stack([rewards, lengths, truncated, faulty]).nanmean(dim=3)  # [4, Q, 2]

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from hgpo_trl.modes import MODES, Fault, Response
 from hgpo_trl.rewards.functions import weighted_sum
+from hgpo_trl.training.rules.base import NEITHER
 
 
 @dataclass(frozen=True)
 class Rollout:
     """The scored responses of a global batch.
 
-    Shapes: `B = Q * N` responses to `Q` queries, query-major, the think half of every query first; `F` reward
-    functions. Every process holds all of it.
+    Shapes: `B = Q * N` responses to `Q` queries, query-major, the think half of every query first where modes are
+    forced; `F` reward functions. Every process holds all of it.
     """
 
     rewards_per_func: Tensor  # [B, F], NaN where a function gives no reward; the lowest where the format is broken
@@ -27,11 +28,37 @@ class Rollout:
     faults: Tensor  # [B, len(Fault)], 1 where a response has the fault
     group_size: int  # N
     decided: Tensor | None = None  # [Q], queries without think samples; None: `lazy_thinking` is off
+    sampled_modes: Tensor | None = None  # [B], `response_modes`, where the policy samples them; None: they are forced
+
+    @property
+    def response_rewards(self) -> Tensor:
+        """`[B]`, the weighted sums r of Eq. 7."""
+        return weighted_sum(self.rewards_per_func, self.weights)
 
     @property
     def rewards(self) -> Tensor:
-        """`[Q, 2, N/2]`, the weighted sums r of Eq. 7."""
-        return weighted_sum(self.rewards_per_func, self.weights).view(-1, len(MODES), self.group_size // len(MODES))
+        """`[Q, 2, n]`, the same by mode, see `by_mode`."""
+        return self.by_mode(self.response_rewards)
+
+    @property
+    def modes(self) -> Tensor:
+        """`[B]`, 0 = think, 1 = no_think, NEITHER."""
+        if self.sampled_modes is not None:
+            return self.sampled_modes
+        return (~think_rows(len(self.lengths), self.group_size, self.lengths.device)).long()
+
+    @property
+    def sampled_lengths(self) -> Tensor:
+        """`[B]`, tokens that the policy has sampled: all, or all but the forced decision token."""
+        return self.lengths if self.sampled_modes is not None else self.lengths - 1
+
+    def by_mode(self, values: Tensor) -> Tensor:
+        """`[Q, 2, n]` from `[B]`: n is N/2 where modes are forced, else N, with NaN in the other mode's places."""
+        if self.sampled_modes is None:
+            return values.view(-1, len(MODES), self.group_size // len(MODES))
+        modes = torch.arange(len(MODES), device=values.device)[:, None]
+        of_mode = self.sampled_modes.view(-1, 1, self.group_size) == modes
+        return values.view(-1, 1, self.group_size).where(of_mode, torch.nan)
 
     @property
     def unsampled(self) -> Tensor:
@@ -45,6 +72,11 @@ def row_modes(num_rows: int, group_size: int, first: int = 0) -> list[int]:
     A group can straddle two processes, so the place that counts is the one in the global batch, modulo N.
     """
     return [int(place % group_size >= group_size // 2) for place in range(first, first + num_rows)]
+
+
+def response_modes(responses: list[Response]) -> Tensor:
+    """`[b]`, the mode that each of one process's responses begins with: 0 = think, 1 = no_think, NEITHER."""
+    return torch.tensor([NEITHER if response.mode is None else MODES.index(response.mode) for response in responses])
 
 
 def think_rows(num_rows: int, group_size: int, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import MODES, Fault, Response, check_embeddings
 from hgpo_trl.modes.decision import Decision, read_decision
 from hgpo_trl.rewards.functions import answer_parts, check_finite, checked, floor_faults, overlong, split_completions
-from hgpo_trl.training.advantages import Estimator, compute_advantages
+from hgpo_trl.training.advantages import Estimator
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.group_decisions import read_group_decisions
 from hgpo_trl.training.lazy import LazyThinking
@@ -29,8 +29,9 @@ from hgpo_trl.training.lora import prepare_wrapped
 from hgpo_trl.training.metrics import EvaluationMetrics, group_metrics, sampled_completions
 from hgpo_trl.training.micro_batches import MicroBatchTrainer
 from hgpo_trl.training.resume import ResumableTrainer
-from hgpo_trl.training.rollout import Rollout, inspect_responses, row_modes, unsampled_rows
-from hgpo_trl.training.validate import as_list, check_text_only, model_name, validate
+from hgpo_trl.training.rollout import Rollout, inspect_responses, response_modes, row_modes, unsampled_rows
+from hgpo_trl.training.rules import NEITHER, Groups, Rule, build_rule
+from hgpo_trl.training.validate import as_list, check_advantages, check_text_only, model_name, validate
 from hgpo_trl.training.vllm import naming_a_failing_server, prepare_generation
 
 logger = get_logger(__name__)
@@ -52,13 +53,15 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the
     others with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for
     the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10). With `lazy_thinking`,
-    queries that no-think wins whatever thinking would bring get no think samples.
+    queries that no-think wins whatever thinking would bring get no think samples. `mode_rule` puts another rule for
+    learning when to think in the place of Eq. 8 to 10 (`hgpo_trl.training.rules`); in evaluation both modes are always
+    forced.
 
     The loss is that of `GRPOTrainer`. Overridden are:
 
     - `__init__`: validates arguments and data before a model is loaded.
     - `_generate_and_score_completions`: replaces the advantages and logs the metrics of both modes.
-    - `_generate_single_turn`: forces the modes.
+    - `_generate_single_turn`: forces the modes, unless the rule samples them.
     - `_calculate_rewards`: shows the answer parts to the reward functions and keeps the scored rollout.
     - `_log_completion_extra`: puts columns of reward functions into their rows under `lazy_thinking`.
     - `evaluation_loop`, `prediction_step`: compute hybrid accuracy and its companions in place of a loss.
@@ -73,7 +76,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             part of every response as its completion, and all its parts as the column `response` (a
             `hgpo_trl.modes.Response` each); a malformed response gets the lowest reward whatever they return.
         args: `HGPOConfig`.
-        estimator: advantage estimator of your own (`hgpo_trl.training.advantages.Estimator`), in place of
+        estimator: advantage estimator of your own for HGPO (`hgpo_trl.training.advantages.Estimator`), in place of
             `args.estimator`.
 
     Raises:
@@ -90,6 +93,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     _name = "HGPO"
     _paper = {"title": paper.TITLE, "id": paper.ARXIV_ID, "citation": paper.CITATION}
 
+    _rule: Rule
     _rollout: Rollout  # the latest, set once per rollout by `_calculate_rewards`
     _lazy: LazyThinking | None = None  # of the rollout that is being sampled; None: both modes are sampled at once
 
@@ -114,6 +118,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             processing_class = AutoTokenizer.from_pretrained(
                 model_name(model), trust_remote_code=args.trust_remote_code, **sides
             )
+        rule = build_rule(args, **({} if estimator is None else {"estimator": estimator}))
         self.mode_tokens = validate(args, model, processing_class, reward_funcs, train_dataset, eval_dataset, kwargs)
         if reward_funcs is not None:
             reward_funcs = [checked(reward_func) for reward_func in as_list(reward_funcs)]
@@ -130,7 +135,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         else:
             self.generation_config.max_new_tokens = max_new_tokens
             self.generation_kwargs["max_new_tokens"] = max_new_tokens
-        self._estimator: str | Estimator = estimator or args.estimator
+        self._rule = rule
         self._evaluation = EvaluationMetrics()
         self._warned: set[str] = set()  # messages that have been logged
 
@@ -150,28 +155,60 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         output = super()._generate_and_score_completions(inputs)  # sampling and rewards: the overrides below
         rollout = self._rollout
         decision = self._read_decision(output["prompt_ids"], output["prompt_mask"])
-        advantages = compute_advantages(
-            rollout.rewards,
-            rollout.lengths,
-            estimator=self._estimator,
-            alpha=self.args.alpha,
-            margin=self.args.margin,
-            intra_scope=self.args.intra_scope,
-            ties=self.args.ties,
-            discount=self.args.discount,
-            decision_weighting=self.args.decision_weighting,
-            mode_probs=decision.mode_probs,
-            decided=rollout.decided,
-        )
+        advantages = self._advantages(inputs, rollout, decision)
         first = self.accelerator.process_index * len(inputs)
         width = output["completion_ids"].shape[1]  # this process's own longest response, perhaps padded further
         local = advantages[first : first + len(inputs), :width]
         output["advantages"] = nn.functional.pad(local, (0, width - local.shape[1]))
+        if self._rule.decision_log_prob is not None and self.model.training:
+            output["old_per_token_logps"] = self._old_log_probs(output)
+            output["old_per_token_logps"][:, 0] = self._rule.decision_log_prob
         self._log_rollout(rollout, decision)
         self._log_completion_table(rollout, advantages)
         return output
 
+    def _advantages(self, inputs: list[dict[str, Any]], rollout: Rollout, decision: Decision) -> Tensor:
+        """The rule's advantages of the global batch, `[B, T]`."""
+
+        def column(name: str) -> Tensor:
+            local = torch.tensor([float(row.get(name, math.nan)) for row in inputs], device=self.accelerator.device)
+            return self.accelerator.gather(local)
+
+        shape = (-1, rollout.group_size)
+        advantages = self._rule.advantages(
+            Groups(
+                rewards=rollout.response_rewards.view(shape),
+                modes=rollout.modes.view(shape),
+                lengths=rollout.lengths.view(shape),
+                mode_probs=decision.mode_probs,
+                columns={name: column(name).view(shape) for name in self._rule.columns},
+                decided=rollout.decided,
+            )
+        )
+        if self.model.training:
+            check_advantages(self.args.mode_rule, self._rule, advantages, rollout.lengths)
+        return advantages
+
+    def _old_log_probs(self, output: dict[str, Any]) -> Tensor:
+        """`[b, T]`, this process's rows under the old policy; TRL leaves them out where the ratio is always 1."""
+        if "old_per_token_logps" in output:
+            return output["old_per_token_logps"]
+        ids, mask = (
+            torch.cat([output[f"prompt_{kind}"], output[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")
+        )
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
+            log_probs, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, ids, mask, output["completion_ids"].shape[1], self.args.per_device_train_batch_size
+            )
+        return log_probs
+
     # --- sampling (Eq. 5, 6)
+
+    @property
+    def _samples_modes(self) -> bool:
+        """Whether the policy draws the modes of this rollout; else they are forced."""
+        return self._rule.samples_modes and self.model.training
 
     def _row_modes(self, num_rows: int) -> list[int]:
         """Modes of this process's rows: 0 = think, 1 = no_think."""
@@ -191,6 +228,9 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         importance ratio of exactly 1.
         """
         check_text_only(images, multimodal_fields)
+        if self._samples_modes:
+            with naming_a_failing_server(self.args, self.state.global_step):
+                return super()._generate_single_turn(prompt_ids, None, {}, num_generations, has_tool_images)
         modes = self._row_modes(len(prompt_ids))
         decisions = [self.mode_tokens.decision[mode] for mode in modes]
         think, no_think = ([row for row, mode in enumerate(modes) if mode == m] for m in range(len(MODES)))
@@ -279,7 +319,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             rewards = lazy.merge(rewards, weights, self.reward_func_names)
         query = torch.arange(len(rewards), device=device) // group_size
         rewards = floor_faults(rewards, faults.any(dim=1), query, weights)
-        return Rollout(rewards, weights, lengths[:, 0], (truncated * sampled)[:, 0], faults, group_size, decided)
+        modes = self.accelerator.gather(response_modes(responses).to(device)) if self._samples_modes else None
+        return Rollout(rewards, weights, lengths[:, 0], (truncated * sampled)[:, 0], faults, group_size, decided, modes)
 
     def _cap_no_think(self, faults: Tensor, responses: list[Response]) -> tuple[Tensor, list[Response]]:
         """Add `Fault.OVERLONG` to no-think responses whose answer is beyond the cap; `responses` are this process's."""
@@ -390,7 +431,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         of_responses, of_decisions = torch.stack([last, advantages[:, 0]]).tolist()
         self._logs["advantages"].extend(of_responses)
         self._logs["extra"]["decision_advantage"].extend(of_decisions)
-        self._logs["extra"]["mode"].extend(MODES[mode].value for mode in row_modes(num_rows, rollout.group_size))
+        names = {NEITHER: "neither", **{place: mode.value for place, mode in enumerate(MODES)}}
+        self._logs["extra"]["mode"].extend(names[mode] for mode in rollout.modes.tolist())
 
     def _warn_once(self, message: str, **values: Any) -> None:
         if message not in self._warned:

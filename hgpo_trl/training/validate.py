@@ -4,10 +4,14 @@
 """
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import IntervalStrategy
@@ -26,7 +30,10 @@ from hgpo_trl.training.advantages import (
 )
 from hgpo_trl.training.checks import check_dataset
 from hgpo_trl.training.metrics import BUDGET_METRIC, EVALUATION_METRICS
+from hgpo_trl.training.rules import HGPO, Rule, build_rule, load_rule
 from hgpo_trl.training.vllm import prepare_vllm
+
+logger = logging.getLogger(__name__)
 
 Args = Any  # `HGPOConfig`, whose module imports this one
 BEST_METRIC = "eval_hgpo/hybrid_accuracy"  # by which the best checkpoint is chosen, unless another one is named
@@ -79,8 +86,10 @@ def validate(
         )
     if args.use_vllm:
         prepare_vllm(args, model_name(model))
+    name_unread_fields(args)
     check_evaluation(args, eval_dataset)
     tokens = mode_tokens(tokenizer)
+    check_columns(args, train_dataset)
     named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **named}.items():
         if dataset is not None or name == "train_dataset":
@@ -88,6 +97,31 @@ def validate(
     if reward_funcs is not None:
         check_reward_funcs(args, as_list(reward_funcs))
     return tokens
+
+
+def name_unread_fields(args: Args) -> None:
+    """Warn of fields that are set but are not read, because `mode_rule` is not HGPO."""
+    defaults = {field.name: field.default for field in fields(args)}
+    given = {name: getattr(args, name) for name in HGPO.settings if getattr(args, name) != defaults[name]}
+    if given and not issubclass(load_rule(args.mode_rule), HGPO) and args.process_index == 0:
+        listed = ", ".join(f"{name}={value}" for name, value in given.items())
+        logger.warning(f"mode_rule={args.mode_rule} does not read {listed}, which only HGPO does.")
+
+
+def check_columns(args: Args, train_dataset: Any) -> None:
+    """Check that the training data has the columns that the rule reads.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found = getattr(train_dataset, "column_names", None)
+    if found is None:  # a stream may not know its columns
+        return
+    if missing := [name for name in load_rule(args.mode_rule).columns if name not in found]:
+        raise UserError(
+            f"mode_rule={args.mode_rule} needs the column {' and '.join(missing)} in train_data, which has "
+            f"{', '.join(found)}. docs/rules.md says how to add it."
+        )
 
 
 def model_name(model: Any) -> str:
@@ -112,6 +146,29 @@ def check_text_only(images: Any, multimodal_fields: Mapping[str, Any]) -> None:
             f"HGPOTrainer trains text-only models; this batch has {fields}. Restrict tokenizer.model_input_names to "
             "input_ids and attention_mask."
         )
+
+
+def check_advantages(name: str, rule: Rule, advantages: Tensor, lengths: Tensor) -> None:
+    """Check a rule's advantages.
+
+    Args:
+        name: `mode_rule`.
+        advantages: as the rule returns them.
+        lengths: `[B]`, tokens of each response.
+
+    Raises:
+        UserError: they are not `[B, T]`, not finite, or not 0 beyond the end of a response.
+    """
+    shape = (len(lengths), int(lengths.max()))
+    if advantages.shape != shape:
+        raise UserError(
+            f"mode_rule={name}: advantages must have the shape {list(shape)}; got {list(advantages.shape)}."
+        )
+    if not advantages.isfinite().all():
+        hint = f", and numbers in {' and '.join(rule.columns)} of train_data" if rule.columns else ""
+        raise UserError(f"mode_rule={name}: some advantages are not finite. Check rows without a reward{hint}.")
+    if advantages.masked_fill(torch.arange(shape[1], device=lengths.device) < lengths[:, None], 0.0).any():
+        raise UserError(f"mode_rule={name}: advantages beyond the end of a response must be 0. Use `Groups.per_token`.")
 
 
 def check_reward_funcs(args: Args, reward_funcs: list[Any]) -> None:
@@ -247,6 +304,37 @@ def check_resolved_fields(args: Args) -> None:
         )
     if args.lazy_thinking:
         _check_lazy_thinking(args)
+    check_rule(args)
+
+
+def check_rule(args: Args) -> None:
+    """Check `mode_rule` and its options, and that the other fields go with it.
+
+    Raises:
+        UserError: naming the field, its value and the remedy.
+    """
+    rule = build_rule(args)
+    if rule.loss_types and args.loss_type not in rule.loss_types:
+        raise UserError(
+            f"mode_rule={args.mode_rule} weighs tokens by itself and needs loss_type={' or '.join(rule.loss_types)}; "
+            f"got {args.loss_type}."
+        )
+    if args.lazy_thinking and not isinstance(rule, HGPO):
+        raise UserError(
+            f"lazy_thinking leaves out think samples that cannot change HGPO's decision; mode_rule={args.mode_rule} "
+            "decides by other means. Set lazy_thinking=false, or mode_rule=hgpo."
+        )
+    if args.estimator != "grpo" and not isinstance(rule, HGPO):
+        raise UserError(
+            f"estimator={args.estimator} is of HGPO alone; mode_rule={args.mode_rule} has its own advantages. Leave "
+            "estimator out, or set mode_rule=hgpo."
+        )
+    for name in ("no_think_cap", "no_think_max_tokens"):
+        if rule.samples_modes and getattr(args, name) is not None:
+            raise UserError(
+                f"{name} needs both modes of every query, which mode_rule={args.mode_rule} does not force. Set {name} "
+                "to null, or choose a rule that forces the modes."
+            )
 
 
 def _check_lazy_thinking(args: Args) -> None:
