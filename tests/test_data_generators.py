@@ -226,6 +226,7 @@ def test_rows_do_not_depend_on_the_process() -> None:
     """But for those that the builder refuses without PYTHONHASHSEED."""
     code = (
         "import sys, json\nfrom hgpo_trl.data.generators import ReasoningGymGenerator as G\n"
+        "print()\n"  # the data sets print, too
         "print(json.dumps({n: [G(n, n, {}, 9, 6, None, None)(i) for i in range(6)] for n in sys.argv[1:]}))"
     )
     names = [name for name in dataset_names() if name not in SLOW]
@@ -238,7 +239,7 @@ def test_rows_do_not_depend_on_the_process() -> None:
             check=True,
             env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
         )
-        outputs.append(json.loads(process.stdout))
+        outputs.append(json.loads(process.stdout.splitlines()[-1]))
     assert {name for name in names if outputs[0][name] != outputs[1][name]} == set(generators._UNORDERED)
 
 

@@ -106,12 +106,12 @@ ENGINES = {
 @pytest.mark.parametrize(
     ("config", "one", "two", "weighting"),
     [
-        ("cpu_ddp", (8, 2), (8, 1), "winner"),
-        ("cpu_ddp", (6, 4), (6, 2), "winner"),  # N = 4: every other group straddles the two processes
-        ("zero2", (8, 2), (4, 2), "winner"),
-        ("zero3", (6, 4), (6, 2), "winner"),
+        ("cpu_ddp", (8, 2), (8, 1), "uniform"),
+        ("cpu_ddp", (6, 4), (6, 2), "uniform"),  # N = 4: every other group straddles the two processes
+        ("zero2", (8, 2), (4, 2), "uniform"),
+        ("zero3", (6, 4), (6, 2), "uniform"),
         ("zero3", (6, 4), (6, 2), "saturating"),
-        ("fsdp2", (8, 2), (8, 1), "winner"),
+        ("fsdp2", (8, 2), (8, 1), "uniform"),
     ],
     ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
 )

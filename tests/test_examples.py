@@ -231,7 +231,7 @@ def test_both_responses_are_shown_with_their_verdicts(tmp_path: Path) -> None:
     shown = " ".join(Texts(section).texts)
     for part in (
         "sums, level 3, prompt 0", "2 + 2?", "Reference: 4",
-        "The model thinks with probability 25.0\u00a0% and chooses to answer at once: wrong, the better mode is",
+        "The model thinks with probability 25.0\u00a0% and chooses to answer at once. The choice is wrong:",
         "2 + 2 = 4", "9 tokens", "on average score 1.00, 9.5 tokens", "3 tokens", "on average score 0.00, 3.5 tokens",
     ):  # fmt: skip
         assert part in shown
@@ -294,9 +294,9 @@ def test_notes(tmp_path: Path, changes: dict[str, Any], shown: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [
-        ({"chosen": "neither"}, "chooses neither mode: wrong, the better mode is to think."),
-        ({"chosen": "think"}, "chooses to think: right, the better mode is to think."),
-        ({"better": None}, "chooses to answer at once; which mode is better is not known"),
+        ({"chosen": "neither"}, "chooses neither mode. The choice is wrong: it is better to think."),
+        ({"chosen": "think"}, "chooses to think. The choice is right."),
+        ({"better": None}, "chooses to answer at once. Which mode is better is not known"),
     ],
 )
 def test_choices(tmp_path: Path, changes: dict[str, Any], shown: str) -> None:

@@ -37,7 +37,8 @@ def rollouts(draw: st.DrawFn, lazy: bool | None = None) -> tuple[Rollout, Decisi
     faults[torch.arange(rows), integers(0, len(Fault) - 1)] = integers(0, 1) * ~unsampled
     lengths = integers(2, 9).masked_fill(unsampled, 1)
     truncated = integers(0, 1) * ~unsampled
-    rollout = Rollout(rewards[:, None], torch.ones(1), lengths, truncated, faults, group, decided)
+    words = integers(0, 3)
+    rollout = Rollout(rewards[:, None], torch.ones(1), lengths, truncated, faults, words, group, decided)
     think = integers(0, 5, queries) / 10
     no_think = integers(0, 5, queries) / 10
     decision = Decision(think, no_think, 1 - think - no_think, think + 1, integers(-1, 1, queries))
@@ -76,6 +77,7 @@ def test_every_metric_of_every_query(case: tuple[Rollout, Decision], margin: flo
             expected[f"hgpo/truncated/{mode}"] = mean([float(rollout.truncated[row]) for row in here])
             expected[f"hgpo/format_faults/{mode}"] = mean([float(rollout.faults[row].any()) for row in here])
             expected[f"hgpo/prob/{mode}"] = decision[place][query].item()
+        expected["hgpo/leakage"] = mean([rollout.reflection_words[row].item() for row in rows[1]])
         expected["hgpo/off_mode_mass"] = decision.neither[query].item()
         expected["hgpo/decision_entropy"] = decision.entropy[query].item()
         # A win of no-think needs a valid no-think sample, also where the query is decided.

@@ -304,7 +304,7 @@ def test_every_response_is_scored_once(make_trainer: Callable, tmp_path: Path) -
         log_metric("calls", len(completions))
         return by_level(completions, response, **kwargs)
 
-    trainer = make_trainer([answers, later], log_completions=True)
+    trainer = make_trainer([answers, later], log_completions=True, decision_weighting="uniform")
     trainer.train()
     table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
     texts = [completion[0]["content"] for completion in table["completion"]]

@@ -170,3 +170,11 @@ def test_stages_compute_in_bf16_over_fp32_weights(
     main.main(argv(fields))
     assert seen == {(torch.bfloat16, torch.float32)}
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["bf16"] is True
+
+
+@pytest.mark.parametrize(("has_accelerator", "asked"), [(False, False), (True, False), (True, True)])
+def test_without_an_accelerator_auto_names_the_processor(has_accelerator, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: has_accelerator)
+    fields = Namespace(output_dir=tmp_path, use_cpu=asked)
+    resolve_bf16(fields, lambda use_cpu: use_cpu)
+    assert fields.use_cpu is (asked or not has_accelerator)

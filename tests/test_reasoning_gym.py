@@ -1,7 +1,9 @@
 """The verifiers of reasoning-gym as a reward: alone, in evaluation, and on a GRPO-style batch of mixed rows."""
 
 import json
+import re
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.generators import ReasoningGymGenerator
 from hgpo_trl.evaluation.scores import score_samples
-from hgpo_trl.rewards import accuracy_reward, load_reward, reasoning_gym_reward
+from hgpo_trl.rewards import load_reward, reasoning_gym_reward
 from hgpo_trl.rewards.functions import check_bounded, checked
 from hgpo_trl.verification import reasoning_gym
 
@@ -23,6 +25,7 @@ def row_of(name: str, index: int = 0, **config: Any) -> dict[str, Any]:
     return ReasoningGymGenerator(name, name, config, 3, 5, None, None)(index)
 
 
+DOCS = Path(__file__).parents[1] / "docs" / "data.md"
 LEGS = row_of("leg_counting")
 COUNTDOWN = row_of("countdown")
 PATH = row_of("shortest_path")
@@ -111,14 +114,23 @@ def test_lazy_thinking_takes_its_scores() -> None:
     check_bounded(torch.tensor(rewards)[:, None], torch.ones(1), ["reasoning_gym_reward"])
 
 
-def test_mixed_with_the_rule_as_the_docs_say() -> None:
+def test_divided_as_the_docs_say() -> None:
     """docs/data.md: rows with a verifier are its, the others the rule's."""
-    columns = [LEGS["reasoning_gym"], None]
-    answers = [LEGS["answer"], "4"]
-    completions = [no_think(answer) for answer in answers]
-    own = reasoning_gym_reward(completions, columns)
-    rule = accuracy_reward(completions, [a if c is None else None for a, c in zip(answers, columns, strict=True)])
-    assert (own, rule) == ([1.0, None], [None, 1.0])
+    (code,) = re.findall(
+        r"```python\n(from hgpo_trl\.rewards import.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    exec(code, names)
+    rows = [(LEGS["answer"], LEGS), (f"{LEGS['answer']}.0", LEGS), ("4.0", None), ("5", None), (None, None)]
+    rewards = names["divided_reward"](
+        [no_think(str(answer)) for answer, _ in rows],
+        answer=[LEGS["answer"], LEGS["answer"], "4", "4", None],
+        reasoning_gym=[row and row["reasoning_gym"] for _, row in rows],
+        prompts=[None] * 5,
+    )
+    assert rewards[0] == 1.0
+    assert 0 < rewards[1] < 1, "right by the rule, whose row it is not"
+    assert rewards[2:] == [1.0, 0.0, None]
 
 
 JSON = st.recursive(

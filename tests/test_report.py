@@ -18,6 +18,7 @@ POLICIES = ("auto", "sampled", "think", "no_think", "oracle")
 ACCURACY = {"auto": 0.9617, "sampled": 0.9302, "think": 0.9812, "no_think": 0.7023, "oracle": 0.9851}
 TOKENS = {"auto": 1210.4, "sampled": 1302.5, "think": 2501.6, "no_think": 88.7, "oracle": 1190.8}
 
+WORDS = {"no_think": 0.1234, "think_answer": 0.0, "reasoning": 4.5}
 PARTS = {"thinking_gains": 0.7561, "no_gain": 0.9323}
 
 Evaluation = dict[str, Any]
@@ -35,6 +36,8 @@ def figures(hybrid_accuracy: float = 0.8914, thinking_ratio: float = 0.4137) -> 
         "hybrid_accuracy_where": dict(PARTS),
         "balanced_hybrid_accuracy": 0.8442,
         "unsolved": 0.0778,
+        "reflection_words": dict(WORDS),
+        "answer_length_ratio": 1.1551,
         "thinking_ratio": thinking_ratio,
         "off_mode_mass": 0.0213,
         "accuracy": dict(ACCURACY),
@@ -44,6 +47,8 @@ def figures(hybrid_accuracy: float = 0.8914, thinking_ratio: float = 0.4137) -> 
             "hybrid_accuracy_where": {part: around(value, 0.02) for part, value in PARTS.items()},
             "balanced_hybrid_accuracy": around(0.8442, 0.0333),
             "unsolved": [0.0555, 0.1001],
+            "reflection_words": {of: around(value, 0.05) for of, value in WORDS.items()},
+            "answer_length_ratio": [1.05, 1.25],
             "thinking_ratio": around(thinking_ratio, 0.0311),
             "off_mode_mass": [0.0123, 0.0321],
             "accuracy": {policy: around(ACCURACY[policy], 0.0111) for policy in POLICIES},
@@ -96,11 +101,13 @@ def table(text: str, first_header: str) -> dict[str, list[str]]:
 def null(entry: Evaluation) -> None:
     """Every number that an evaluation without valid samples lacks becomes null, in place."""
     for key, value in entry.items():
-        if key in ("accuracy", "mean_tokens", "hybrid_accuracy_where"):
+        if key in ("accuracy", "mean_tokens", "hybrid_accuracy_where", "reflection_words"):
             entry[key] = dict.fromkeys(value)
         elif key == "intervals":
             null(value)
-        elif key in ("hybrid_accuracy", "balanced_hybrid_accuracy", "unsolved", "thinking_ratio", "off_mode_mass"):
+        elif key in ("hybrid_accuracy", "balanced_hybrid_accuracy", "unsolved", "thinking_ratio", "off_mode_mass") or (
+            key == "answer_length_ratio"
+        ):
             entry[key] = None if isinstance(value, float) else [None, None]
 
 
@@ -173,6 +180,9 @@ def test_numbers_of_the_model_table(full: Path) -> None:
     assert rows["Solved by neither mode"][1] == "7.8 % [5.5, 10.0]"
     assert rows["Thinking ratio"] == ["50.0 % [38.3, 44.5]", "41.4 % [38.3, 44.5]"]
     assert rows["Off-mode mass"][1] == "2.1 % [1.2, 3.2]"
+    assert rows["Reflection words: answers without thinking"][1] == "0.12 [0.07, 0.17]"
+    assert rows["Reflection words: reasoning"][1] == "4.50 [4.45, 4.55]"
+    assert rows["Length of answers without thinking, relative"][1] == "1.16 [1.05, 1.25]"
     assert rows["Format faults, thinking"][1] == "4.7 %"
     assert rows["Format faults, not thinking"][1] == "1.3 %"
     assert rows["Truncated, thinking"][1] == "3.3 %"
@@ -211,7 +221,7 @@ def test_sentences_are_computed(full: Path) -> None:
     assert "against the same model always thinking: accuracy −1.9 points, tokens −52 %." in text
     assert "against the same model never thinking: accuracy +25.9 points, tokens +1265 %." in text
     assert "`hgpo` against `hft`, both by their own choice: hybrid accuracy +0.0 points, balanced +0.0 points" in text
-    assert "Neither mode of `hgpo` solves 7.8 % of the prompts." in text
+    assert "7.8 % of the prompts are solved by neither mode of `hgpo`." in text
     assert "`hft` thinks with probability 10.0 % [6.9, 13.1] at level 1 and 30.0 % [26.9, 33.1] at level 3." in text
     assert "Note:" not in text
 
@@ -225,14 +235,20 @@ def test_a_worse_model_is_not_praised(tmp_path: Path) -> None:
 def test_reports_of_earlier_versions_are_shown_without_the_later_metrics(tmp_path: Path) -> None:
     old = evaluation("hft")
     for part in (old, *old["by_level"]):
-        for name in ("hybrid_accuracy_where", "balanced_hybrid_accuracy", "unsolved"):
+        for name in (
+            "hybrid_accuracy_where",
+            "balanced_hybrid_accuracy",
+            "unsolved",
+            "reflection_words",
+            "answer_length_ratio",
+        ):
             del part[name], part["intervals"][name]
     text = read(write_report({"new": evaluation(), "hft": old}, tmp_path))[0].replace(NO_BREAK, " ")
     rows = table(text, " |")
     assert rows["Hybrid accuracy, balanced"] == ["84.4 % [81.1, 87.8]", "–"]
     assert rows["Solved by neither mode"] == ["7.8 % [5.5, 10.0]", "–"]
     assert "picks the better mode for 89.1 % [87.0, 91.2] of the prompts.\n" in text
-    assert "Neither mode of" not in text
+    assert "solved by neither mode of" not in text
 
 
 def test_domains_have_a_table_where_there_are_several(tmp_path: Path) -> None:

@@ -476,6 +476,7 @@ def test_metrics_by_mode_of_sampled_modes() -> None:
         lengths,
         none,
         torch.zeros(8, len(Fault), dtype=torch.long),
+        none,
         4,
         sampled_modes=modes,
     )

@@ -250,7 +250,7 @@ def test_with_equal_modes_only_the_margin_moves_the_decision(make_trainer: Calla
     trainer = make_trainer(constant, margin=0.2, max_steps=3)
     batch = rollout(trainer)
     assert batch["advantages"][:, 1:].abs().max() == 0
-    assert (batch["advantages"][:, 0].view(2, 2, 2).sign() == torch.tensor([[[-1, -1], [1, 1]]])).all()
+    assert (batch["advantages"][:, 0].view(2, 2, 2).sign() == torch.tensor([[[0, 0], [1, 1]]])).all()
     trainer = make_trainer(constant, margin=0.2, max_steps=3)
     trainer.train()
     assert logged(trainer, "hgpo/prob/no_think")[-1] > logged(trainer, "hgpo/prob/no_think")[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,14 @@ def test_the_seed_decides(sample: Callable[..., pd.DataFrame], samples: pd.DataF
 def test_no_two_responses_share_their_random_numbers(sample: Callable[..., pd.DataFrame], few: Dataset) -> None:
     same = sample([few["prompt"][0]] * 4, samples_per_mode=4)
     assert same.groupby("mode")["completion"].nunique().gt(12).all()
+
+
+def test_more_prompts_than_one_forward_pass_takes(sample: Callable[..., pd.DataFrame], engine: Any) -> None:
+    """vLLM cuts the last prompt that it takes into a pass; on a CPU a seeded request does not survive that."""
+    rng, words = random.Random(0), [str(digit) for digit in range(7)]
+    texts = [" ".join(rng.choices(words, k=400)) for _ in range(60)]
+    assert len(texts) * 400 > engine.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert len(sample(texts, samples_per_mode=1, max_new_tokens=2)) == len(texts) * len(MODES)
 
 
 def test_temperature_and_top_p(

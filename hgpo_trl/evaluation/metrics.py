@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hgpo_trl.common.errors import UserError
+from hgpo_trl.evaluation.leakage import leakage_table
 from hgpo_trl.evaluation.samples import PROMPT_ID, sorted_by_mode
 from hgpo_trl.modes import MODES, Fault
 from hgpo_trl.modes.hybrid_accuracy import (
@@ -60,9 +61,9 @@ def by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, SampleArrays]:
     return samples, SampleArrays(scores, lengths, *own)
 
 
-def _biased_table(arrays: SampleArrays, margin: float, decision_bias: float) -> PromptTable:
+def _biased_table(samples: pd.DataFrame, arrays: SampleArrays, margin: float, decision_bias: float) -> PromptTable:
     choice = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
-    return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin)
+    return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin) | leakage_table(samples)
 
 
 def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: float = 0.0) -> PromptTable:
@@ -73,9 +74,10 @@ def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: floa
         margin, decision_bias: as in `report_on`.
 
     Returns:
-        Columns as of `hgpo_trl.modes.hybrid_accuracy.per_prompt_table`, each `[K]`, in the order of `prompt_id`.
+        Columns as of `hgpo_trl.modes.hybrid_accuracy.per_prompt_table` and `leakage_table`, each `[K]`, in the order of
+        `prompt_id`.
     """
-    return _biased_table(by_prompt(samples)[1], margin, decision_bias)
+    return _biased_table(*by_prompt(samples), margin, decision_bias)
 
 
 def report_on(
@@ -110,7 +112,7 @@ def report_on(
     if decision_bias == SWEEP:
         decision_bias = 0.0
         curve = {"decision_bias_curve": decision_bias_curve(*arrays, sweep_biases(*arrays[2:]), margin)}
-    table = _biased_table(arrays, margin, float(decision_bias))
+    table = _biased_table(samples, arrays, margin, float(decision_bias))
     by_mode = samples.groupby("mode", observed=True)
     summary = summarize(table)
     cost = {}

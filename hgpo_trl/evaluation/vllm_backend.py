@@ -44,6 +44,7 @@ def running_engine(
         UserError: the model has too few positions for the longest prompt and its response.
     """
     from vllm import LLM, EngineArgs
+    from vllm.platforms import current_platform
 
     weights_dtype: Any = dtype
     if dtype == "auto":  # vLLM's own `auto` makes bfloat16 of float32
@@ -63,6 +64,8 @@ def running_engine(
         tensor_parallel_size=tensor_parallel_size,
         gpu_memory_utilization=gpu_memory_utilization,
         logprobs_mode="raw_logprobs",  # of the model itself, whatever the sampling
+        # On a CPU a seeded request whose prompt is cut ends the engine: torch's CPU generator has no offset.
+        enable_chunked_prefill=False if current_platform.is_cpu() else None,
     )
     try:
         yield engine

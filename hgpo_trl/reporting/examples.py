@@ -72,8 +72,10 @@ def _choice(who: str, example: Example, brief: bool = False) -> str:
     if brief:
         return f"{text}."
     if better is None:
-        return f"{text}; which mode is better is not known, since one of them has no valid score."
-    return f"{text}: {'right' if chosen == better else 'wrong'}, the better mode is {_CHOICES[better]}."
+        return f"{text}. Which mode is better is not known, since one of them has no valid score."
+    if chosen == better:
+        return f"{text}. The choice is right."
+    return f"{text}. The choice is wrong: it is better {_CHOICES[better]}."
 
 
 def _response(example: Example, mode: str) -> Response:

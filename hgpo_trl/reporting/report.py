@@ -91,6 +91,10 @@ def _tokens(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:,.{1 if value < 1000 else 0}f}"
 
 
+def _rate(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:,.2f}"
+
+
 def _with_interval(evaluation: Evaluation, path: str, form: Callable[[float], str]) -> str:
     """ "95.0 % [93.1, 96.9]", breaking only before the bracket; without it where the interval is null."""
     low, high = (form(bound).removesuffix(f"{NO_BREAK}%") for bound in _interval(evaluation, path))
@@ -117,9 +121,19 @@ METRICS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("Tokens: never thinking", "mean_tokens.no_think", _tokens),
     ("Tokens: oracle", "mean_tokens.oracle", _tokens),
     ("Off-mode mass", "off_mode_mass", _percent),
+    ("Reflection words: answers without thinking", "reflection_words.no_think", _rate),
+    ("Reflection words: answers after thinking", "reflection_words.think_answer", _rate),
+    ("Reflection words: reasoning", "reflection_words.reasoning", _rate),
+    ("Length of answers without thinking, relative", "answer_length_ratio", _rate),
 )
 # Reports of earlier versions lack these.
-ADDED = ("balanced_hybrid_accuracy", "unsolved", *(name.replace("/", ".") for name in STRATA))
+ADDED = (
+    "balanced_hybrid_accuracy",
+    "unsolved",
+    *(name.replace("/", ".") for name in STRATA),
+    *(f"reflection_words.{of}" for of in ("no_think", "think_answer", "reasoning")),
+    "answer_length_ratio",
+)
 FAULTS = (
     ("Format faults, thinking", "format_faults.think", _percent),
     ("Format faults, not thinking", "format_faults.no_think", _percent),
@@ -457,6 +471,15 @@ GLOSSARY = {
     ),
     "Thinking ratio": "the mean probability that the first token is `<think>`.",
     "Off-mode mass": "the mean probability that the first token is neither `<think>` nor `<no_think>`.",
+    "Reflection words": (
+        "words of somebody who is thinking, such as “wait”, “let me” or “step by step”, per response. More of them in "
+        "answers without thinking than in answers after thinking mean that reasoning leaks into what should be an "
+        "answer at once; those in the reasoning show how well the list fits the model."
+    ),
+    "Length of answers without thinking, relative": (
+        "characters of the answer without thinking, divided by those of the answer after thinking to the same prompt. "
+        "Well above 1 is the other sign of leaked reasoning."
+    ),
     "Format faults": "the share of responses with broken, missing or misplaced tags.",
     "Truncated": "the share of responses that reached the length limit before their end.",
     "95 % interval, in brackets": (
@@ -530,7 +553,7 @@ def _comparisons(evaluations: Mapping[str, Evaluation]) -> list[str]:
         items.append(changes and f"`{name}` against `{other_name}`, both by their own choice: {changes}.")
     unsolved = _value(last, "unsolved")
     if not math.isnan(unsolved):
-        items.append(f"Neither mode of `{name}` solves {_percent(unsolved)} of the prompts.")
+        items.append(f"{_percent(unsolved)} of the prompts are solved by neither mode of `{name}`.")
     for other_name, evaluation in evaluations.items():
         entries = {entry["level"]: entry for entry in evaluation["by_level"]}
         if len(entries) > 1:

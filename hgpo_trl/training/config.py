@@ -157,6 +157,7 @@ class HGPOConfig(GRPOConfig):
         try:
             super().__post_init__()
         except ValueError:
-            check_whole_groups(self)  # the same fault, with its remedy
+            if hasattr(self, "distributed_state"):  # else TRL has not come to the size of a rollout
+                check_whole_groups(self)  # the same fault, with its remedy
             raise
         check_resolved_fields(self)

@@ -7,7 +7,7 @@ alone, into micro-batches of about equal cost. `group_by_length` fills whole ste
 one mode: the decision weighs many times more in a step of short no-think rows than in one of traces.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -80,6 +80,6 @@ class HFTTrainer(SFTTrainer):
         if self.args.train_sampling_strategy != "batch_rebalance" or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
         lengths = Dataset.from_dict({self.args.length_column_name: row_lengths(dataset)})
-        sampler = super()._get_train_sampler(lengths)
+        sampler = cast(BatchRebalanceSampler, super()._get_train_sampler(lengths))
         sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return sampler

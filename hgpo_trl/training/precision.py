@@ -79,7 +79,11 @@ def choose_bf16(use_cpu: bool, speedup: Callable[[], float] = cpu_speedup) -> bo
 
 
 def resolve_bf16(fields: Namespace, choose: Callable[[bool], bool] = choose_bf16) -> bool:
-    """Resolve a recipe's `bf16: auto`. A run that goes on in its `output_dir` keeps the precision it was begun in."""
+    """Resolve a recipe's `bf16: auto`. A run that goes on in its `output_dir` keeps the precision it was begun in.
+
+    Where there is no accelerator, `use_cpu` becomes true: Transformers refuses bf16 on a processor that is not named.
+    """
+    fields.use_cpu = fields.use_cpu or not torch.accelerator.is_available()
     record = Path(str(fields.output_dir)) / RUN_FILE
     begun = json.loads(record.read_text(encoding="utf-8")).get("bf16") if record.is_file() else None
     if isinstance(begun, bool):

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgpo_trl.modes import MODES, Fault, Response
+from hgpo_trl.modes import MODES, Fault, Mode, Response
+from hgpo_trl.modes.leakage import count_reflection_words
 from hgpo_trl.rewards.functions import weighted_sum
 from hgpo_trl.training.rules.base import NEITHER
 
@@ -26,6 +27,7 @@ class Rollout:
     lengths: Tensor  # [B], tokens, the decision token included
     truncated: Tensor  # [B], 1 where a response ran out of tokens
     faults: Tensor  # [B, len(Fault)], 1 where a response has the fault
+    reflection_words: Tensor  # [B], of no-think answers; 0 for others
     group_size: int  # N
     decided: Tensor | None = None  # [Q], queries without think samples; None: `lazy_thinking` is off
     sampled_modes: Tensor | None = None  # [B], `response_modes`, where the policy samples them; None: they are forced
@@ -97,13 +99,18 @@ def inspect_responses(responses: list[Response], completion_ids: list[list[int]]
         ends: tokens that end a response which has not run out of tokens.
 
     Returns:
-        `[b, 2 + len(Fault)]`, integers: length in tokens, 1 where it is truncated, 1 for each fault it has.
+        `[b, 3 + len(Fault)]`, integers: length in tokens, 1 where it is truncated, reflection words of a no-think
+        answer, 1 for each fault it has.
     """
     rows = [
-        (len(ids), ids[-1] not in ends, *_fault_indicators(response.faults))
+        (len(ids), ids[-1] not in ends, _leaked_words(response), *_fault_indicators(response.faults))
         for response, ids in zip(responses, completion_ids, strict=True)
     ]
     return torch.from_numpy(np.array(rows))  # faster than torch.tensor on nested tuples
+
+
+def _leaked_words(response: Response) -> int:
+    return count_reflection_words(response.answer) if response.mode is Mode.NO_THINK else 0
 
 
 @cache

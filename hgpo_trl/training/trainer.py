@@ -300,7 +300,9 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         responses = split_completions(completions)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         local = inspect_responses(responses, completion_ids, ends)
-        lengths, truncated, faults = self.accelerator.gather(local.to(device)).split((1, 1, len(Fault)), dim=1)
+        lengths, truncated, words, faults = self.accelerator.gather(local.to(device)).split(
+            (1, 1, 1, len(Fault)), dim=1
+        )
         sampled = ~unsampled_rows(len(lengths), group_size, decided, device)[:, None]
         faults, responses = self._cap_no_think(faults * sampled, responses)
         shown = [True] * len(inputs) if lazy is None else lazy.asked_here
@@ -319,8 +321,9 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             rewards = lazy.merge(rewards, weights, self.reward_func_names)
         query = torch.arange(len(rewards), device=device) // group_size
         rewards = floor_faults(rewards, faults.any(dim=1), query, weights)
+        truncated = (truncated * sampled)[:, 0]
         modes = self.accelerator.gather(response_modes(responses).to(device)) if self._samples_modes else None
-        return Rollout(rewards, weights, lengths[:, 0], (truncated * sampled)[:, 0], faults, group_size, decided, modes)
+        return Rollout(rewards, weights, lengths[:, 0], truncated, faults, words[:, 0], group_size, decided, modes)
 
     def _cap_no_think(self, faults: Tensor, responses: list[Response]) -> tuple[Tensor, list[Response]]:
         """Add `Fault.OVERLONG` to no-think responses whose answer is beyond the cap; `responses` are this process's."""
