@@ -53,6 +53,8 @@ class HGPOConfig(GRPOConfig):
         lazy_thinking: sample and score the no-think responses of a rollout first, then think responses of the queries
             that are still undecided (`advantages.decided_without_think`). The think responses of the other queries are
             the decision token alone. Rewards and their weighted sum must lie between 0 and 1. Training only.
+        think_budget: tokens of reasoning after which a think response is closed by force (`think_budget.ThinkBudget`)
+            and answers within what is left of `max_completion_length`; in evaluation too. None: no budget.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
             None: `margin`.
         eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
@@ -139,6 +141,10 @@ class HGPOConfig(GRPOConfig):
     lazy_thinking: bool = field(
         default=False,
         metadata={"help": "Sample no think responses of queries that no-think wins already (rewards between 0 and 1)."},
+    )
+    think_budget: int | None = field(
+        default=None,
+        metadata={"help": "Close the reasoning by force after so many tokens; null: no budget."},
     )
     eval_margin: float | None = field(
         default=None, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy; null: margin."}

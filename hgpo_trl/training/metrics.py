@@ -44,6 +44,9 @@ def group_metrics(rollout: Rollout, decision: Decision, margin: float, ties: str
     shares = faults.view(queries, -1, len(Fault)).nanmean(dim=1).unbind(dim=1)
     metrics = {f"hgpo/faults/{kind}": share for kind, share in zip(Fault, shares, strict=True)}
     metrics["hgpo/rollout_tokens"] = rollout.sampled_lengths.view(queries, -1).sum(dim=1)
+    if rollout.closing_tokens is not None:
+        closed = (rollout.closing_tokens > 0).float().masked_fill(unsampled, torch.nan)
+        metrics["hgpo/closed_by_budget"] = rollout.by_mode(closed)[:, 0].nanmean(dim=1)
     if rollout.decided is not None:
         metrics["hgpo/lazy_decided"] = rollout.decided
 

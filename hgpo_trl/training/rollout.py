@@ -32,6 +32,8 @@ class Rollout:
     decided: Tensor | None = None  # [Q], queries without think samples; None: `lazy_thinking` is off
     sampled_modes: Tensor | None = None  # [B], `response_modes`, where the policy samples them; None: they are forced
 
+    closing_tokens: Tensor | None = None  # [B], forced tokens that close a reasoning at `think_budget`; None: no budget
+
     @property
     def response_rewards(self) -> Tensor:
         """`[B]`, the weighted sums r of Eq. 7."""
@@ -51,8 +53,9 @@ class Rollout:
 
     @property
     def sampled_lengths(self) -> Tensor:
-        """`[B]`, tokens that the policy has sampled: all, or all but the forced decision token."""
-        return self.lengths if self.sampled_modes is not None else self.lengths - 1
+        """`[B]`, tokens that the policy has sampled, without the decision token and others that were forced."""
+        lengths = self.lengths if self.sampled_modes is not None else self.lengths - 1
+        return lengths if self.closing_tokens is None else lengths - self.closing_tokens
 
     def by_mode(self, values: Tensor) -> Tensor:
         """`[Q, 2, n]` from `[B]`: n is N/2 where modes are forced, else N, with NaN in the other mode's places."""

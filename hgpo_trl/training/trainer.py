@@ -31,6 +31,8 @@ from hgpo_trl.training.micro_batches import MicroBatchTrainer
 from hgpo_trl.training.resume import ResumableTrainer
 from hgpo_trl.training.rollout import Rollout, inspect_responses, response_modes, row_modes, unsampled_rows
 from hgpo_trl.training.rules import NEITHER, Groups, Rule, build_rule
+from hgpo_trl.training.rules.base import THINK
+from hgpo_trl.training.think_budget import ThinkBudget
 from hgpo_trl.training.validate import as_list, check_advantages, check_text_only, model_name, validate
 from hgpo_trl.training.vllm import naming_a_failing_server, prepare_generation
 
@@ -94,7 +96,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     _paper = {"title": paper.TITLE, "id": paper.ARXIV_ID, "citation": paper.CITATION}
 
     _rule: Rule
-    _rollout: Rollout  # the latest, set once per rollout by `_calculate_rewards`
+    _rollout: Rollout  # the latest
     _lazy: LazyThinking | None = None  # of the rollout that is being sampled; None: both modes are sampled at once
 
     def __init__(
@@ -120,6 +122,9 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             )
         rule = build_rule(args, **({} if estimator is None else {"estimator": estimator}))
         self.mode_tokens = validate(args, model, processing_class, reward_funcs, train_dataset, eval_dataset, kwargs)
+        self._budget = ThinkBudget.of(
+            args.think_budget, processing_class, self.mode_tokens, cast(int, args.max_completion_length) - 1
+        )
         if reward_funcs is not None:
             reward_funcs = [checked(reward_func) for reward_func in as_list(reward_funcs)]
         super().__init__(
@@ -131,13 +136,20 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             prepare_wrapped(self.model)
         max_new_tokens = self.max_completion_length - 1  # the decision token counts towards max_completion_length
         if self.use_vllm:
-            prepare_generation(self.vllm_generation, is_peft_model(self.model), max_new_tokens)
-        else:
-            self.generation_config.max_new_tokens = max_new_tokens
-            self.generation_kwargs["max_new_tokens"] = max_new_tokens
+            prepare_generation(self.vllm_generation, is_peft_model(self.model))
+        self._max_new_tokens = max_new_tokens
+        self._limit_new_tokens(max_new_tokens)
         self._rule = rule
         self._evaluation = EvaluationMetrics()
         self._warned: set[str] = set()  # messages that have been logged
+
+    def _limit_new_tokens(self, max_new_tokens: int) -> None:
+        """Let the backend sample so many tokens for a response, at most."""
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = max_new_tokens
+        else:
+            self.generation_config.max_new_tokens = max_new_tokens
+            self.generation_kwargs["max_new_tokens"] = max_new_tokens
 
     @property
     def _group_size(self) -> int:
@@ -153,6 +165,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         is_lazy = self.args.lazy_thinking and self.model.training
         self._lazy = LazyThinking(inputs, self._group_size, self.accelerator) if is_lazy else None
         output = super()._generate_and_score_completions(inputs)  # sampling and rewards: the overrides below
+        if self._budget is not None:
+            output["tool_mask"] = self._mask_forced(output, self._budget)
         rollout = self._rollout
         decision = self._read_decision(output["prompt_ids"], output["prompt_mask"])
         advantages = self._advantages(inputs, rollout, decision)
@@ -188,6 +202,14 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         if self.model.training:
             check_advantages(self.args.mode_rule, self._rule, advantages, rollout.lengths)
         return advantages
+
+    def _mask_forced(self, output: dict[str, Any], budget: ThinkBudget) -> Tensor:
+        """`[b, T]`, 0 for tokens that closed a reasoning by force, by which TRL's loss leaves them out."""
+        ids, lengths = output["completion_ids"], output["completion_mask"].sum(dim=1)
+        thinks = torch.tensor(self._row_modes(len(ids)), device=ids.device) == THINK
+        forced = budget.forced(ids, lengths, thinks)
+        self._rollout = replace(self._rollout, closing_tokens=self.accelerator.gather(forced.sum(dim=1)))
+        return (~forced).to(output["completion_mask"].dtype)
 
     def _old_log_probs(self, output: dict[str, Any]) -> Tensor:
         """`[b, T]`, this process's rows under the old policy; TRL leaves them out where the ratio is always 1."""
@@ -239,17 +261,24 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         log_probs: list[list[float | None]] = [[None] for _ in decisions]
         generate = super()._generate_single_turn
 
-        def sample(rows: list[int]) -> tuple[list[list[int]], Any]:
-            forced = [[*prompt_ids[row], decisions[row]] for row in rows]
+        def sample(prompts: list[list[int]], same: int, max_new_tokens: int) -> tuple[list[list[int]], Any]:
             is_training = self.model.training
+            if self._budget is not None:  # else the limit never changes
+                self._limit_new_tokens(max_new_tokens)
             with naming_a_failing_server(self.args, self.state.global_step):
-                generated = generate(forced, None, {}, per_mode, has_tool_images)
+                generated = generate(prompts, None, {}, same, has_tool_images)
             if self.model.training != is_training:  # continuous batching leaves the model in training mode
                 self.model.train(is_training)
             return generated
 
+        def draw(rows: list[int]) -> tuple[list[list[int]], Any]:
+            forced = [[*prompt_ids[row], decisions[row]] for row in rows]
+            if self._budget is not None and modes[rows[0]] == THINK:
+                return self._budget.sample(forced, per_mode, sample, self.eos_token_ids)
+            return sample(forced, per_mode, self._max_new_tokens)
+
         def extend(rows: list[int]) -> None:
-            ids, sampled_log_probs = sample(rows)
+            ids, sampled_log_probs = draw(rows)
             for place, row in enumerate(rows):
                 completion_ids[row] += ids[place]
                 log_probs[row] += sampled_log_probs[place] if sampled_log_probs else []
@@ -259,11 +288,13 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             if undecided := self._undecided(self._lazy, completion_ids):
                 extend(undecided)
             elif not self._lazy.decided.all():
-                sample(think[:1])  # for nothing: ZeRO-3 and FSDP need all processes as long as one of them samples
+                draw(think[:1])  # for nothing: ZeRO-3 and FSDP need all processes as long as one of them samples
         # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones.
         # More than half a group holds both modes wherever it begins, so every process makes the same two calls, which
         # ZeRO-3 and FSDP need.
-        elif not (self.use_vllm or self.use_transformers_continuous_batching) and len(modes) > per_mode:
+        elif self._budget is not None or (
+            not (self.use_vllm or self.use_transformers_continuous_batching) and len(modes) > per_mode
+        ):
             extend(think)
             extend(no_think)
         else:

@@ -246,6 +246,8 @@ def check_fields(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
+    if args.think_budget is not None and args.think_budget < 1:
+        raise UserError(f"think_budget must be at least 1 token, or null for no budget; got {args.think_budget}.")
     if args.eval_margin is not None and not 0.0 <= args.eval_margin < float("inf"):
         raise UserError(
             f"eval_margin must be a finite number of at least 0, or null for margin; got {args.eval_margin}."
@@ -304,6 +306,8 @@ def check_resolved_fields(args: Args) -> None:
         )
     if args.lazy_thinking:
         _check_lazy_thinking(args)
+    if args.think_budget is not None:
+        _check_two_calls("think_budget", "null", args)
     check_rule(args)
 
 
@@ -329,6 +333,11 @@ def check_rule(args: Args) -> None:
             f"estimator={args.estimator} is of HGPO alone; mode_rule={args.mode_rule} has its own advantages. Leave "
             "estimator out, or set mode_rule=hgpo."
         )
+    if rule.samples_modes and args.think_budget is not None:
+        raise UserError(
+            f"think_budget needs to know which responses think before they are sampled, but mode_rule={args.mode_rule} "
+            "lets the policy sample the mode. Set think_budget to null, or choose a rule that forces the modes."
+        )
     for name in ("no_think_cap", "no_think_max_tokens"):
         if rule.samples_modes and getattr(args, name) is not None:
             raise UserError(
@@ -349,19 +358,24 @@ def _check_lazy_thinking(args: Args) -> None:
             f"lazy_thinking needs rewards whose weighted sum lies between 0 and 1; reward_weights is "
             f"{args.reward_weights}. Give weights between 0 and 1, or set lazy_thinking=false."
         )
+    _check_two_calls("lazy_thinking", "false", args)
+
+
+def _check_two_calls(name: str, off: str, args: Args) -> None:
+    """Check that a process can sample its think rows and its no-think rows apart, for the field `name`."""
     if args.use_vllm and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
         raise UserError(
-            "lazy_thinking needs processes that sample different numbers of responses; vLLM does so with "
+            f"{name} needs processes that sample different numbers of responses; vLLM does so with "
             f"vllm_mode=colocate and vllm_tensor_parallel_size=1, not with {args.vllm_mode} and "
-            f"{args.vllm_tensor_parallel_size}. Change them, or set lazy_thinking=false."
+            f"{args.vllm_tensor_parallel_size}. Change them, or set {name}={off}."
         )
     rows = args.per_device_train_batch_size * args.steps_per_generation
     if 2 * rows <= args.num_generations:
         raise UserError(
-            f"lazy_thinking needs both modes in every process: more than half of num_generations="
+            f"{name} needs both modes in every process: more than half of num_generations="
             f"{args.num_generations} rows in its part of a rollout, but per_device_train_batch_size="
             f"{args.per_device_train_batch_size} x steps_per_generation={args.steps_per_generation} = {rows}. "
-            "Raise one of them, or set lazy_thinking=false."
+            f"Raise one of them, or set {name}={off}."
         )
 
 
