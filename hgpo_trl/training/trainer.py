@@ -247,7 +247,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         """Force each row's mode: its token ends the prompt during sampling and is then moved to the response's front.
 
         The forced token was not sampled, so it has no sampling log-probability: None, which TRL turns into an
-        importance ratio of exactly 1.
+        importance ratio of exactly 1. Nothing is forced in training under a rule that samples the mode.
         """
         check_text_only(images, multimodal_fields)
         if self._samples_modes:
