@@ -16,7 +16,7 @@ from tokenizers_zoo import qwen2, tiny_qwen2
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hgpo_trl.inference.generate import HybridModel
-from hgpo_trl.modes import add_mode_tokens
+from hgpo_trl.modes import LHRM, PRESETS, add_mode_tokens
 from hgpo_trl.scripts.chat import COMMANDS, Chat, ChatArguments, main
 
 THINK, NO_THINK = "<think>\nfirst this, then that\n</think>\n\nfive", "<no_think>\nfour\n</no_think>"
@@ -24,6 +24,8 @@ THINK, NO_THINK = "<think>\nfirst this, then that\n</think>\n\nfive", "<no_think
 
 class Parrot:
     """A model that answers with given texts, a few letters at a time, and keeps what it was asked."""
+
+    mode_format = LHRM
 
     def __init__(self, *responses: str) -> None:
         self.responses = list(responses)
@@ -62,6 +64,13 @@ def assistant(content: str) -> dict[str, str]:
 
 
 # --- one conversation ---------------------------------------------------------
+
+
+def test_modes_of_another_format_are_shown() -> None:
+    parrot = Parrot("<think>\nthis\n</think>\n\nfive", "<think>\n\n</think>\n\nfour", "<think>\n\nlong")
+    parrot.mode_format = PRESETS["qwen3"]
+    text = talk(parrot, "a", "b", "c")
+    assert text == "[think]\nthis\n\nfive\n[no_think]\nfour\n[think]\nlong\n(no answer: out of tokens)\n"
 
 
 def test_mode_reasoning_and_answer_are_shown() -> None:

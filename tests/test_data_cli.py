@@ -313,6 +313,10 @@ def test_bad_source(
         ({"source_shares": {"summs": 1.0}}, r"source_shares names 'summs'; the sources are sums"),
         ({"decontamination": [{"path": "nowhere/at/all.jsonl", "field": "q"}]}, r"decontamination\[0\].*no such file"),
         ({"decontamination": [{"path": "chat.jsonl", "field": "x"}]}, r"decontamination\[0\].*has no text in 'x'"),
+        (
+            {"decontamination": [{"path": "a", "field": "q"}] * 2},
+            "decontamination: 'a' is there twice. Give each its own",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -86,14 +86,16 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Shell]:
     clock = iter(range(0, 10**6, 30))  # every command takes half a minute
     monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
-    def run(*, recipe: str = "tiny", fails: str | None = None, error: type[BaseException] | None = None) -> Shell:
-        shell = Shell(demo.commands(recipe), fails, error)
+    def run(
+        *words: str, recipe: str = "tiny", fails: str | None = None, error: type[BaseException] | None = None
+    ) -> Shell:
+        shell = Shell(demo.commands(recipe, "--baselines" in words), fails, error)
         monkeypatch.setattr(subprocess, "run", shell.run)
         if fails is None:
-            demo.main(["--recipe", recipe])
+            demo.main(["--recipe", recipe, *words])
         else:
             with pytest.raises(SystemExit) as caught:
-                demo.main(["--recipe", recipe])
+                demo.main(["--recipe", recipe, *words])
             assert caught.value.code == (130 if error else 3)
         return shell
 
@@ -208,6 +210,19 @@ def test_a_start_that_was_killed_counts(tiny: Write, start: Callable[..., Shell]
     assert not record["train-hft"]["finished"]
 
 
+def remove_later_results(repeated: list[str]) -> None:
+    """Remove the folders that the demo names before it runs anything: those of later commands, but for the report."""
+    folders = {command.name: command.output_dir for command in demo.commands("tiny")}
+    later = [folders[name] for name in repeated[1:] if name != "report"]
+    if later:
+        before = Path("runs/tiny/demo.json").read_text(encoding="utf-8")
+        with pytest.raises(UserError, match=f"were made from it: {' '.join(later)}\\. Remove them"):
+            demo.main(["--recipe", "tiny"])
+        assert Path("runs/tiny/demo.json").read_text(encoding="utf-8") == before
+    for folder in later:
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize(
     ("changed", "repeated"),
     [
@@ -223,6 +238,7 @@ def test_what_reads_from_a_changed_command_is_repeated(
 ) -> None:
     start()
     tiny(changed, seed=1)
+    remove_later_results(repeated)
     first = start(fails=repeated[0])
     assert first.seen == repeated[:1]
     assert start().seen == repeated  # even where the change is known from a start before
@@ -231,7 +247,22 @@ def test_what_reads_from_a_changed_command_is_repeated(
 def test_what_reads_from_a_removed_folder_is_repeated(tiny: Write, start: Callable[..., Shell]) -> None:
     start()
     shutil.rmtree("runs/tiny/hgpo")
+    remove_later_results(["train-hgpo", "evaluate hgpo", "report"])
     assert start().seen == ["train-hgpo", "evaluate hgpo", "report"]
+
+
+def test_baselines_of_an_earlier_start_are_repeated(tiny: Write, start: Callable[..., Shell]) -> None:
+    """Even if Stage I has run again in a start without them."""
+    everything = start("--baselines").seen
+    tiny("hft", seed=1)
+    later = [command.output_dir for command in demo.commands("tiny", baselines=True)[5:-1]]
+    with pytest.raises(UserError, match=f"were made from it: {' '.join(later)}\\. Remove them"):
+        demo.main(["--recipe", "tiny"])
+    for folder in later:
+        shutil.rmtree(folder)
+    assert start().seen == NAMES[4:]
+    assert start("--baselines").seen == everything[8:], "the samples, both baselines, their evaluations, the report"
+    assert start("--baselines").seen == []
 
 
 def test_a_comment_repeats_nothing(tiny: Write, start: Callable[..., Shell]) -> None:

@@ -106,8 +106,8 @@ def type_name(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType):
         arguments = typing.get_args(annotation)
         if types.NoneType in arguments:
-            (inner,) = set(arguments) - {types.NoneType}
-            return f"{type_name(inner)} or null"
+            inner = [argument for argument in arguments if argument is not types.NoneType]
+            return f"{' or '.join(map(type_name, inner))} or null"
         assert str in arguments
         return "float or str" if float in arguments else "str"  # an enumeration, or its value
     if typing.get_origin(annotation) is list:

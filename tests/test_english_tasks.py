@@ -77,6 +77,21 @@ def test_shopping_asks_for_the_answer(seed, level, which):
     assert found == int(query.answer)
 
 
+@given(st.integers(0, 10**6), st.sampled_from(list(legs.LEVELS)), st.sampled_from(["main", "other"]))
+def test_legs_ask_for_the_answer(seed, level, which):
+    query = legs.sample(level, random.Random(seed), which)
+    of_kind = {
+        2: "bird duck chicken owl",
+        4: "dog cat horse cow lion pig goat rabbit",
+        6: "ant bee beetle",
+        8: "spider",
+    }
+    number = {animal: legs for legs, animals in of_kind.items() for animal in animals.split()}
+    found = re.findall(r"(\d+) (\w+?)s\b", query.prompt)
+    assert len(found) == level
+    assert sum(int(count) * number[animal] for count, animal in found) == int(query.answer)
+
+
 @pytest.mark.parametrize("task", [*TASKS, everyday], ids=lambda task: task.__name__.rpartition(".")[2])
 def test_other_wordings_are_kept_apart(task):
     def shapes(which):

@@ -180,7 +180,7 @@ def test_what_is_counted(
     data=st.data(),
 )
 def test_the_bias_moves_the_log_odds_and_nothing_else(logits: list[float], bias: float, data: st.DataObject) -> None:
-    tokens = ModeTokens(*data.draw(st.permutations(range(len(logits))))[:4])
+    tokens = ModeTokens.of_tags(*data.draw(st.permutations(range(len(logits))))[:4])
     scores = torch.tensor([logits], dtype=torch.float64)
     processor = DecisionBias(tokens, bias, prompt_length=3)
     moved = processor(torch.zeros(1, 3, dtype=torch.long), scores)

@@ -390,7 +390,8 @@ def test_responses_of_a_server(
     sent = sorted(request["messages"][0]["content"] for request in requests)
     assert sent == sorted(HARNESSES[tool].message(row) for row in PROMPTS[tool])
     for request in requests:
-        assert request["chat_template_kwargs"] == {"thinking_mode": "think"}
+        variables = request["chat_template_kwargs"]
+        assert variables == {"thinking_mode": "think", "enable_thinking": True, "thinking": True}
         sampling = [request[key] for key in ("model", "temperature", "top_p", "max_tokens")]
         assert sampling == ["tiny", 0.6, 0.95, 50]
     assert len({request["seed"] for request in requests}) == 8  # with the same random numbers all would pick one mode

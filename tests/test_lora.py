@@ -42,7 +42,7 @@ from hgpo_trl.scripts import hft, hgpo
 from hgpo_trl.scripts import stages as training
 from hgpo_trl.training.lora import load_merged, train_tag_rows
 
-TOKENS = ModeTokens(7, 8, 9, 10)
+TOKENS = ModeTokens.of_tags(7, 8, 9, 10)
 IDS = [7, 8, 9, 10]
 TRAINING = ON_CPU | {
     "gradient_checkpointing": True,
@@ -452,5 +452,5 @@ def test_base_model_with_other_ids(stage_two: Any, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     tiny_llama(len(other)).save_pretrained(tmp_path / "other")
     config = {"model": f"{root}/hgpo", "output_dir": f"{tmp_path}/out", "base_model": f"{tmp_path}/other"}
-    with refused(r"was trained with ModeTokens\(think=37.*but its base model"):
+    with refused(r"was trained with the tags' ids \(37,.*but its base model"):
         run("merge", config)

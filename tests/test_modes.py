@@ -4,7 +4,6 @@ import re
 import sys
 import time
 import types
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -184,7 +183,7 @@ def test_tags_are_added_once_as_ordinary_tokens(tokenizer, tmp_path):
     special = set(tokenizer.all_special_tokens)
     assert add_mode_tokens(tokenizer) == 4
     tokens = mode_tokens(tokenizer)
-    assert astuple(tokens) == tuple(range(size, size + 4))
+    assert tokens.ids == tuple(range(size, size + 4))
     assert tokens.decision == (tokens.think, tokens.no_think)
     assert set(tokenizer.all_special_tokens) == special
     assert add_mode_tokens(tokenizer) == 0
@@ -260,7 +259,7 @@ def test_a_tag_that_is_only_a_word_is_refused_and_can_be_made_a_token():
     model = tiny_llama(len(WORDS))
     rows = model.lm_head.weight.clone()
     assert add_mode_tokens(tokenizer, model) == 4
-    assert astuple(mode_tokens(tokenizer)) == (3, 4, 5, 6)  # the ids, and what the model knows about them, stay
+    assert mode_tokens(tokenizer).ids == (3, 4, 5, 6)  # the ids, and what the model knows about them, stay
     assert torch.equal(model.lm_head.weight, rows)
 
 
@@ -323,7 +322,7 @@ def test_new_rows_are_the_mean_of_their_pieces(tokenizer, make_model):
 
     assert add_mode_tokens(tokenizer, model) == 4
 
-    ids = list(astuple(mode_tokens(tokenizer)))
+    ids = list(mode_tokens(tokenizer).ids)
     check_embeddings(model, mode_tokens(tokenizer))
     for tensor, before, rows in zip(_per_token(model), old, expected, strict=True):
         torch.testing.assert_close(tensor[ids], rows)
@@ -344,7 +343,7 @@ def test_rows_are_initialised_once(tokenizer, make_model):
     add_mode_tokens(tokenizer, model)
     with torch.no_grad():
         for tensor in _per_token(model):
-            tensor[list(astuple(mode_tokens(tokenizer)))] = 1.0  # as if trained
+            tensor[list(mode_tokens(tokenizer).ids)] = 1.0  # as if trained
     rows = [tensor.detach().clone() for tensor in _per_token(model)]
     assert add_mode_tokens(tokenizer, model) == 0
     assert all(torch.equal(*pair) for pair in zip(rows, _per_token(model), strict=True))
@@ -389,7 +388,7 @@ def test_a_tokenizer_with_tags_and_a_model_without():
         check_embeddings(model, tokens)
     assert add_mode_tokens(tokenizer, model) == 0
     check_embeddings(model, tokens)
-    torch.testing.assert_close(_per_token(model)[0][list(astuple(tokens))], expected)
+    torch.testing.assert_close(_per_token(model)[0][list(tokens.ids)], expected)
 
 
 def test_a_missing_output_row_is_found():
@@ -416,7 +415,7 @@ def test_an_output_bias_gets_entries_too(spare):
     model.lm_head = nn.Linear(16, len(tokenizer) + spare, bias=True)
     expected = _expected_rows(tokenizer, model.lm_head.bias.detach().clone())
     add_mode_tokens(tokenizer, model)
-    torch.testing.assert_close(model.lm_head.bias[list(astuple(mode_tokens(tokenizer)))], expected)
+    torch.testing.assert_close(model.lm_head.bias[list(mode_tokens(tokenizer).ids)], expected)
 
 
 def test_half_precision_is_kept():
@@ -456,4 +455,4 @@ def test_zero3_gathers_the_weights_and_rank_0_spreads_them(monkeypatch):
     expected = _expected_rows(tokenizer, weight.whole)
     add_mode_tokens(tokenizer, model)
     check_embeddings(model, mode_tokens(tokenizer))
-    torch.testing.assert_close(weight.whole[list(astuple(mode_tokens(tokenizer)))], expected)
+    torch.testing.assert_close(weight.whole[list(mode_tokens(tokenizer).ids)], expected)

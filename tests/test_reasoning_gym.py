@@ -57,14 +57,11 @@ def test_rows_of_other_sources_are_not_scored() -> None:
     assert reasoning_gym_reward([no_think(LEGS["answer"])] * 2, columns, answer=["x", "4"]) == [1.0, None]
 
 
-def test_an_answer_that_keeps_the_verifier_busy_is_no_verdict(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_answer_that_keeps_the_verifier_busy_is_no_verdict(caplog: pytest.LogCaptureFixture) -> None:
     """Verifiers of expressions evaluate them, with powers as high as an answer wants."""
     columns = [COUNTDOWN["reasoning_gym"]] * 2 + [LEGS["reasoning_gym"]]
     answers = [no_think(answer) for answer in (COUNTDOWN["answer"], "9**9**9**9", LEGS["answer"])]
     assert reasoning_gym_reward([answers[0], answers[2]], [columns[0], columns[2]]) == [1.0, 1.0]  # workers are warm
-    monkeypatch.setattr(reasoning_gym, "TIMEOUT_S", 3.0)
     logged: list[tuple[str, float]] = []
     rewards = reasoning_gym_reward(answers, columns, log_metric=lambda *metric: logged.append(metric))
     assert rewards == [1.0, None, 1.0]

@@ -196,7 +196,7 @@ def test_reward_model() -> None:
     assert f"{REWARD_MODEL:,} parameters of 2 bytes" in TEXT
     per_token = 2 * (3 * TULU.intermediate_size + 8 * TULU.hidden_size)
     assert "2 x (3 x 14,336 + 8 x 4,096) bytes" in TEXT
-    for path in ROOT.glob("recipes/qwen*/hgpo*.yaml"):
+    for path in ROOT.glob("recipes/qwen2.5*/hgpo*.yaml"):
         text, batch = path.read_text(encoding="utf-8"), yaml.safe_load(path.read_text())["reward_model_batch_size"]
         assert f"{2 * REWARD_MODEL / GIB:.1f} GiB ({2 * REWARD_MODEL / 1e9:.0f} GB) in bfloat16 per process" in text
         took = f"a batch of {batch} conversations of 2,048 tokens takes {batch * 2048 * per_token / GIB:.1f} GiB"

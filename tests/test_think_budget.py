@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import format_response, mode_tokens
-from hgpo_trl.training.think_budget import END_REASONING, ThinkBudget
+from hgpo_trl.modes import LHRM, format_response, mode_tokens
+from hgpo_trl.training.think_budget import ThinkBudget
 
 END, END_THINK, BLANK, THINK = 0, 1, 2, 3  # tokens of a made-up model; 4 to 9 are words
 
@@ -67,10 +67,13 @@ def by_loop(budget: ThinkBudget, prompt: list[int]) -> tuple[list[int], list[flo
 
 
 budgets = st.builds(
-    lambda tokens, closing, answer: ThinkBudget(tokens, closing, END_THINK, tokens + len(closing) + answer),
+    lambda tokens, closing, answer, opening: ThinkBudget(
+        tokens, closing, END_THINK, tokens + len(closing) + answer, opening
+    ),
     tokens=st.integers(1, 6),
     closing=st.sampled_from([(END_THINK,), (BLANK, END_THINK, BLANK)]),
     answer=st.integers(1, 5),
+    opening=st.integers(1, 3),
 )
 
 
@@ -84,14 +87,16 @@ def test_responses_are_those_of_a_loop(budget: ThinkBudget, words: list[int]) ->
     without, none = budget.sample(prompts, 1, lambda *call: (sample_to(*call)[0], None), {END})
     assert (without, none) == (ids, None)
 
-    responses = [[THINK, *tokens] for tokens in ids]
+    responses = [[*[THINK] * budget.opening, *tokens] for tokens in ids]
     lengths = torch.tensor([len(response) for response in responses])
     padded = torch.full((len(responses), int(lengths.max()) + 2), END)
     for row, response in enumerate(responses):
         padded[row, : len(response)] = torch.tensor(response)
     forced = budget.forced(padded, lengths, torch.ones(len(responses), dtype=torch.bool))
     for row, (_, probs) in enumerate(expected):
-        assert forced[row].nonzero()[:, 0].tolist() == [1 + t for t, prob in enumerate(probs) if prob is None]
+        assert forced[row].nonzero()[:, 0].tolist() == [
+            budget.opening + t for t, prob in enumerate(probs) if prob is None
+        ]
     assert not budget.forced(padded, lengths, torch.zeros(len(responses), dtype=torch.bool)).any()
 
 
@@ -155,7 +160,7 @@ def test_reasoning_is_closed_at_the_budget(make: Callable, prompts: Dataset, con
     trainer = make(**(CONTINUOUS_BATCHING if continuous_batching else {}))
     output = rollout(trainer, prompts)
     tokens, eos = mode_tokens(trainer.processing_class), trainer.processing_class.eos_token_id
-    closing = trainer.processing_class(END_REASONING, add_special_tokens=False)["input_ids"]
+    closing = trainer.processing_class(LHRM.end_reasoning, add_special_tokens=False)["input_ids"]
     cut = 0
     for row in range(8):
         length = int(output["completion_mask"][row].sum())
@@ -203,8 +208,8 @@ def test_training_and_evaluation(make: Callable, fields: dict[str, Any]) -> None
 def test_the_answer_is_read_after_a_forced_end(tokenizer: PreTrainedTokenizerFast) -> None:
     """The closing tokens are those that stand in a response of the format."""
     whole = format_response("think", "5", "a = 1")
-    assert END_REASONING.join(["<think>\na = 1", "5"]) == whole
-    closing = tokenizer(END_REASONING, add_special_tokens=False)["input_ids"]
+    assert LHRM.end_reasoning.join(["<think>\na = 1", "5"]) == whole
+    closing = tokenizer(LHRM.end_reasoning, add_special_tokens=False)["input_ids"]
     assert mode_tokens(tokenizer).end_think in closing
 
 

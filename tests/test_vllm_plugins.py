@@ -4,7 +4,6 @@ import asyncio
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import astuple
 from importlib.util import find_spec
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,7 +16,8 @@ from hypothesis import strategies as st
 from test_splitter import TEXTS, without_blanks
 from transformers import PreTrainedTokenizerFast
 
-from hgpo_trl.modes import MODES, Fault, Mode, mode_tokens, split_response
+from hgpo_trl.modes import MODES, PRESETS, Fault, Mode, format_response, mode_tokens, split_response
+from hgpo_trl.modes.chat_template import settle_format
 from hgpo_trl.scripts import serve
 from hgpo_trl.serving.splitter import split_whole
 from hgpo_trl.serving.vllm_deltas import SplitDeltas
@@ -32,7 +32,7 @@ TOKENS = mode_tokens(TOKENIZER)
 WORDS = TOKENIZER.convert_tokens_to_ids("let 3 + = a".split())
 MESSAGES = [{"role": "user", "content": "a = 3 </think> sum mod 10 ?"}]  # a tag in a prompt means nothing
 
-IDS = st.lists(st.sampled_from([*astuple(TOKENS), *astuple(TOKENS), *WORDS]), max_size=12)
+IDS = st.lists(st.sampled_from([*TOKENS.ids, *TOKENS.ids, *WORDS]), max_size=12)
 FORCED = st.sampled_from([None, *MODES])
 
 Fields = dict[str, str]
@@ -181,6 +181,82 @@ def test_a_grammar_begins_at_once_in_forced_no_think(
     for forced in (None, *MODES):
         adjusted = make_parser(forced).adjust_request(request(**fields))
         assert adjusted.include_reasoning != (grammar and forced is Mode.NO_THINK)
+
+
+@pytest.mark.parametrize(
+    ("text", "variables"),
+    [
+        ("<think>\n1 + 2\n</think>\n\n3", {}),
+        ("<think>\n1 + 2\n</think>\n\n3", {"enable_thinking": True}),
+        ("<think>\n\n</think>\n\n3 = 3", {}),
+        ("3 = 3", {"enable_thinking": False}),
+        ("<think>\n1 +", {}),  # cut off while thinking
+    ],
+)
+def test_vllms_own_parser_of_qwen3_agrees(make_parser: Callable[..., Any], text: str, variables: dict) -> None:
+    """On what both define; blanks around the parts and an empty trace are matters of taste."""
+    from vllm.parser.parser_manager import ParserManager
+
+    tokenizer = build_tokenizer(chain_sum, mode_format=PRESETS["qwen3"])
+    fields = []
+    for parser in (type(make_parser(None)), ParserManager.get_parser(reasoning_parser_name="qwen3")):
+        assert parser is not None
+        found = whole(parser(tokenizer, None, chat_template_kwargs=variables, model_config=None), text)
+        fields.append({name: without_blanks(found.get(name, "")) for name in ("reasoning", "content")})
+    assert fields[0] == fields[1]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "lhrm"])
+def test_responses_of_other_formats(make_parser: Callable[..., Any], name: str) -> None:
+    tokenizer = build_tokenizer(chain_sum, mode_format=PRESETS[name])
+    settle_format(tokenizer)
+    for mode in MODES:
+        reasoning = "1 + 2" if mode is Mode.THINK else ""
+        text = format_response(mode, "3 = 3", reasoning, PRESETS[name])
+        forced = {"enable_thinking": False} if mode is Mode.NO_THINK and PRESETS[name].think else {}
+        for variables in ({}, forced):
+            sent = text.removeprefix(PRESETS[name].no_think) if variables else text
+            parser = type(make_parser(None))(tokenizer, None, chat_template_kwargs=variables, model_config=None)
+            expected = {"reasoning": reasoning, "content": "3 = 3"} if reasoning else {"content": "3 = 3"}
+            assert whole(parser, sent) == expected
+            ids = tokenizer.encode(sent, add_special_tokens=False)
+            content = tokenizer.decode(parser.reasoning_parser.extract_content_ids(ids))
+            assert without_blanks(content) == without_blanks("3 = 3")
+            words = tokenizer.convert_ids_to_tokens(ids)
+            close = words.index("</think>") if reasoning else 0
+            opening = len(mode_tokens(tokenizer).openings[0])
+            assert parser.reasoning_parser.count_reasoning_tokens(ids) == max(0, close - opening)
+
+
+@pytest.mark.parametrize("first_runner", [True, False])
+def test_the_bias_stands_behind_a_shared_beginning(tmp_path: Any, first_runner: bool) -> None:
+    tokenizer = build_tokenizer(chain_sum, mode_format=PRESETS["qwen3"])
+    tokenizer.save_pretrained(tmp_path)
+    tokens = mode_tokens(tokenizer)
+    (begin,) = tokens.prefix
+    rows = [[], [begin], [WORDS[0]], [begin, tokens.think]]  # generated so far; the bias belongs to the second
+    logits = torch.zeros(len(rows), len(tokenizer))
+    if first_runner:
+        from vllm.v1.sample.logits_processor import BatchUpdate
+
+        processor = build(str(tmp_path), torch.device("cpu"))
+        added = [(row, params(3.0), WORDS, generated) for row, generated in enumerate(rows)]
+        processor.update_state(BatchUpdate(len(rows), [], added, []))
+        changed = processor.apply(logits.clone())
+    else:
+        lengths = torch.full((len(rows),), 5)
+        state = SimpleNamespace(device=torch.device("cpu"), max_num_reqs=4, prompt_len=SimpleNamespace(gpu=lengths))
+        processor = build(str(tmp_path), state)
+        for slot in range(len(rows)):
+            processor.add_request(slot, params(3.0))
+        context = SimpleNamespace(
+            expanded_idx_mapping=torch.arange(len(rows)),
+            pos=torch.tensor([4 + len(generated) for generated in rows]),
+            input_ids=torch.tensor([[WORDS[0], *generated][-1] for generated in rows], dtype=torch.int32),
+        )
+        changed = processor.apply(logits.clone(), context)
+    moved = changed[:, tokens.think] - changed[:, tokens.no_think]
+    assert moved.tolist() == [0, 3, 0, 0]
 
 
 def test_a_tokenizer_without_tags_is_refused(make_parser: Callable[..., Any]) -> None:

@@ -18,9 +18,8 @@ from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from workers import end
 
-from hgpo_trl.modes import mode_tokens
+from hgpo_trl.modes import LHRM, mode_tokens
 from hgpo_trl.tasks.embedded import build_model
-from hgpo_trl.training.think_budget import END_REASONING
 
 ROOT = Path(__file__).parents[1]
 GROUP, STEPS, MAX_LENGTH = 4, 3, 10
@@ -185,7 +184,7 @@ def test_reasoning_is_closed_at_the_budget(
 ) -> None:
     budget = 4
     rollout = seen(run(tmp_path, *words, "--think_budget", str(budget), "--max_steps", "1"), 0)["rollout"]
-    closing = tokenizer(END_REASONING, add_special_tokens=False)["input_ids"]
+    closing = tokenizer(LHRM.end_reasoning, add_special_tokens=False)["input_ids"]
     first, last = budget + 1, budget + 1 + len(closing)
     forced = rollout["tool_mask"] == 0
     assert forced.any()

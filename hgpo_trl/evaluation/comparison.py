@@ -20,6 +20,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import nan_to_null, write_atomically, write_json
 from hgpo_trl.evaluation.metrics import prompt_table
 from hgpo_trl.evaluation.samples import PROMPT_ID
+from hgpo_trl.modes import LHRM, as_format
 from hgpo_trl.modes.hybrid_accuracy import (
     BALANCED,
     STRATA,
@@ -197,7 +198,12 @@ def compare(evaluations: Mapping[str, EvaluationOutput], resamples: int = RESAMP
             )
     check_same_prompts(evaluations)
     tables = {
-        name: prompt_table(evaluation.samples, evaluation.report["margin"], evaluation.report.get("decision_bias", 0.0))
+        name: prompt_table(
+            evaluation.samples,
+            evaluation.report["margin"],
+            evaluation.report.get("decision_bias", 0.0),
+            as_format(evaluation.report.get("mode_format", LHRM)),
+        )
         for name, evaluation in evaluations.items()
     }
     (reference, first), *others = tables.items()

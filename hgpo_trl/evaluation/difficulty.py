@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import nan_to_null
@@ -27,7 +27,8 @@ from hgpo_trl.evaluation.parts import Part, draw_missing, read_parts
 from hgpo_trl.evaluation.samples import PROMPT_ID, sorted_by_mode
 from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.inference.vllm_support import check_vllm_installed
-from hgpo_trl.modes import MODES, mode_tokens
+from hgpo_trl.modes import MODES, format_of, mode_tokens
+from hgpo_trl.modes.chat_template import settle_format
 from hgpo_trl.modes.hybrid_accuracy import valid_mean
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.training.advantages import query_signal
@@ -76,6 +77,13 @@ class DifficultyArguments:
         check_backend("difficulty_backend", self.difficulty_backend)
 
 
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, whose chat template leaves the decision to it."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    settle_format(tokenizer)
+    return tokenizer
+
+
 def check_model(args: DifficultyArguments) -> None:
     """Check the model for `measure`, before hours of other work. Without a `difficulty_model` nothing is checked.
 
@@ -89,7 +97,7 @@ def check_model(args: DifficultyArguments) -> None:
         check_vllm_installed("difficulty_backend=vllm")
     check_model_path("difficulty_model", args.difficulty_model)
     try:
-        mode_tokens(AutoTokenizer.from_pretrained(args.difficulty_model))
+        mode_tokens(_tokenizer(args.difficulty_model))
     except ValueError as error:
         raise UserError(f"difficulty_model={args.difficulty_model!r}: {error}") from None
 
@@ -165,7 +173,7 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
     rows = [i for i, answer in enumerate(prompts["answer"]) if answer is not None and str(answer).strip()]
     if not rows:
         return rewards
-    tokenizer = AutoTokenizer.from_pretrained(args.difficulty_model)
+    tokenizer = _tokenizer(args.difficulty_model)
     measurable = prompts.select(rows).select_columns(["prompt", "answer"])
     check_dataset("prompts", measurable, tokenizer)
     blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
@@ -185,7 +193,9 @@ def measure(prompts: Dataset, args: DifficultyArguments, work_dir: Path, seed: i
     )
 
     def scores(part: Part, samples: pd.DataFrame) -> pd.DataFrame:
-        return score_samples(samples, measurable.select(part.prompts), [accuracy_reward])[_COLUMNS]
+        return score_samples(
+            samples, measurable.select(part.prompts), [accuracy_reward], mode_format=format_of(tokenizer)
+        )[_COLUMNS]
 
     draw_missing(
         parts, sampler, measurable["prompt"], samples_per_mode=per_mode, keep=scores, temperature=1.0, top_p=1.0

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from hgpo_trl.evaluation.metrics import by_prompt
 from hgpo_trl.evaluation.samples import PROMPT_ID, prompts_hash
-from hgpo_trl.modes import MODES, Mode, split_response
+from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, split_response
 from hgpo_trl.modes.decision import OFF_MODE
 from hgpo_trl.modes.hybrid_accuracy import better_mode, biased_choice, valid_mean
 
@@ -31,6 +31,7 @@ def examples_of(
     groups: Mapping[str, Sequence[Any]],
     margin: float = 0.0,
     decision_bias: float = 0.0,
+    mode_format: ModeFormat = LHRM,
 ) -> list[dict[str, Any]]:
     """Choose prompts as the module's docstring says, and show the first response of either mode to each.
 
@@ -38,7 +39,7 @@ def examples_of(
         samples: with `reward`; every prompt has the same number of samples in each mode.
         dataset: the rows with the prompts; their `answer`, if there is one, is shown as the reference.
         groups: `level` and `domain` of each row of `dataset`, where it has them.
-        margin, decision_bias: as in `report_on`.
+        margin, decision_bias, mode_format: as in `report_on`.
 
     Returns:
         The content of `examples.json`: see docs/evaluation.md. Texts longer than `LONGEST` lose their middle.
@@ -78,7 +79,7 @@ def examples_of(
                 "chosen_for_its_wrong_choice": is_wrong,
                 "responses": {
                     mode.value: {
-                        **_response(responses[row, mode.value]),
+                        **_response(responses[row, mode.value], mode_format),
                         "mean_score": float(mean_scores[place, m]),
                         "mean_tokens": float(mean_lengths[place, m]),
                     }
@@ -118,10 +119,10 @@ def _prompt_text(prompt: Any) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _response(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _response(sample: Mapping[str, Any], mode_format: ModeFormat) -> dict[str, Any]:
     """A sampled response, taken apart. A malformed one is shown whole, as its answer."""
     text = sample["completion"]
-    response = split_response(text)
+    response = split_response(text, mode_format)
     parts = (response.reasoning, response.answer) if response.well_formed else ("", text)
     return {
         "reasoning": shortened(parts[0]) if sample["mode"] == Mode.THINK else "",

@@ -288,7 +288,7 @@ def served_answers(
             temperature=temperature,
             top_p=top_p,
             seed=derived_seed(seed, key),
-            extra_body={"chat_template_kwargs": {"thinking_mode": mode}},
+            extra_body={"chat_template_kwargs": _choice(mode)},
         )
         (choice,) = response.choices
         reasoning = getattr(choice.message, "reasoning", None)
@@ -318,6 +318,14 @@ def served_answers(
                 raise failed
         finally:
             _cancel(futures)
+
+
+def _choice(mode: str) -> dict[str, Any]:
+    """Variables of the chat template, this library's or a model's own, that ask for a mode."""
+    if mode == AUTO:
+        return {"thinking_mode": mode}
+    thinks = mode == Mode.THINK
+    return {"thinking_mode": mode, "enable_thinking": thinks, "thinking": thinks}
 
 
 def _cancel(futures: Iterable[Future]) -> None:

@@ -4,16 +4,17 @@ import numpy as np
 import pandas as pd
 
 from hgpo_trl.evaluation.samples import PROMPT_ID
-from hgpo_trl.modes import Mode, split_response
+from hgpo_trl.modes import LHRM, Mode, ModeFormat, split_response
 from hgpo_trl.modes.hybrid_accuracy import PromptTable
 from hgpo_trl.modes.leakage import count_reflection_words
 
 
-def leakage_table(samples: pd.DataFrame) -> PromptTable:
+def leakage_table(samples: pd.DataFrame, mode_format: ModeFormat = LHRM) -> PromptTable:
     """Signs of leakage by prompt.
 
     Args:
         samples: with `mode` and `completion`.
+        mode_format: of the model that gave them.
 
     Returns:
         Columns, each `[K]` in the order of `prompt_id`, means over a prompt's responses:
@@ -24,7 +25,7 @@ def leakage_table(samples: pd.DataFrame) -> PromptTable:
         `answer_length_ratio`: the first of these lengths over the second, the measure of the cap of arXiv 2601.04805.
         A think response without an answer part counts only in `reasoning`. NaN where a prompt has none that counts.
     """
-    responses = [split_response(text) for text in samples["completion"]]
+    responses = [split_response(text, mode_format) for text in samples["completion"]]
     thinks = (samples["mode"] == Mode.THINK).to_numpy()
     answers, reasoning = [r.answer for r in responses], [r.reasoning for r in responses]
     words = np.array([count_reflection_words(text) for text in answers], dtype=np.float64)

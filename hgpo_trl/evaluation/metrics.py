@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.evaluation.leakage import leakage_table
 from hgpo_trl.evaluation.samples import PROMPT_ID, sorted_by_mode
-from hgpo_trl.modes import MODES, Fault
+from hgpo_trl.modes import LHRM, MODES, Fault, ModeFormat
 from hgpo_trl.modes.hybrid_accuracy import (
     PromptTable,
     biased_choice,
@@ -61,23 +61,27 @@ def by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, SampleArrays]:
     return samples, SampleArrays(scores, lengths, *own)
 
 
-def _biased_table(samples: pd.DataFrame, arrays: SampleArrays, margin: float, decision_bias: float) -> PromptTable:
+def _biased_table(
+    samples: pd.DataFrame, arrays: SampleArrays, margin: float, decision_bias: float, mode_format: ModeFormat
+) -> PromptTable:
     choice = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
-    return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin) | leakage_table(samples)
+    return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin) | leakage_table(samples, mode_format)
 
 
-def prompt_table(samples: pd.DataFrame, margin: float = 0.0, decision_bias: float = 0.0) -> PromptTable:
+def prompt_table(
+    samples: pd.DataFrame, margin: float = 0.0, decision_bias: float = 0.0, mode_format: ModeFormat = LHRM
+) -> PromptTable:
     """The metrics of each prompt; those of `report_on` are their means.
 
     Args:
         samples: with `reward`; every prompt has the same number of samples in each mode, in any order.
-        margin, decision_bias: as in `report_on`.
+        margin, decision_bias, mode_format: as in `report_on`.
 
     Returns:
         Columns as of `hgpo_trl.modes.hybrid_accuracy.per_prompt_table` and `leakage_table`, each `[K]`, in the order of
         `prompt_id`.
     """
-    return _biased_table(*by_prompt(samples), margin, decision_bias)
+    return _biased_table(*by_prompt(samples), margin, decision_bias, mode_format)
 
 
 def report_on(
@@ -89,6 +93,7 @@ def report_on(
     subjects: Sequence[Any] | None = None,
     domains: Sequence[Any] | None = None,
     price_per_million_tokens: float | None = None,
+    mode_format: ModeFormat = LHRM,
 ) -> dict[str, Any]:
     """Compute the evaluation's metrics from its scored samples alone.
 
@@ -100,6 +105,7 @@ def report_on(
         decision_bias: added to the log-odds of thinking before the model's own choice is read; or SWEEP, which leaves
             the choice as it is and adds its metrics under every bias.
         price_per_million_tokens: of generated tokens, in any currency; adds the cost of 1,000 queries.
+        mode_format: of the model that gave the samples.
 
     Returns:
         The content of `report.json`: see docs/evaluation.md.
@@ -112,7 +118,7 @@ def report_on(
     if decision_bias == SWEEP:
         decision_bias = 0.0
         curve = {"decision_bias_curve": decision_bias_curve(*arrays, sweep_biases(*arrays[2:]), margin)}
-    table = _biased_table(samples, arrays, margin, float(decision_bias))
+    table = _biased_table(samples, arrays, margin, float(decision_bias), mode_format)
     by_mode = samples.groupby("mode", observed=True)
     summary = summarize(table)
     cost = {}

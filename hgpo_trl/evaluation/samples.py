@@ -54,7 +54,7 @@ class Generated(NamedTuple):
     prompt: int  # number of the prompt
     mode: int  # position in MODES
     sample: int
-    tokens: list[int]  # what follows the forced decision token; anything after an end token is padding
+    tokens: list[int]  # what follows the forced opening; anything after an end token is padding
 
 
 def samples_table(
@@ -70,11 +70,11 @@ def samples_table(
         responses: in any order.
         ends: of `end_tokens`; a response without one is truncated.
     """
-    forced = mode_tokens(tokenizer).decision
+    tokens = mode_tokens(tokenizer)
     records = []
     for prompt, mode, sample, generated in responses:
         generated, truncated = until_end(generated, ends)
-        response = [forced[mode], *generated]
+        response = [*tokens.openings[mode], *generated]
         text = str(tokenizer.decode(response, skip_special_tokens=True))
         prob_think, prob_no_think, picked = decisions[prompt]
         records.append(
@@ -85,7 +85,7 @@ def samples_table(
                 "completion": text,
                 "num_tokens": len(response),
                 "truncated": truncated,
-                "faults": [fault.value for fault in split_response(text).faults],
+                "faults": [fault.value for fault in split_response(text, tokens.mode_format).faults],
                 "prob_think": prob_think,
                 "prob_no_think": prob_no_think,
                 "picked": picked,

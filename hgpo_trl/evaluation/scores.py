@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from hgpo_trl.evaluation.samples import PROMPT_ID
+from hgpo_trl.modes import LHRM, ModeFormat
 from hgpo_trl.rewards.functions import (
     answer_parts,
     check_finite,
@@ -25,6 +26,7 @@ def score_samples(
     dataset: Dataset,
     reward_funcs: Sequence[Callable],
     reward_weights: Sequence[float] | None = None,
+    mode_format: ModeFormat = LHRM,
 ) -> pd.DataFrame:
     """Add the column `reward` to the samples: the weighted sum of the reward functions, NaN where none gives a score.
 
@@ -33,6 +35,7 @@ def score_samples(
         dataset: the rows with the prompts. Reward functions get their columns as in training, the response's parts as
             `response`, and its answer part as the completion.
         reward_weights: one per reward function, as in training; None is 1 each.
+        mode_format: of the model that gave the samples.
 
     Raises:
         UserError: a reward function does not return one finite number or None per sample, or the weights do not fit
@@ -46,7 +49,7 @@ def score_samples(
     completions = samples["completion"].tolist()
     if not isinstance(prompts[0], str):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    responses = split_completions(completions)
+    responses = split_completions(completions, mode_format)
     answers = answer_parts(completions, responses)
     functions = [checked(reward_func) for reward_func in reward_funcs]
     rewards = []

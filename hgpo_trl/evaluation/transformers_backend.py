@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
-from hgpo_trl.inference.generate import batches, complete, end_tokens, padded, render, sampling_config
+from hgpo_trl.inference.generate import batches, complete, end_tokens, openings, padded, render, sampling_config
 from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
 from hgpo_trl.modes.decision import read_decision
 
@@ -44,7 +44,7 @@ def sample_both_modes(
     """
     tokens = mode_tokens(tokenizer)
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
-    generation_config = sampling_config(tokenizer, ends, max_new_tokens - 1, temperature, top_p)
+    generation_config = sampling_config(tokenizer, ends, max_new_tokens - max(tokens.forced), temperature, top_p)
     ids = render(tokenizer, prompts)
     model.eval()
     torch.manual_seed(seed)
@@ -79,10 +79,15 @@ def _generate(
 ) -> Iterator[Generated]:
     """Generate one mode after the other: no short response waits in a batch for a long one of the other mode."""
     rows_at_a_time = prompts_at_a_time(batch_size, samples_per_mode) * samples_per_mode
-    for mode, forced in enumerate(tokens.decision):
-        rows = [[*row, forced] for row in ids for _ in range(samples_per_mode)]
+    temperature = generation_config.temperature if generation_config.do_sample else 0.0
+    for number, mode in enumerate(MODES):
+        prompts = [row for row in ids for _ in range(samples_per_mode)]
+        begun = openings(model, tokenizer, prompts, tokens, mode, temperature, rows_at_a_time)
+        rows = [[*prompt, *opening] for prompt, opening in zip(prompts, begun, strict=True)]
+        drawn = len(tokens.openings[number])  # a token behind the opening is the model's own, of a mode that is OTHER
         for place, rest in complete(model, tokenizer, rows, generation_config, rows_at_a_time, progress):
-            yield Generated(place // samples_per_mode, mode, place % samples_per_mode, rest)
+            response = [*begun[place][drawn:], *rest]
+            yield Generated(place // samples_per_mode, number, place % samples_per_mode, response)
 
 
 def prompts_at_a_time(batch_size: int, samples_per_mode: int) -> int:

@@ -1,6 +1,5 @@
 """Samples of both modes by vLLM."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
 from hgpo_trl.inference.generate import end_tokens, render
-from hgpo_trl.modes import MODES, ModeTokens, mode_tokens
+from hgpo_trl.modes import MODES, OTHER, ModeTokens, mode_tokens
 from hgpo_trl.modes.decision import OFF_MODE
 
 if TYPE_CHECKING:
@@ -104,15 +103,26 @@ def sample_both_modes(
 def _read_decisions(engine: "LLM", ids: list[list[int]], tokens: ModeTokens) -> list[FirstToken]:
     from vllm import SamplingParams, TokensPrompt
 
-    params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=list(tokens.decision), detokenize=False)
+    beginnings = tokens.beginnings
+    requests, params = [], []
+    for row in ids:
+        for beginning, following in beginnings.items():
+            requests.append(TokensPrompt(prompt_token_ids=[*row, *beginning]))
+            asked = list(following)
+            params.append(SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=asked, detokenize=False))
+    results = iter(engine.generate(requests, params, use_tqdm=False))
     decisions: list[FirstToken] = []
-    for result in engine.generate([TokensPrompt(prompt_token_ids=row) for row in ids], params, use_tqdm=False):
-        (output,) = result.outputs
-        assert output.logprobs is not None  # they were asked for
-        think, no_think = (math.exp(output.logprobs[0][token].logprob) for token in tokens.decision)
-        (first,) = output.token_ids
-        picked = tokens.decision.index(first) if first in tokens.decision else OFF_MODE
-        decisions.append((think, no_think, picked))
+    for _ in ids:
+        log_probs: dict[tuple[int, ...], float] = {}  # of a beginning's last token, behind the others
+        greedy: dict[tuple[int, ...], int] = {}
+        for beginning, following in beginnings.items():
+            (output,) = next(results).outputs
+            assert output.logprobs is not None  # they were asked for
+            log_probs |= {(*beginning, token): output.logprobs[0][token].logprob for token in following}
+            (greedy[beginning],) = output.token_ids
+        think, no_think = tokens.probabilities(log_probs)
+        picked = tokens.picked(greedy)
+        decisions.append((think, no_think, OFF_MODE if picked is None else MODES.index(picked)))
     return decisions
 
 
@@ -127,26 +137,55 @@ def _generate(
     top_p: float,
     seed: int,
 ) -> Iterator[Generated]:
-    """One call for all: vLLM forms its batches itself, and a prompt's samples and modes share their prefix."""
+    """One call for all, if it can be: vLLM forms its batches, and a prompt's samples and modes share their prefix."""
     from vllm import SamplingParams, TokensPrompt
 
     greedy = temperature == 0
     keys = [(prompt, mode) for prompt in range(len(ids)) for mode in range(len(MODES))]
-    params = [
-        SamplingParams(
+
+    def params(request: int, **settings: Any) -> SamplingParams:
+        return SamplingParams(
             n=1 if greedy else samples_per_mode,  # vLLM takes n = 1 only where all would be the same
             temperature=temperature,
             top_p=top_p,
-            max_tokens=max_new_tokens - 1,
             stop_token_ids=ends,
             # Sample i of a request is drawn with its seed + i: no two responses share one unless their requests do.
             seed=derived_seed(seed, request) * samples_per_mode,
             detokenize=False,
+            **settings,
         )
-        for request in range(len(keys))
+
+    def sample(prompts: list[list[int]], settings: list[SamplingParams]) -> Iterator[list[list[int]]]:
+        requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+        for result in engine.generate(requests, settings):
+            outputs = [list(output.token_ids) for output in result.outputs]
+            yield outputs * samples_per_mode if greedy else outputs
+
+    room = max_new_tokens - max(tokens.forced)
+    forced = [[*ids[prompt], *tokens.openings[mode]] for prompt, mode in keys]
+    if OTHER not in tokens.decision:
+        found = sample(forced, [params(request, max_tokens=room) for request in range(len(keys))])
+        for (prompt, mode), responses in zip(keys, found, strict=True):
+            yield from (Generated(prompt, mode, number, response) for number, response in enumerate(responses))
+        return
+
+    # The first token of the mode that is OTHER is any but the other mode's.
+    other = tokens.decision.index(OTHER)
+    ban = {tokens.decision[1 - other]: -100.0}
+    first = [
+        params(request, max_tokens=1, logit_bias=ban) if mode == other else params(request, max_tokens=room)
+        for request, (_, mode) in enumerate(keys)
     ]
-    forced = [TokensPrompt(prompt_token_ids=[*ids[prompt], tokens.decision[mode]]) for prompt, mode in keys]
-    for (prompt, mode), result in zip(keys, engine.generate(forced, params), strict=True):
-        outputs = result.outputs * samples_per_mode if greedy else result.outputs
-        for sample, output in enumerate(outputs):
-            yield Generated(prompt, mode, sample, list(output.token_ids))
+    begun: list[tuple[Generated, list[int]]] = []
+    for (prompt, mode), context, responses in zip(keys, forced, sample(forced, first), strict=True):
+        for number, response in enumerate(responses):
+            generated = Generated(prompt, mode, number, response)
+            if mode == other and response[-1] not in ends:
+                begun.append((generated, [*context, *response]))
+            else:
+                yield generated
+    rest = [params(len(keys) + place, max_tokens=room) for place in range(len(begun))]
+    for settings in rest:
+        settings.n = 1
+    for (generated, _), responses in zip(begun, sample([context for _, context in begun], rest), strict=True):
+        yield generated._replace(tokens=[*generated.tokens, *responses[0]])

@@ -36,8 +36,20 @@ from transformers import (
 
 from hgpo_trl.common.compat import prepend_to_stream
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import MODES, Mode, ModeTokens, check_embeddings, mode_tokens, split_response
-from hgpo_trl.modes.chat_template import has_thinking_modes
+from hgpo_trl.modes import (
+    LHRM,
+    MODES,
+    OTHER,
+    Mode,
+    ModeFormat,
+    ModeTokens,
+    check_embeddings,
+    format_of,
+    mode_tokens,
+    split_response,
+)
+from hgpo_trl.modes.chat_template import has_thinking_modes, opened_mode, settle_format
+from hgpo_trl.modes.decision import draw_other, read_decision
 
 AUTO = "auto"  # the mode in which the model picks
 CHOICES = (AUTO, *(mode.value for mode in MODES))
@@ -150,10 +162,11 @@ def complete(
 
 
 class DecisionBias(LogitsProcessor):
-    """Moves the log-odds of thinking, logit(think) − logit(no_think), by `bias` on the first generated token.
+    """Moves the log-odds of thinking, logit(think) − logit(no_think), by `bias` on the token that decides.
 
     Half of it is added to logit(think) and half subtracted from logit(no_think), before temperature and top-p. A large
-    bias of either sign leaves no probability to the other mode or to any other token; 0 changes nothing.
+    bias of either sign leaves no probability to the other mode or to any other token; 0 changes nothing. Where one mode
+    is every token but the other's, the other's logit takes all of the bias.
 
     Args:
         prompt_length: tokens of the prompt, padding included: where the first generated token stands.
@@ -165,12 +178,21 @@ class DecisionBias(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] != self.prompt_length:
+        prefix = self.tokens.prefix
+        if input_ids.shape[1] != self.prompt_length + len(prefix):
             return scores
-        scores = scores.clone()  # the raw logits are read afterwards
-        scores[:, self.tokens.think] += self.bias / 2
-        scores[:, self.tokens.no_think] -= self.bias / 2
-        return scores
+        deciding = (input_ids[:, self.prompt_length :] == input_ids.new_tensor(prefix)).all(dim=1)
+        moved = biased(scores.clone(), self.tokens.decision, self.bias)  # the raw logits are read afterwards
+        return torch.where(deciding[:, None], moved, scores)
+
+
+def biased(logits: Tensor, decision: tuple[int, int], bias: float) -> Tensor:
+    """Move the log-odds of thinking in logits `[B, V]`, in place."""
+    share = bias if OTHER in decision else bias / 2
+    for token, change in zip(decision, (share, -share), strict=True):
+        if token != OTHER:
+            logits[:, token] += change
+    return logits
 
 
 def _decide(
@@ -181,9 +203,10 @@ def _decide(
     bias: float,
     config: GenerationConfig,
     batch_size: int,
-) -> list[tuple[int, float]]:
-    """Draw the first token of every prompt's response, like any other token, and read the model's own π(think | q)."""
-    found: dict[int, tuple[int, float]] = {}
+) -> list[tuple[list[int], float]]:
+    """Draw every response up to the decision, like any other token, and read the model's own π(think | q)."""
+    found: dict[int, tuple[list[int], float]] = {}
+    at_once = len(tokens.openings[0]) == 1 and not tokens.prefix
     for batch in batches(ids, batch_size):
         inputs = padded(model, tokenizer, [ids[row] for row in batch])
         length = inputs["input_ids"].shape[1]
@@ -193,9 +216,29 @@ def _decide(
                 generation_config=config,
                 logits_processor=LogitsProcessorList([DecisionBias(tokens, bias, length)]),
             )
-        think = torch.softmax(output.logits[0].float(), dim=-1)[:, tokens.think]
-        found |= dict(zip(batch, zip(output.sequences[:, length].tolist(), think.tolist(), strict=True), strict=True))
+        if at_once:
+            think = torch.softmax(output.logits[0].float(), dim=-1)[:, tokens.think]
+        else:
+            think = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens).think
+        found |= dict(zip(batch, zip(output.sequences[:, length:].tolist(), think.tolist(), strict=True), strict=True))
     return [found[row] for row in range(len(ids))]
+
+
+def openings(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    tokens: ModeTokens,
+    mode: Mode,
+    temperature: float,
+    batch_size: int,
+) -> list[list[int]]:
+    """The forced beginning of each prompt's response in a mode, with a token of the model's where that is OTHER."""
+    opening = list(tokens.openings[MODES.index(mode)])
+    if tokens.decision[MODES.index(mode)] != OTHER:
+        return [opening] * len(ids)
+    drawn = draw_other(model, tokenizer.pad_token_id, ids, tokens, temperature, batch_size)
+    return [[*opening, token] for token in drawn]
 
 
 # --- responses ------------------------------------------------------------------------------------------------
@@ -225,13 +268,14 @@ def _as_generation(
 ) -> Generation:
     generated, truncated = until_end(generated, ends)
     text = str(tokenizer.decode(generated, skip_special_tokens=True))
-    response = split_response(text)
+    response = split_response(text, tokens.mode_format)
     body = [token for token in generated if token not in ends]
     before, after = body, list[int]()
     if response.mode is not None:
+        start = len(tokens.openings[MODES.index(response.mode)])
         close = tokens.end_think if response.mode is Mode.THINK else tokens.end_no_think
-        place = body.index(close) if close in body else len(body)
-        before, after = body[1:place], body[place + 1 :]
+        place = body.index(close, start) if close in body[start:] else len(body)
+        before, after = body[start:place], body[place + 1 :]
     reasoning, answer = (before, after) if response.mode is Mode.THINK else ([], before)
     return Generation(
         mode=response.mode,
@@ -250,7 +294,13 @@ def check_model(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModeTokens:
     """Return the tags' ids; UserError if model or tokenizer lacks a tag, or the template does not know the modes."""
     tokens = mode_tokens(tokenizer)
     check_embeddings(model, tokens)
-    if not has_thinking_modes(tokenizer):
+    if tokens.mode_format != LHRM:
+        if opening := opened_mode(tokenizer):
+            raise UserError(
+                f"The tokenizer's chat template opens a mode by itself ({opening!r}), so that the model has nothing to "
+                "decide. hgpo_trl.modes.chat_template.settle_format(tokenizer) changes that."
+            )
+    elif not has_thinking_modes(tokenizer):
         raise UserError(
             "The tokenizer's chat template takes no thinking_mode, or there is none: a hybrid model has been through "
             "`hgpo-trl hft`, which installs one (hgpo_trl.modes.chat_template.set_chat_template(tokenizer))."
@@ -276,11 +326,16 @@ class TooLongError(UserError):
     """A conversation leaves the model no positions for a response."""
 
 
-def _budget(model: Any, longest_prompt: int, max_new_tokens: int) -> int:
+def _budget(model: Any, longest_prompt: int, max_new_tokens: int, tokens: ModeTokens) -> int:
     """`max_new_tokens`, or as many as the model has positions for; TooLongError if it has none left."""
+    needed = max(tokens.forced) + 1
+    if max_new_tokens < needed:
+        raise UserError(
+            f"max_new_tokens must be at least {needed}, the opening of a mode and one more; got {max_new_tokens}."
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = max_new_tokens if positions is None else positions - longest_prompt
-    if room < 2:
+    if room < needed:
         raise TooLongError(
             f"The longest prompt has {longest_prompt} tokens and the model {positions} positions "
             "(max_position_embeddings): nothing is left for a response. Shorten the conversation."
@@ -331,7 +386,7 @@ def generate(
     if not conversations:
         return []
     ids = render(tokenizer, [_conversation(conversation) for conversation in conversations])
-    budget = _budget(model, max(map(len, ids)), max_new_tokens)
+    budget = _budget(model, max(map(len, ids)), max_new_tokens, tokens)
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
     model.eval()
     if seed is not None:
@@ -339,24 +394,24 @@ def generate(
 
     probs: list[float | None] = [None] * len(ids)
     if mode == AUTO:
-        config = sampling_config(tokenizer, ends, 1, temperature, top_p)
+        config = sampling_config(tokenizer, ends, len(tokens.prefix) + 1, temperature, top_p)
         config.update(output_logits=True, return_dict_in_generate=True)
         decided = _decide(model, tokenizer, ids, tokens, decision_bias, config, batch_size)
-        first, probs = [token for token, _ in decided], [prob for _, prob in decided]
+        first, probs = [until_end(drawn, ends)[0] for drawn, _ in decided], [prob for _, prob in decided]
     else:
-        first = [tokens.decision[MODES.index(Mode(mode))]] * len(ids)
+        first = openings(model, tokenizer, ids, tokens, Mode(mode), temperature, batch_size)
 
-    config = sampling_config(tokenizer, ends, budget - 1, temperature, top_p)
-    responses = {row: [token] for row, token in enumerate(first)}
-    groups: dict[int | None, list[int]] = defaultdict(list)  # by mode; None: neither
-    for row, token in enumerate(first):
-        if token not in ends:
-            groups[token if token in tokens.decision else None].append(row)
+    config = sampling_config(tokenizer, ends, budget - max(map(len, first)), temperature, top_p)
+    responses = {row: list(begun) for row, begun in enumerate(first)}
+    groups: dict[Mode | None, list[int]] = defaultdict(list)  # None: neither
+    for row, begun in enumerate(first):
+        if begun[-1] not in ends:
+            groups[tokens.chosen(begun)].append(row)
     with tqdm(
         total=sum(map(len, groups.values())), desc="generating", unit="response", disable=len(ids) <= batch_size
     ) as progress:
         for group in groups.values():
-            prompts = [[*ids[row], first[row]] for row in group]
+            prompts = [[*ids[row], *first[row]] for row in group]
             for place, rest in complete(model, tokenizer, prompts, config, batch_size, progress):
                 responses[group[place]] += rest
     return [_as_generation(tokenizer, tokens, responses[row], ends, probs[row]) for row in range(len(ids))]
@@ -381,15 +436,15 @@ def stream(
     check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
     tokens = check_model(model, tokenizer)
     (ids,) = render(tokenizer, [_conversation(conversation)])
-    budget = _budget(model, len(ids), max_new_tokens)
+    budget = _budget(model, len(ids), max_new_tokens, tokens)
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
-    forced = [] if mode == AUTO else [tokens.decision[MODES.index(Mode(mode))]]
-    prompt = [*ids, *forced]
-    config = sampling_config(tokenizer, ends, budget - len(forced), temperature, top_p)
-    processors = LogitsProcessorList([] if forced else [DecisionBias(tokens, decision_bias, len(prompt))])
     model.eval()
     if seed is not None:
         torch.manual_seed(seed)
+    forced = [] if mode == AUTO else openings(model, tokenizer, [ids], tokens, Mode(mode), temperature, 1)[0]
+    prompt = [*ids, *forced]
+    config = sampling_config(tokenizer, ends, budget - len(forced), temperature, top_p)
+    processors = LogitsProcessorList([] if forced else [DecisionBias(tokens, decision_bias, len(prompt))])
 
     stopped = threading.Event()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -429,19 +484,30 @@ class HybridModel:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def from_pretrained(cls, name: str, *, dtype: str = "auto", device_map: Any = None) -> "HybridModel":
+    def from_pretrained(
+        cls, name: str, *, dtype: str = "auto", device_map: Any = None, mode_format: Any = None
+    ) -> "HybridModel":
         """Load a model by path or hub id, by default onto the accelerator if there is one.
+
+        Args:
+            mode_format: the model's format, by name or by its texts; None: the tokenizer shows it.
 
         Raises:
             UserError: it is no hybrid model; the message says what it lacks.
         """
         tokenizer = AutoTokenizer.from_pretrained(name)
+        settle_format(tokenizer, mode_format)
         mode_tokens(tokenizer)  # before the weights are loaded
         if device_map is None:
             device_map = torch.accelerator.current_accelerator() or torch.device("cpu")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
         check_model(model, tokenizer)
         return cls(model, tokenizer)
+
+    @property
+    def mode_format(self) -> ModeFormat:
+        """The format of its responses."""
+        return format_of(self.tokenizer)
 
     def __call__(self, prompt: Any, **settings: Any) -> Any:
         """`generate`: one `Generation` for a text or a conversation, a list of them for a list."""

@@ -17,12 +17,13 @@ import re
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import MODES
+from hgpo_trl.modes import LHRM, MODES, PRESETS, as_format, declare_format, format_of, is_declared, prompt_end
 
 
 def _template(name: str) -> str:
@@ -30,7 +31,9 @@ def _template(name: str) -> str:
 
 
 _MODES, _DIALECT_TURNS = _template("modes"), _template("lhrm")
-_BEFORE_OWN, _AFTER_OWN = _template("own_turns").split("{# THE MODEL'S OWN TEMPLATE #}")
+_OWN = "{# THE MODEL'S OWN TEMPLATE #}"
+_BEFORE_OWN, _AFTER_OWN = _template("own_turns").split(_OWN)
+_BEFORE_AUTO, _AFTER_AUTO = _template("auto").split(_OWN)
 
 # Tokens that pad well, best first: they never end a turn of a dialect. The unknown token is the last resort.
 _PADS = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<|end_of_text|>", "<pad>", "[PAD]")
@@ -115,6 +118,76 @@ def has_thinking_modes(tokenizer: PreTrainedTokenizerBase) -> bool:
         return all(prompt(mode) == f"{prompt('auto')}{mode.open_tag}" for mode in MODES)
     except (TemplateError, TypeError, ValueError):  # a template that insists on more than one user message
         return False
+
+
+def opened_mode(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The opening, of the tokenizer's format, with which its chat template ends a generation prompt; empty if none.
+
+    Such a prompt leaves the model nothing to decide.
+    """
+    mode_format = format_of(tokenizer)
+    if tokenizer.chat_template is None:
+        return ""
+    end = prompt_end(tokenizer)
+    openings = [mode_format.opening(mode) for mode in mode_format.by_length]
+    return next((opening for opening in openings if opening and end.endswith(opening)), "")
+
+
+def let_model_decide(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Have a model's own chat template leave out the opening of a mode, unless the caller asks for a mode.
+
+    `enable_thinking` and `thinking` still mean what the template makes of them.
+
+    Returns:
+        The opening that it wrote by itself; empty where it wrote none, and the template is as it was.
+
+    Raises:
+        UserError: the template cannot be put into another one.
+    """
+    opening = opened_mode(tokenizer)
+    if not opening or format_of(tokenizer) == LHRM:
+        return ""
+    before = [prompt_end(tokenizer, enable_thinking=thinks, thinking=thinks) for thinks in (True, False)]
+    auto = prompt_end(tokenizer).removesuffix(opening)
+    own = _without_marks(tokenizer.get_chat_template())
+    tokenizer.chat_template = _assignments({"lhrm_opening": opening}) + _BEFORE_AUTO + own + _AFTER_AUTO
+    after = [prompt_end(tokenizer, enable_thinking=thinks, thinking=thinks) for thinks in (True, False)]
+    if (prompt_end(tokenizer), after) != (auto, before):
+        raise UserError(
+            f"The tokenizer's chat template opens a mode by itself ({opening!r}), and cannot be put into another one "
+            "that does not. Write a template whose generation prompt ends before it, and set it as the tokenizer's."
+        )
+    return opening
+
+
+FORMATS = f"{', '.join(PRESETS)}, or a mapping of texts (docs/formats.md)"
+FORMAT_HELP = f"Marks of the modes: {FORMATS}; null: as the tokenizer shows."
+
+
+def settle_format(tokenizer: PreTrainedTokenizerBase, given: Any = None) -> str:
+    """Settle a tokenizer's format, and have its chat template leave the decision to the model.
+
+    Args:
+        given: a recipe's `mode_format`; None: the tokenizer shows it (`format_of`).
+
+    Returns:
+        A line for the user about what was found or changed; empty if there is nothing to say.
+
+    Raises:
+        UserError: `given` is no format, or the template cannot leave the decision to the model.
+    """
+    if given is not None:
+        declare_format(tokenizer, as_format(given))
+    mode_format = format_of(tokenizer)
+    if mode_format == LHRM:
+        return ""
+    declared = is_declared(tokenizer)
+    declare_format(tokenizer, mode_format)
+    opening = let_model_decide(tokenizer)
+    notes = [] if declared else ["the chat template shows it"]
+    if opening:
+        notes.append(f"the chat template opens a mode by itself, {opening!r}, which is left to the model here")
+    return f"mode_format: {mode_format.name} ({'; '.join(notes)})" if notes else ""
 
 
 def ensure_thinking_modes(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -213,14 +286,20 @@ def _around(tokenizer: PreTrainedTokenizerBase, own: _OwnTurns) -> str:
         UserError: a conversation would not be written as the template itself writes it.
     """
     variables = {name: value for name, value in asdict(own).items() if name != "source"}
-    # Which tokens to train on is marked here; marks of its own would add earlier answers. Jinja drops the last newline
-    # of a template, which is not the last one here.
-    source = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", _as_if, own.source.removesuffix("\n"))
-    template = _assignments(variables) + _MODES + _BEFORE_OWN + source + _AFTER_OWN
+    template = _assignments(variables) + _MODES + _BEFORE_OWN + _without_marks(own.source) + _AFTER_OWN
     expected = _render(tokenizer, own.source, _CONVERSATION, prompt=True).removesuffix(own.lhrm_opening)
     if _render(tokenizer, template, _CONVERSATION, prompt=True) != expected:
         raise UserError(f"The tokenizer's chat template cannot be put into another one that adds the modes. {_REMEDY}")
     return template
+
+
+def _without_marks(source: str) -> str:
+    """A template that can stand in another one.
+
+    The other one marks which tokens to train on; marks of its own would add earlier answers. Jinja drops the last
+    newline of a template, which is not the last one there.
+    """
+    return re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", _as_if, source.removesuffix("\n"))
 
 
 def _as_if(mark: re.Match[str]) -> str:

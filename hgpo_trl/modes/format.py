@@ -1,27 +1,20 @@
-"""The two modes of a hybrid-reasoning model, their tags, and how both look in text, in a tokenizer and in a model.
+"""The two modes of a hybrid-reasoning model, and how a response in each looks as text.
 
     think:     <think> reasoning </think> answer
     no think:  <no_think> answer </no_think>
 
-The response's first token, the open tag, is the model's decision (arXiv 2505.14631, section 2.1). For that each tag
-has to be exactly one token, and an ordinary one: TRL decodes completions with `skip_special_tokens=True`, so a special
-token would vanish before the rewards see it.
+That is the format of `lhrm`, this library's own (arXiv 2505.14631, section 2.1). Models that already think have other
+marks: a `ModeFormat` says which.
 """
 
+import json
 import re
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, cast
-
-from tokenizers import AddedToken
+from functools import cached_property
+from typing import Any
 
 from hgpo_trl.common.errors import UserError
-
-if TYPE_CHECKING:  # only functions on models need them, and importing them takes seconds
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Mode(StrEnum):
@@ -42,9 +35,6 @@ class Mode(StrEnum):
 MODES = (Mode.THINK, Mode.NO_THINK)  # this order is the mode axis of every tensor
 TAGS = tuple(tag for mode in MODES for tag in (mode.open_tag, mode.close_tag))
 
-_OPENED = {mode.open_tag: mode for mode in MODES}
-_TAG = re.compile("|".join(map(re.escape, TAGS)))
-_THINK_TAGS = (Mode.THINK.open_tag, Mode.THINK.close_tag)
 # Marks of a reasoning trace in other models' responses. `List<Thought>` in code is none of them.
 _TRACE = re.compile(
     r"(?:(?<!\w)<|</)(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad)/?>"
@@ -56,6 +46,126 @@ _TRACE = re.compile(
 
 # Fields of a chat message in which models keep their trace, beside the content.
 TRACE_FIELDS = ("reasoning_content", "reasoning", "thinking", "thought")
+
+
+# --- formats ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModeFormat:
+    """The marks by which a model begins and ends its modes.
+
+    A response follows the generation prompt and begins with its mode's opening, which `HGPOTrainer` forces. The
+    decision stands where the tokens of the two openings part. An empty `think` means that every response thinks unless
+    it begins with `no_think`. Texts are written with the blanks around a mark; reading a response allows any blanks.
+
+        think:     {think}{lead} reasoning {end_reasoning} answer
+        no think:  {no_think}{lead} answer {end_no_think}
+
+    Raises:
+        UserError: a text is missing, or the openings differ by blanks at most.
+    """
+
+    name: str
+    think: str  # opens a response that thinks
+    no_think: str  # opens one that does not
+    end_reasoning: str
+    end_no_think: str = ""  # ends a no-think answer; empty where the end of the turn does
+    lead: str = ""  # written after an opening, and not forced
+
+    def __post_init__(self) -> None:
+        for field in ("no_think", "end_reasoning"):
+            if not getattr(self, field).strip():
+                raise UserError(f"mode_format: {field} is blank. Give the text that the model writes there.")
+        if self.think.split() == self.no_think.split():
+            raise UserError(
+                f"mode_format: think={self.think!r} and no_think={self.no_think!r} differ by blanks at most, so that "
+                "no response shows its mode. Give each mode an opening of its own."
+            )
+
+    def opening(self, mode: Mode) -> str:
+        """The text that opens a mode."""
+        return self.think if mode is Mode.THINK else self.no_think
+
+    def end(self, mode: Mode) -> str:
+        """The mark, without blanks around it, that ends the reasoning or a no-think answer; may be empty."""
+        return (self.end_reasoning if mode is Mode.THINK else self.end_no_think).strip()
+
+    @cached_property
+    def by_length(self) -> tuple[Mode, ...]:
+        """The modes, that with the longer opening first: the other opening may be its beginning."""
+        return tuple(sorted(MODES, key=lambda mode: -len("".join(self.opening(mode).split()))))
+
+    @cached_property
+    def marks(self) -> re.Pattern[str]:
+        """Finds every mark, blanks around it apart."""
+        found = [text.strip() for text in (self.think, self.end_reasoning, self.no_think, self.end_no_think)]
+        found = [mark for mark in dict.fromkeys(found) if mark]
+        simple = [mark for mark in found if not any(other in mark for other in found if other != mark)]
+        return re.compile("|".join(map(_any_blanks, simple)))
+
+    @cached_property
+    def _openings(self) -> tuple[tuple[Mode, re.Pattern[str]], ...]:
+        return tuple((mode, re.compile(rf"\s*{_any_blanks(self.opening(mode))}")) for mode in self.by_length)
+
+    def opened(self, text: str) -> tuple[Mode, int] | None:
+        """The mode that a response begins with, and where its opening ends; None where it begins with neither."""
+        for mode, pattern in self._openings:
+            if found := pattern.match(text):
+                return mode, found.end()
+        return None
+
+    def declaration(self) -> str | dict[str, str]:
+        """What `as_format` makes this format of: its name, or its texts."""
+        return self.name if PRESETS.get(self.name) == self else asdict(self)
+
+
+def _any_blanks(mark: str) -> str:
+    """A regular expression for a mark with any blanks in the place of its own."""
+    return r"\s*".join(map(re.escape, mark.split()))
+
+
+LHRM = ModeFormat(
+    "lhrm", "<think>", "<no_think>", end_reasoning="\n</think>\n\n", end_no_think="\n</no_think>", lead="\n"
+)
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        LHRM,
+        ModeFormat("qwen3", "<think>\n", "<think>\n\n</think>\n\n", end_reasoning="\n</think>\n\n"),
+        ModeFormat("smollm3", "<think>\n", "<think>\n\n</think>\n", end_reasoning="\n</think>\n"),
+        ModeFormat("deepseek-v3.1", "<think>", "</think>", end_reasoning="</think>"),
+        ModeFormat("r1", "", "</think>\n\n", end_reasoning="\n</think>\n\n"),
+    )
+}
+
+
+def as_format(value: Any) -> ModeFormat:
+    """The format that a recipe's `mode_format` names, or gives by its texts.
+
+    Raises:
+        UserError: there is no such preset, a field of the texts is unknown or missing, or see `ModeFormat`.
+    """
+    if isinstance(value, ModeFormat):
+        return value
+    if isinstance(value, str) and value.startswith("{"):  # from a command line
+        value = json.loads(value)
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise UserError(
+                f"mode_format={value!r} is none of {', '.join(PRESETS)}. Name one of these, or give the texts of "
+                "another: think, no_think, end_reasoning, and perhaps end_no_think and lead."
+            )
+        return PRESETS[value]
+    texts = {"name": "custom", **value}
+    known = [field.name for field in fields(ModeFormat)]
+    if wrong := [name for name, text in texts.items() if name not in known or not isinstance(text, str)]:
+        raise UserError(f"mode_format: {wrong[0]}={texts[wrong[0]]!r} is not one of {', '.join(known)} with a text.")
+    if missing := {"think", "no_think", "end_reasoning"} - set(texts):
+        raise UserError(
+            f"mode_format lacks {' and '.join(sorted(missing))}. Give the text that the model writes there."
+        )
+    return ModeFormat(**texts)
 
 
 # --- text ---------------------------------------------------------------------------------------------------
@@ -92,30 +202,32 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
-def split_response(text: str) -> Response:
+def split_response(text: str, mode_format: ModeFormat = LHRM) -> Response:
     """Split a response into mode, reasoning and answer, and name every fault of its format.
 
     Total: never raises, and never loses an answer. Without a mode the answer is the whole text; in an unclosed no-think
     response it is the rest; in an unclosed think response all is reasoning and the answer is empty; text after
-    `</no_think>` is not part of the answer. Reasoning and answer are stripped. A no-think answer with a reasoning trace
-    in another model's marks (`<thinking>`, `<|begin_of_thought|>`, `[THINK]`, `◁think▷`, ...) has the fault of one in
-    `<think>`; without a mark, reasoning cannot be told from explanation.
+    the end of a no-think answer is not part of it. Reasoning and answer are stripped. A no-think answer with a
+    reasoning trace in another model's marks (`<thinking>`, `<|begin_of_thought|>`, `[THINK]`, `◁think▷`, ...) has the
+    fault of one in `<think>`; without a mark, reasoning cannot be told from explanation.
     """
-    tags = list(_TAG.finditer(text))
-    names = [tag.group() for tag in tags]
-    mode = _OPENED.get(names[0]) if names else None
-    if mode is None or text[: tags[0].start()].strip():
+    opened = mode_format.opened(text)
+    if opened is None:
         return Response(None, "", text.strip(), (Fault.NO_MODE,))
 
-    start = tags[0].end()
-    closed = mode.close_tag in names
-    close = names.index(mode.close_tag) if closed else len(names)
-    end, rest = tags[close].span() if closed else (len(text), len(text))
+    mode, start = opened
+    tags = list(mode_format.marks.finditer(text, start))
+    names = [tag.group() for tag in tags]
+    mark = mode_format.end(mode)
+    close = names.index(mark) if mark in names else len(names)
+    closed = not mark or close < len(names)
+    end, rest = tags[close].span() if close < len(names) else (len(text), len(text))
     inside, after = text[start:end].strip(), text[rest:].strip()
-    tags_inside, tags_after = set(names[1:close]), names[close + 1 :]
+    tags_inside, tags_after = set(names[:close]), names[close + 1 :]
 
     reasoning, answer = (inside, after) if mode is Mode.THINK else ("", inside)
-    misplaced = tags_inside.intersection(_THINK_TAGS) if mode is Mode.NO_THINK else set()
+    trace = {mode_format.think.strip(), mode_format.end(Mode.THINK)}
+    misplaced = tags_inside & trace if mode is Mode.NO_THINK else set()
     found = (
         (Fault.UNCLOSED, not closed),
         (Fault.NESTED, tags_inside - misplaced or tags_after),
@@ -132,210 +244,31 @@ def trace_mark(text: str) -> str | None:
     return found.group() if found else None
 
 
-def format_response(mode: Mode | str, answer: str, reasoning: str = "") -> str:
+def format_response(mode: Mode | str, answer: str, reasoning: str = "", mode_format: ModeFormat = LHRM) -> str:
     """Write a response in its mode's format; the inverse of `split_response` for text without tags.
 
     Raises:
         UserError: `mode` is unknown, a part contains a tag, `answer` is blank, or no-think is given `reasoning`, also
-            inside `answer` (see `split_response`).
+            inside `answer` (see `split_response`); or `reasoning` is blank where the format takes that for no-think.
     """
     mode = Mode(mode)
     answer, reasoning = answer.strip(), reasoning.strip()
     for name, part in (("answer", answer), ("reasoning", reasoning)):
-        if tag := _TAG.search(part):
+        if tag := mode_format.marks.search(part):
             raise UserError(f"{name} contains the tag {tag.group()}: take it apart with split_response() first.")
     if not answer:
         raise UserError("answer is blank: a response needs an answer; drop the example.")
+    begin = f"{mode_format.opening(mode)}{mode_format.lead}"
     if mode is Mode.THINK:
-        return f"{mode.open_tag}\n{reasoning}\n{mode.close_tag}\n\n{answer}"
+        text = f"{begin}{reasoning}{mode_format.end_reasoning}{answer}"
+        if mode_format.opened(text) != mode_format.opened(begin):
+            raise UserError(
+                f"reasoning is blank: in the format {mode_format.name} such a response does not think. Use mode "
+                f"{Mode.NO_THINK}."
+            )
+        return text
     if reasoning:
         raise UserError(f"reasoning was given for mode {mode}: leave it empty, or use mode {Mode.THINK}.")
     if mark := trace_mark(answer):
         raise UserError(f"answer contains {mark}, a reasoning trace, in mode {mode}: use mode {Mode.THINK}.")
-    return f"{mode.open_tag}\n{answer}\n{mode.close_tag}"
-
-
-# --- tokenizer ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ModeTokens:
-    """Token ids of the four tags, in the order of `TAGS`."""
-
-    think: int
-    end_think: int
-    no_think: int
-    end_no_think: int
-
-    @property
-    def decision(self) -> tuple[int, int]:
-        """Ids of the two open tags, in the order of `MODES`."""
-        return self.think, self.no_think
-
-
-_ADD = "Add the tags with hgpo_trl.modes.add_mode_tokens(tokenizer, model)."
-
-
-def mode_tokens(tokenizer: "PreTrainedTokenizerBase") -> ModeTokens:
-    """Look up the four tags in a tokenizer: the check to make at start-up.
-
-    Raises:
-        UserError: a tag is not exactly one token wherever it stands, is the unknown token, is registered as special,
-            does not survive decoding, or shares its id with another tag. The message names the tag and the remedy.
-    """
-    vocab = tokenizer.get_vocab()
-    ids: list[int] = []
-    for tag in TAGS:
-        token_id = vocab.get(tag)
-        if token_id is None or token_id == tokenizer.unk_token_id:
-            alone = tokenizer.encode(tag, add_special_tokens=False)
-            raise UserError(f"The tag {tag} is not a token of the tokenizer, it is encoded as {alone}. {_ADD}")
-        if token_id in ids:
-            other = TAGS[ids.index(token_id)]
-            raise UserError(f"The tags {other} and {tag} share the token id {token_id}: give each its own token.")
-        ids.append(token_id)
-    for tag, token_id in zip(TAGS, ids, strict=True):
-        _check_tag(tokenizer, tag, token_id)
-    return ModeTokens(*ids)
-
-
-def _check_tag(tokenizer: "PreTrainedTokenizerBase", tag: str, token_id: int) -> None:
-    """UserError if a tag of the vocabulary is special, or is split or lost somewhere (see `mode_tokens`)."""
-    _refuse_special(tokenizer, tag)
-    # A word of the plain vocabulary may be found alone and yet be split, or lost, next to other text.
-    for text in (tag, f"a {tag} b", f"\n{tag}\n", f"a{tag}b"):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if ids.count(token_id) != 1 or (text == tag and len(ids) != 1):
-            raise UserError(f"The tag {tag} is not one token in {text!r}, which is encoded as {ids}. {_ADD}")
-        if tag not in (decoded := tokenizer.decode(ids, skip_special_tokens=True)):
-            raise UserError(
-                f"The tag {tag} does not survive decoding, {text!r} comes back as {decoded!r}: "
-                "correct the tokenizer's decoder."
-            )
-
-
-def _refuse_special(tokenizer: "PreTrainedTokenizerBase", tag: str) -> None:
-    """UserError if a tag is registered as a special token."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if tag in special.union(tokenizer.all_special_tokens):
-        raise UserError(
-            f"The tag {tag} is a special token and would vanish in decoding with skip_special_tokens=True: "
-            're-register it as an ordinary added token ("special": false in tokenizer.json and '
-            "tokenizer_config.json, not among extra_special_tokens)."
-        )
-
-
-# --- model --------------------------------------------------------------------------------------------------
-
-
-def check_embeddings(model: "PreTrainedModel", tokens: ModeTokens) -> None:
-    """Check that a model has a row for every tag in its input and, if it has one, its output embedding.
-
-    Raises:
-        UserError: a row is missing; the message names the tag, its id and the remedy.
-    """
-    for name, module in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
-        if module is None:
-            continue
-        rows = _rows(module)
-        for tag, token_id in zip(TAGS, astuple(tokens), strict=True):
-            if token_id >= rows:
-                raise UserError(
-                    f"The tag {tag} has id {token_id}, but the model's {name} embedding has only {rows} rows. {_ADD}"
-                )
-
-
-def add_mode_tokens(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel | None" = None) -> int:
-    """Make the four tags ordinary added tokens of a tokenizer, and give them embedding rows in its model. Idempotent.
-
-    A model with spare rows (Qwen's are padded) keeps its size; another grows to the next multiple of 64, and
-    `config.vocab_size` with it. A new tag's rows, input and output, are the mean of the rows of the pieces that spell
-    it, `<` and `think>`, so that it starts inside the distribution of the known rows; where the tokenizer
-    cannot spell it, of all rows in use. Rows of tags that the tokenizer already had are left alone, unless the model
-    lacked them.
-
-    Returns:
-        The number of tags added to the tokenizer.
-
-    Raises:
-        UserError: a tag is registered as a special token (nothing is changed then), or `mode_tokens` finds a fault.
-    """
-    for tag in TAGS:
-        _refuse_special(tokenizer, tag)
-    known = tokenizer.get_vocab()
-    missing = [tag for tag in TAGS if tag not in tokenizer.added_tokens_encoder]
-    tokenizer.add_tokens(
-        [AddedToken(tag, special=False, normalized=False, lstrip=False, rstrip=False) for tag in missing]
-    )
-    tokens = mode_tokens(tokenizer)
-    if model is not None:
-        _add_rows(model, tokenizer, tokens, known)
-    return len(missing)
-
-
-def _add_rows(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: ModeTokens, known: dict[str, int]
-) -> None:
-    """Enlarge the embeddings if need be, and initialise the rows of tags that are new to the tokenizer or the model."""
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    old_rows = min(_rows(module) for module in embeddings if module is not None)
-    ids = dict(zip(TAGS, astuple(tokens), strict=True))
-    new = {tag: token_id for tag, token_id in ids.items() if tag not in known or token_id >= old_rows}
-    if not new:
-        return
-    needed = max(ids.values()) + 1
-    if needed > old_rows:
-        model.resize_token_embeddings(needed, pad_to_multiple_of=64, mean_resizing=False)
-
-    used = {token_id for token, token_id in known.items() if token_id < old_rows and token not in new}
-    pieces = {token_id: _pieces(tokenizer, tag, used) for tag, token_id in new.items()}
-    tensors = _per_token_parameters(model)
-    import torch
-
-    with torch.no_grad(), _gathered(tensors):
-        for tensor in tensors:
-            mean = _mean_row(tensor, used)
-            tensor[old_rows:] = mean  # the padding: without it, random logits on tokens that do not exist
-            for token_id, parts in pieces.items():
-                tensor[token_id] = _mean_row(tensor, parts) if parts else mean
-
-
-def _pieces(tokenizer: "PreTrainedTokenizerBase", tag: str, used: set[int]) -> list[int]:
-    """The ids that spell a tag, or none if the tokenizer cannot spell it without unknown pieces."""
-    parts = (tag[:1], tag[1:])  # in two, because it may already know the whole as one token
-    ids = [token_id for part in parts for token_id in tokenizer.encode(part, add_special_tokens=False)]
-    return ids if used.issuperset(ids) and tokenizer.unk_token_id not in ids else []
-
-
-def _per_token_parameters(model: "PreTrainedModel") -> "list[nn.Parameter]":
-    """Every parameter with one row per token: input weight, output weight and bias; a tied one once."""
-    found: dict[int, nn.Parameter] = {}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for parameter in (getattr(module, "weight", None), getattr(module, "bias", None)):
-            if parameter is not None:
-                found[id(parameter)] = parameter
-    return list(found.values())
-
-
-def _mean_row(tensor: "Tensor", ids: Iterable[int]) -> "Tensor":
-    import torch
-
-    return tensor[list(ids)].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
-
-
-def _rows(module: "nn.Module") -> int:
-    """Rows of an embedding, also where DeepSpeed ZeRO-3 has partitioned it and its local shape is 0."""
-    module = getattr(module, "original_module", module)  # PEFT's wrapper would compute its weight, and copy it for that
-    weight = cast("Tensor", module.weight)
-    return int(getattr(weight, "ds_shape", weight.shape)[0])
-
-
-def _gathered(parameters: "list[nn.Parameter]") -> AbstractContextManager:
-    """Gather whole parameters under DeepSpeed ZeRO-3 and broadcast rank 0's changes; do nothing elsewhere."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return f"{begin}{answer}{mode_format.end_no_think}"

@@ -15,6 +15,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from hgpo_trl.common import paper
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import looks_like_path, write_atomically
+from hgpo_trl.modes import LHRM, as_format
 from hgpo_trl.reporting.report import CAPTIONS, results_markdown
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.run_dir import RUN_FILE, is_free
@@ -74,6 +75,7 @@ def write_model_card(model: str | Path, *, report: str | Path | None = None, hub
         stages=[STAGES[run["stage"]][0] for run in runs],
         paper_title=paper.TITLE,
         paper_id=paper.ARXIV_ID,
+        mode_format=_own_format(folder),
         max_new_tokens=_max_new_tokens(folder),
         results=results_markdown(evaluations) if evaluations else "",
         pictures=pictures,
@@ -156,6 +158,13 @@ def _sources(data: Path) -> list[dict[str, str]]:
         {"name": name, "rows": f"{source['kept']:,}", "licence": source["licence"] or "unknown"}
         for name, source in manifest["sources"].items()
     ]
+
+
+def _own_format(folder: Path) -> str | None:
+    """The name of the format that a model keeps from its base; None: this library's."""
+    path = folder / "tokenizer_config.json"
+    declared = json.loads(path.read_text(encoding="utf-8")).get("mode_format") if path.is_file() else None
+    return None if declared is None or as_format(declared) == LHRM else as_format(declared).name
 
 
 def _max_new_tokens(folder: Path) -> int:

@@ -20,7 +20,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.imports import load_function
-from hgpo_trl.modes import Response, completion_text, split_response
+from hgpo_trl.modes import LHRM, ModeFormat, Response, completion_text, split_response
 from hgpo_trl.verification import check_answers
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,12 @@ logger = logging.getLogger(__name__)
 # --- inputs and outputs of reward functions ----------------------------------------------------------------------
 
 
-def split_completions(completions: list) -> list[Response]:
+def split_completions(completions: list, mode_format: ModeFormat = LHRM) -> list[Response]:
     """Split every completion, a text or a conversation of one assistant message."""
     texts = [completion_text(completion) for completion in completions]
-    parts = {text: split_response(text) for text in dict.fromkeys(texts)}  # many short answers are the same
+    parts = {
+        text: split_response(text, mode_format) for text in dict.fromkeys(texts)
+    }  # many short answers are the same
     return [parts[text] for text in texts]
 
 
@@ -263,7 +265,7 @@ def accuracy_reward(
 
     Args:
         completions: answers, as text or as a conversation of one message. A caller that has not split the responses may
-            pass them whole: text that begins with a mode tag is split here, any other text is an answer.
+            pass them whole: text that begins with <think> or <no_think> is split here, any other text is an answer.
         answer: the data set's column of reference answers, one per completion. A row without one is not scored.
         response: the parts of every response, from a caller that has split them; `completions` is not read then.
         log_metric: of TRL. The share of answers that the verifier could not judge goes to `hgpo/verifier_failures`.

@@ -26,7 +26,8 @@ from hgpo_trl.common.files import whole_file
 from hgpo_trl.evaluation.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
 from hgpo_trl.evaluation.samples import PROMPT_ID, RECORD, SAMPLES, prompts_hash
 from hgpo_trl.inference.generate import set_generation_config
-from hgpo_trl.modes import mode_tokens
+from hgpo_trl.modes import format_of, mode_tokens
+from hgpo_trl.modes.chat_template import settle_format
 from hgpo_trl.rewards import has_answer
 from hgpo_trl.scripts.hft import check as check_for_hft
 from hgpo_trl.scripts.hft import fine_tune
@@ -117,8 +118,9 @@ def rft(argv: Sequence[str]) -> None:
     checkpoint = claim_run_dir("rft", training_args, args, model_args)
     dataset = _build(args, training_args, best_responses)
     dropped = dropped_rows_file(training_args.output_dir, "samples") if args.drop_faulty_rows else None
-    dataset = check_for_hft(f"samples={args.samples!r}", dataset, training_args, model_args, dropped)
-    fine_tune(dataset, None, training_args, model_args, checkpoint)
+    mode_format = format_of(load_tokenizer(training_args, model_args))
+    dataset = check_for_hft(f"samples={args.samples!r}", dataset, training_args, model_args, dropped, mode_format)
+    fine_tune(dataset, None, training_args, model_args, checkpoint, mode_format)
 
 
 def dpo(argv: Sequence[str]) -> None:
@@ -128,6 +130,7 @@ def dpo(argv: Sequence[str]) -> None:
     ).parse_recipe(argv)
     checkpoint = claim_run_dir("dpo", training_args, args, model_args)
     tokenizer = load_tokenizer(training_args, model_args)
+    settle_format(tokenizer)
     tokens = mode_tokens(tokenizer)
     dataset = _build(args, training_args, preference_pairs)
     dataset = check_prompts(

@@ -300,10 +300,17 @@ def _question(value: Any) -> str | None:
 
 
 def decontaminator(args: BuilderArguments) -> Decontaminator | None:
-    """Build the decontamination step; None without benchmarks. UserError if a benchmark cannot be read."""
+    """Build the decontamination step; None without benchmarks.
+
+    Raises:
+        UserError: a benchmark cannot be read, or two have the same name.
+    """
     benchmarks = parse_entries("decontamination", args.decontamination, Benchmark)
     if not benchmarks:
         return None
+    labels = [benchmark.label for benchmark in benchmarks]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise UserError(f"decontamination: {twice!r} is there twice. Give each its own `name`.")
     questions = {
         benchmark.label: list(_questions(benchmark, f"decontamination[{index}]"))
         for index, benchmark in enumerate(benchmarks)

@@ -107,7 +107,7 @@ class Chat:
 
     def _show(self, pieces: Iterator[str]) -> str:
         """Print a response while it arrives; returns its answer."""
-        splitter = ResponseSplitter()
+        splitter = ResponseSplitter(mode_format=self.model.mode_format)
         answer = ""
         last: Field | None = None
         for parts in _split(splitter, pieces):

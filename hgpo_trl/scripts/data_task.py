@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.modes import LHRM, as_format
+from hgpo_trl.modes.chat_template import FORMATS
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.tasks.embedded import (
     build_model,
@@ -49,8 +51,12 @@ class DataArguments:
     hidden_size: int = field(default=64, metadata={"help": "Width of the model; its feed-forward is 4 times that."})
     num_layers: int = field(default=2, metadata={"help": "Layers of the model."})
     num_heads: int = field(default=4, metadata={"help": "Attention heads of the model."})
+    mode_format: dict | str | None = field(
+        default=None, metadata={"help": f"Marks of the modes: {FORMATS}; null: lhrm."}
+    )
 
     def __post_init__(self) -> None:
+        as_format(self.mode_format or LHRM)  # or a message that says what is wrong
         if self.hgpo_tasks is not None:
             if not self.hgpo_tasks:
                 raise UserError("hgpo_tasks is empty; name at least one of tasks, or leave it out for all of them.")
@@ -76,9 +82,12 @@ def main(argv: Sequence[str]) -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
+    mode_format = as_format(args.mode_format or LHRM)
     draw = partial(draw_equally, fraction=args.held_out_fraction)
     parts = {
-        "hft": hft_dataset(draw(tasks, args.num_hft, held_out=False, seed=args.seed), args.think_share, args.seed),
+        "hft": hft_dataset(
+            draw(tasks, args.num_hft, held_out=False, seed=args.seed), args.think_share, args.seed, mode_format
+        ),
         "hgpo": prompt_dataset(draw(hgpo_tasks, args.num_hgpo, held_out=False, seed=args.seed + 1)),
         "eval": prompt_dataset(draw(tasks, args.num_eval, held_out=True, seed=args.seed)),
     }
@@ -86,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         dataset.to_parquet(output_dir / f"{name}.parquet")
         print(f"{output_dir / name}.parquet: {len(dataset):,} rows")
 
-    tokenizer = build_tokenizer(*tasks)
+    tokenizer = build_tokenizer(*tasks, mode_format=mode_format)
     model = build_model(
         tokenizer,
         hidden_size=args.hidden_size,

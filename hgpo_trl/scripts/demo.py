@@ -25,6 +25,8 @@ from hgpo_trl.common.files import write_json
 from hgpo_trl.common.recipe_files import find_recipe, package_recipes, recipe_names
 
 _RECORD = "demo.json"
+_REPORT = ("report",)  # it writes its folder anew
+_BASELINES = {"sample hft", "train-rft", "train-dpo"}  # only with --baselines
 _NEEDED = ("hft", "hgpo", "evaluate", "report")
 _PRETRAINED_DATA = ("data_hft", "data_hgpo", "data_eval")  # questions of the former are kept out of the evaluation's
 
@@ -132,7 +134,7 @@ def _commands(recipe: str, baselines: bool) -> Iterator[Command]:
 
     evaluations = [evaluate(name, run / name) for name in ("hft", "hgpo")]
     yield from evaluations
-    report = Command("report", ("report",), paths["report"])
+    report = Command("report", _REPORT, paths["report"])
     if baselines:
         yield Command("sample hft", ("evaluate",), _recipe(recipe, "evaluate_baselines"))
         for kind in ("rft", "dpo"):
@@ -186,10 +188,35 @@ def _digest(command: Command) -> str:
 def dependents(demo: list[Command], command: Command) -> list[Command]:
     """The later commands that read what a command writes, or what another of them does."""
     found = [command]
-    for later in demo[demo.index(command) + 1 :]:
+    place = [one.name for one in demo].index(command.name)
+    for later in demo[place + 1 :]:
         if any(later.reads(one) for one in found):
             found.append(later)
     return found[1:]
+
+
+def _outdated(command: Command, entry: _Entry) -> bool:
+    """Whether a command has to run afresh: its recipe has changed, or what it has written is gone."""
+    removed = entry.finished and not Path(command.output_dir).is_dir()
+    return removed or entry.digest != _digest(command)
+
+
+def _check_results(demo: list[Command], entries: dict[str, _Entry]) -> None:
+    """Refuse results of what an outdated command wrote before: their own commands would take them for finished.
+
+    An outdated command sees for itself whether it can go on in its own folder.
+
+    Raises:
+        UserError: it names the folders.
+    """
+    outdated = [command for command in demo if command.name in entries and _outdated(command, entries[command.name])]
+    for command in outdated:
+        later = [one for one in dependents(demo, command) if one.name in entries and one.stage != _REPORT]
+        if folders := [one.output_dir for one in later if Path(one.output_dir).is_dir()]:
+            raise UserError(
+                f"{command.recipe} has changed, or {command.output_dir} is gone, since these folders were made from "
+                f"it: {' '.join(folders)}. Remove them, undo the change, or copy the recipes to another folder."
+            )
 
 
 def _environment(recipe: str) -> dict[str, str]:
@@ -252,18 +279,20 @@ def main(argv: Sequence[str]) -> None:
     env = _environment(args.recipe)
     record = Path("runs") / args.recipe / _RECORD
     entries = _load(record)
+    # Baselines of an earlier start read what changes, too.
+    known = commands(args.recipe, baselines=True) if entries.keys() & _BASELINES else demo
+    _check_results(known, entries)
     for command in demo:
-        name, digest = command.name, _digest(command)
+        name = command.name
         entry = entries.get(name)
-        removed = entry is not None and entry.finished and not Path(command.output_dir).is_dir()
-        if entry is None or entry.digest != digest or removed:
-            entry = entries[name] = _Entry(digest)
+        if entry is None or _outdated(command, entry):
+            entry = entries[name] = _Entry(_digest(command))
         if entry.finished:
             print(f"\n=== {name}: finished already, in {clock(entry.seconds)} ===", flush=True)
             continue
         print(f"\n=== {name} ===", flush=True)
         entry.starts += 1
-        for later in dependents(demo, command):
+        for later in dependents(known, command):
             entries.pop(later.name, None)
         _save(record, entries)  # even if this process is killed
         status = _run(command, entry, env)

@@ -42,7 +42,8 @@ from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
 from hgpo_trl.inference.generate import AUTO, check_settings, render
 from hgpo_trl.inference.vllm_support import check_vllm_installed
-from hgpo_trl.modes import MODES, Mode, format_response, mode_tokens
+from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, as_format, format_of, format_response, mode_tokens
+from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
 from hgpo_trl.modes.hybrid_accuracy import Label, group_labels
 from hgpo_trl.reporting.examples import EXAMPLES
 from hgpo_trl.rewards.functions import check_weights, load_reward
@@ -99,6 +100,7 @@ class EvaluateArguments:
     tensor_parallel_size: int = field(default=1, metadata={"help": "vllm: GPUs that share the model."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "vllm: its share of each GPU's memory."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
+    mode_format: dict | str | None = field(default=None, metadata={"help": FORMAT_HELP})
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "samples_per_mode", "batch_size", "tensor_parallel_size"):
@@ -178,8 +180,16 @@ def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) -> None:
+def _claim(
+    args: EvaluateArguments,
+    dataset: Dataset,
+    settings: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ModeFormat:
     """Claim `output_dir` for these samples, and record their model, prompts and settings there.
+
+    Returns:
+        The format of the samples: the tokenizer's, or without one, where samples are only scored, that of the record.
 
     Raises:
         UserError: it holds samples of another model, of other prompts or settings, or of an unknown run; or there are
@@ -194,6 +204,8 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
         "dtype": args.dtype,
         **settings,
     }
+    if tokenizer is not None and (mode_format := format_of(tokenizer)) != LHRM:
+        run["mode_format"] = mode_format.declaration()
     if args.backend == "transformers":  # a batch is drawn from one stream of random numbers
         run["batch_size"] = args.batch_size
     if args.rescore:
@@ -203,12 +215,15 @@ def _claim(args: EvaluateArguments, dataset: Dataset, settings: dict[str, Any]) 
                 "of a finished evaluation, or leave rescore out to sample what is missing."
             )
         before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        run["model_files"] = before.get("model_files")  # the model may be gone
+        run["model_files"] = before.get("model_files")  # the model may be gone, and its tokenizer with it
+        if "mode_format" in before:
+            run["mode_format"] = before["mode_format"]
     else:
         run["model_files"] = fingerprint(args.model)
     if (output_dir / SAMPLES).is_file() or any((output_dir / PARTS).glob("*.parquet")):
         check_same_run(record, run)
     write_json(record, run)
+    return as_format(run.get("mode_format", LHRM))
 
 
 def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
@@ -250,6 +265,8 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
         UserError: there is no such model, or it has no mode tags.
     """
     tokenizer = tokenizer_of("model", args.model)
+    if line := settle_format(tokenizer, args.mode_format):
+        print(line, flush=True)
     try:
         mode_tokens(tokenizer)
     except ValueError as error:
@@ -297,7 +314,7 @@ def main(argv: Sequence[str]) -> None:
     groups: dict[str, list[Label | None]] = {
         name: group_labels(name, dataset[name]) for name in GROUPS if name in dataset.column_names
     }
-    _claim(args, dataset, settings)
+    mode_format = _claim(args, dataset, settings, tokenizer)
     _try_rewards(rewards, dataset)
     reward_model = reward_args.build_reward_model(default_device(), dataset[0]["prompt"])
     if reward_model is not None:
@@ -309,7 +326,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         assert tokenizer is not None  # rescoring without samples was refused
         samples = _sample(args, tokenizer, list(dataset["prompt"]))
-    samples = score_samples(samples, dataset, rewards, args.reward_weights)
+    samples = score_samples(samples, dataset, rewards, args.reward_weights, mode_format)
     write_samples(output_dir / SAMPLES, samples)
     report = report_on(
         samples,
@@ -319,10 +336,14 @@ def main(argv: Sequence[str]) -> None:
         subjects=groups.get("subject"),
         domains=groups.get("domain"),
         price_per_million_tokens=args.price_per_million_tokens,
+        mode_format=mode_format,
     )
     bias = 0.0 if args.decision_bias == SWEEP else float(args.decision_bias)
-    write_json(output_dir / EXAMPLES, nan_to_null(examples_of(samples, dataset, groups, args.margin, bias)))
-    heading = {"model": args.model, "dataset": args.data, "settings": settings}
+    examples = examples_of(samples, dataset, groups, args.margin, bias, mode_format)
+    write_json(output_dir / EXAMPLES, nan_to_null(examples))
+    heading: dict[str, Any] = {"model": args.model, "dataset": args.data, "settings": settings}
+    if mode_format != LHRM:
+        heading["mode_format"] = mode_format.declaration()
     write_json(output_dir / "report.json", nan_to_null({**heading, **report}))
     shutil.rmtree(output_dir / PARTS, ignore_errors=True)  # all of it is in samples.parquet
     accuracy, length = report["accuracy"], report["mean_tokens"]

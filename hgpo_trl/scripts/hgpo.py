@@ -16,6 +16,7 @@ from trl import ModelConfig, get_quantization_config
 from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.modes import mode_tokens
+from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
 from hgpo_trl.rewards import load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
@@ -25,6 +26,7 @@ from hgpo_trl.scripts.stages import (
     lora_config,
     model_init_kwargs,
     recipe_positions,
+    say_format,
     train_and_save,
 )
 from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file, rollout_positions
@@ -46,6 +48,7 @@ class HGPOArguments:
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
     eval_prompts: int | None = field(default=None, metadata={"help": "Use only the first so many rows of eval_data."})
     drop_faulty_rows: bool = field(default=False, metadata={"help": DROP_HELP})
+    mode_format: dict | str | None = field(default=None, metadata={"help": FORMAT_HELP})
 
     def __post_init__(self) -> None:
         if self.eval_prompts is not None and self.eval_prompts < 1:
@@ -62,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args, reward_args)
 
     tokenizer = load_tokenizer(training_args, model_args, truncation_side="left", padding_side="left")
+    say_format(training_args, settle_format(tokenizer, script_args.mode_format))
     tokens = mode_tokens(tokenizer)
     renderer = Renderer(tokenizer, training_args.chat_template_kwargs)
     positions = recipe_positions(training_args, model_args)

@@ -141,10 +141,9 @@ def _pre_tokenizer_name(gguf: Path) -> str:
 
 def origin(args: ModelArguments, parameters: int) -> str:
     """Say in plain words which model it is, and how its weights differ from the hub's."""
-    name, _, kind = Path(args.file).stem.rpartition(".")
     return (
         f"{args.hub_id} ({args.licence}) from the package {args.package}: {parameters / 1e6:.1f}M parameters. The "
-        f"package has the weights quantised ({kind}, file {name}.{kind}.gguf); they are dequantised to float32 here, "
+        f"package has the weights quantised, in {Path(args.file).name}; they are dequantised to float32 here, "
         "and differ from the hub's by the rounding of the quantisation."
     )
 

@@ -88,6 +88,12 @@ def load_tokenizer(training_args: TrainingConfig, model_args: ModelConfig, **kwa
     return tokenizer
 
 
+def say_format(training_args: TrainingConfig, line: str) -> None:
+    """Print what `settle_format` has found, once for all processes."""
+    if line and training_args.process_index == 0:
+        print(line, flush=True)
+
+
 def recipe_positions(training_args: TrainingConfig, model_args: ModelConfig) -> int | None:
     """Positions of a recipe's model, from its configuration alone; see `hgpo_trl.training.checks.model_positions`."""
     return model_positions(

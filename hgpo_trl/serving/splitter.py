@@ -7,7 +7,7 @@ are taken out; every other tag stays in the text.
 
 from typing import Literal
 
-from hgpo_trl.modes import MODES, Mode
+from hgpo_trl.modes import LHRM, Mode, ModeFormat
 
 Field = Literal["reasoning", "content"]
 
@@ -20,10 +20,12 @@ class ResponseSplitter:
     the response is cut. A response without thinking never has reasoning; one cut off while thinking never has content.
 
     Args:
-        mode: the mode that the prompt forces by ending with its open tag; the response then begins after that tag.
+        mode: the mode that the prompt forces by ending with its opening; the response then begins after that.
+        mode_format: of the model.
     """
 
-    def __init__(self, mode: Mode | None = None) -> None:
+    def __init__(self, mode: Mode | None = None, mode_format: ModeFormat = LHRM) -> None:
+        self.mode_format = mode_format
         self.mode = mode  # None until it is known, and if the response does not begin with a mode tag
         self._field: Field | None = None  # what the next text belongs to; None as long as the mode is not known
         self._close = ""  # the tag to watch for, if any
@@ -63,19 +65,23 @@ class ResponseSplitter:
         return pieces
 
     def _decide(self, final: bool) -> None:
-        """Find out the mode, unless the text so far may still become an open tag."""
-        body = self._held.lstrip()
-        for mode in MODES:
-            if body.startswith(mode.open_tag):
-                self.mode, self._held = mode, body.removeprefix(mode.open_tag)
+        """Find out the mode, unless the text so far may still become an opening."""
+        body = "".join(self._held.split())
+        for mode in self.mode_format.by_length:  # the shorter opening may be the beginning of the longer one
+            opening = "".join(self.mode_format.opening(mode).split())
+            if body.startswith(opening):
+                opened = self.mode_format.opened(self._held)
+                assert opened is not None  # by the same rule
+                self.mode, self._held = mode, self._held[opened[1] :]
                 self._enter(mode)
                 return
-        if final or not any(mode.open_tag.startswith(body) for mode in MODES):
-            self._field = "content"
+            if opening.startswith(body) and not final:
+                return
+        self._field = "content"
 
     def _enter(self, mode: Mode) -> None:
         self._field = "reasoning" if mode is Mode.THINK else "content"
-        self._close = mode.close_tag
+        self._close = self.mode_format.end(mode)
 
     def _give(self, pieces: dict[Field, str], text: str) -> None:
         """Add text of the current field to `pieces`, without the field's leading blanks."""
@@ -96,9 +102,9 @@ def _without_partial(text: str, tag: str) -> str:
     return text
 
 
-def split_whole(text: str, mode: Mode | None = None) -> dict[Field, str]:
+def split_whole(text: str, mode: Mode | None = None, mode_format: ModeFormat = LHRM) -> dict[Field, str]:
     """`ResponseSplitter` on a whole response: `{field: text}` with the fields that began."""
-    splitter = ResponseSplitter(mode)
+    splitter = ResponseSplitter(mode, mode_format)
     pieces = splitter.feed(text)
     for field, rest in splitter.finish().items():
         pieces[field] = pieces.get(field, "") + rest

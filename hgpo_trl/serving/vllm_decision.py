@@ -3,7 +3,8 @@
     --logits-processors hgpo_trl.serving.vllm_decision:DecisionBias
 
 A request asks for it with `vllm_xargs: {"decision_bias": 1.5}`; `--additional-config '{"decision_bias": 1.5}'` is the
-server's default. The log-odds of thinking, logit(think) − logit(no_think), move by that much.
+server's default. The log-odds of thinking, logit(think) − logit(no_think), move by that much where the modes' openings
+part: at the first generated token, or behind the beginning that they share.
 """
 
 import math
@@ -16,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from hgpo_trl.modes import mode_tokens
+from hgpo_trl.modes import OTHER, mode_tokens
 
 try:  # vLLM has two model runners, each with an interface of its own; the older versions have the first alone
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -30,9 +31,10 @@ FIELD = "decision_bias"
 
 
 class DecisionBias(LogitsProcessor, LogitsProcessorV2):
-    """Adds half the bias to think's logit and subtracts half from no-think's, at the first generated token only.
+    """Adds half the bias to think's logit and subtracts half from no-think's, only where the modes' openings part.
 
-    Where the prompt ends with a mode's open tag the decision is made, and nothing is changed.
+    Where the prompt ends with a mode's opening the decision is made, and nothing is changed. Where one mode is any
+    token but the other's (OTHER), the other's logit takes all of the bias.
     """
 
     def __init__(self, vllm_config: Any, state_or_device: Any, is_pin_memory: bool = False) -> None:
@@ -41,13 +43,16 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
         tokenizer = AutoTokenizer.from_pretrained(
             model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
         )
-        self._decision = mode_tokens(tokenizer).decision
+        tokens = mode_tokens(tokenizer)
+        self._tokens, self._prefix = tokens, list(tokens.prefix)
+        self._openings = [list(opening) for opening in tokens.openings if opening]
         self._default = _checked((vllm_config.additional_config or {}).get(FIELD, 0.0), "--additional-config")
         self._waiting: dict[int, tuple[float, list[int]]] = {}  # first runner: row -> bias, generated tokens
         if not isinstance(state_or_device, torch.device | str):
             self._state = state_or_device
             self._biases = torch.zeros(self._state.max_num_reqs, device=self._state.device)  # by request slot
-            self._open_tags = torch.tensor(self._decision, device=self._state.device)
+            last = [opening[-1] for opening in self._openings]
+            self._last = torch.tensor(self._prefix[-1:] or last, device=self._state.device)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -58,9 +63,10 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
         return _checked((params.extra_args or {}).get(FIELD, self._default), "vllm_xargs")
 
     def _shift(self, logits: Tensor, rows: Tensor | slice, biases: Tensor) -> Tensor:
-        think, no_think = self._decision
-        logits[rows, think] += biases / 2
-        logits[rows, no_think] -= biases / 2
+        share = biases if OTHER in self._tokens.decision else biases / 2
+        for token, change in zip(self._tokens.decision, (share, -share), strict=True):
+            if token != OTHER:
+                logits[rows, token] += change
         return logits
 
     # --- first model runner ---
@@ -70,14 +76,19 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self._waiting, batch_update, self._enter)
-        # A row is dropped once its request has a token, and not taken up again when it comes back from preemption.
-        self._waiting = {row: entry for row, entry in self._waiting.items() if not entry[1]}
+        # A row is dropped once its request is past the decision or goes another way, and not taken up again when it
+        # comes back from preemption.
+        self._waiting = {row: entry for row, entry in self._waiting.items() if self._may_decide(entry[1])}
+
+    def _may_decide(self, generated: list[int]) -> bool:
+        return list(generated) == self._prefix[: len(generated)]
 
     def _enter(
         self, params: SamplingParams, prompt: list[int] | None, generated: list[int]
     ) -> tuple[float, list[int]] | None:
         bias = self._bias(params)
-        decided = bool(generated) or bool(prompt and prompt[-1] in self._decision)
+        forced = any(prompt and list(prompt[-len(opening) :]) == opening for opening in self._openings)
+        decided = forced or not self._may_decide(generated)
         return None if decided or not bias else (bias, generated)
 
     # --- second model runner ---
@@ -93,13 +104,13 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
         """Change the logits [rows, vocabulary] of this step in place."""
         if ctx is not None:
             slots = ctx.expanded_idx_mapping
-            first = ctx.pos + 1 == self._state.prompt_len.gpu[slots]
-            decided = torch.isin(ctx.input_ids, self._open_tags)
-            return self._shift(logits, slice(None), self._biases[slots] * (first & ~decided))
-        if self._waiting:
-            rows = torch.tensor(list(self._waiting), device=logits.device)
-            biases = torch.tensor([bias for bias, _ in self._waiting.values()], device=logits.device)
-            return self._shift(logits, rows, biases)
+            here = ctx.pos + 1 == self._state.prompt_len.gpu[slots] + len(self._prefix)
+            found = torch.isin(ctx.input_ids, self._last)  # the end of the prefix, or without one of a forced opening
+            return self._shift(logits, slice(None), self._biases[slots] * (here & (found if self._prefix else ~found)))
+        deciding = {row: bias for row, (bias, ids) in self._waiting.items() if len(ids) == len(self._prefix)}
+        if deciding:
+            rows = torch.tensor(list(deciding), device=logits.device)
+            return self._shift(logits, rows, torch.tensor(list(deciding.values()), device=logits.device))
         return logits
 
 

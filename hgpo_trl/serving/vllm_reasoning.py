@@ -13,24 +13,39 @@ from typing import Any
 from vllm.reasoning import ReasoningParser, ReasoningParserManager
 from vllm.reasoning.basic_parsers import DeltaMessage  # where every supported version has it
 
-from hgpo_trl.modes import Mode, mode_tokens
+from hgpo_trl.modes import LHRM, MODES, Mode, mode_tokens, prompt_end
 from hgpo_trl.serving.splitter import ResponseSplitter, split_whole
 
 NAME = "lhrm"
 _tokens = lru_cache(maxsize=8)(mode_tokens)  # a parser is built for each response
 
 
-def forced_mode(template_variables: Mapping[str, Any] | None) -> Mode | None:
+def forced_mode(template_variables: Mapping[str, Any] | None, tokenizer: Any = None) -> Mode | None:
     """The mode that the chat template forces, given a request's `chat_template_kwargs`; None where the model picks.
 
     A value that the template refuses gives None, too: the request fails there, with the template's own message.
+
+    Args:
+        tokenizer: with the model's own chat template, which is asked; None: with this library's.
     """
     variables = template_variables or {}
+    if tokenizer is not None:
+        return _opened(tokenizer, tuple((name, variables.get(name)) for name in ("enable_thinking", "thinking")))
     if (mode := variables.get("thinking_mode")) is not None:
         return Mode(mode) if mode in tuple(Mode) else None
     if (thinks := variables.get("enable_thinking")) is not None:
         return Mode.THINK if thinks else Mode.NO_THINK
     return None
+
+
+@lru_cache(maxsize=64)
+def _opened(tokenizer: Any, choices: tuple[tuple[str, Any], ...]) -> Mode | None:
+    """The mode that a model's own chat template opens."""
+    mode_format = _tokens(tokenizer).mode_format
+    end = prompt_end(tokenizer, **{name: value for name, value in choices if value is not None})
+    return next(
+        (mode for mode in mode_format.by_length if (text := mode_format.opening(mode)) and end.endswith(text)), None
+    )
 
 
 class HybridReasoningParser(ReasoningParser):
@@ -47,14 +62,17 @@ class HybridReasoningParser(ReasoningParser):
     def __init__(self, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, *args, **kwargs)
         self._tokens = _tokens(tokenizer)
-        self._forced = forced_mode(kwargs.get("chat_template_kwargs"))
+        self._format = self._tokens.mode_format
+        self._forced = forced_mode(
+            kwargs.get("chat_template_kwargs"), None if self._format == LHRM else self.model_tokenizer
+        )
         self._splitter: ResponseSplitter | None = None
 
     # --- text ---
 
     def extract_reasoning(self, model_output: str, request: Any) -> tuple[str | None, str | None]:
         """Split a whole response into (reasoning, content); None for a part that never began."""
-        fields = split_whole(model_output, self._forced)
+        fields = split_whole(model_output, self._forced, self._format)
         return fields.get("reasoning"), fields.get("content")
 
     def extract_reasoning_streaming(
@@ -68,7 +86,7 @@ class HybridReasoningParser(ReasoningParser):
     ) -> DeltaMessage | None:
         """Return the next piece of a response, as far as its field is known."""
         if self._splitter is None:
-            self._splitter = ResponseSplitter(self._forced)
+            self._splitter = ResponseSplitter(self._forced, self._format)
         fields = self._splitter.feed(delta_text)
         return DeltaMessage.model_validate(fields) if fields else None
 
@@ -91,25 +109,31 @@ class HybridReasoningParser(ReasoningParser):
         """A response's token ids as (reasoning, content)."""
         mode, tokens = self._forced, self._tokens
         if mode is None:
-            start = next((i for i, token_id in enumerate(ids) if token_id in tokens.decision), None)
-            if start is None or self.model_tokenizer.decode(ids[:start], skip_special_tokens=True).strip():
+            opened = self._format.opened(self._text(ids))
+            if opened is None:
                 return [], ids
-            mode = Mode.THINK if ids[start] == tokens.think else Mode.NO_THINK
-            ids = ids[start + 1 :]
+            mode = opened[0]
+            start = next(i for i in range(len(ids) + 1) if self._format.opened(self._text(ids[:i])) is not None)
+            opening = tokens.openings[MODES.index(mode)]
+            start = len(opening) if tuple(ids[: len(opening)]) == opening else start
+            ids = ids[start:]
         close = tokens.end_think if mode is Mode.THINK else tokens.end_no_think
         end = ids.index(close) if close in ids else len(ids)
         before, after = ids[:end], ids[end + 1 :]
         return (before, after) if mode is Mode.THINK else ([], before + after)
 
+    def _text(self, ids: list[int]) -> str:
+        return str(self.model_tokenizer.decode(ids, skip_special_tokens=True))
+
     # --- structured outputs ---
 
     @property
     def reasoning_start_str(self) -> str:
-        return Mode.THINK.open_tag
+        return self._format.think.strip() or Mode.THINK.open_tag
 
     @property
     def reasoning_end_str(self) -> str:
-        return Mode.THINK.close_tag
+        return self._format.end(Mode.THINK)
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         """False: vLLM asks this of prompts, and would pass the response through unparsed."""
@@ -117,7 +141,9 @@ class HybridReasoningParser(ReasoningParser):
 
     def is_reasoning_end_streaming(self, input_ids: Sequence[int], delta_ids: Iterable[int]) -> bool:
         """Whether content begins after these tokens, and with it a grammar; False for the one that parses the text."""
-        return self._splitter is None and not {self._tokens.end_think, self._tokens.no_think}.isdisjoint(delta_ids)
+        end, (_, no_think) = self._tokens.end_think, self._tokens.openings
+        ends = {end} if end in no_think else {end, no_think[-1]}
+        return self._splitter is None and not ends.isdisjoint(delta_ids)
 
     def adjust_request(self, request: Any) -> Any:
         """Start a grammar at once if the prompt forces no-think: then no token marks the beginning of the content."""

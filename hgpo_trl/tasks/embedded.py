@@ -9,21 +9,24 @@ A task is one small Python file with three names (`hgpo_trl/tasks/chain_sum.py` 
 
 import hashlib
 import inspect
+import json
 import random
+import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from importlib import resources
 from itertools import cycle, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.imports import load_module
-from hgpo_trl.modes import Mode, add_mode_tokens, format_response
+from hgpo_trl.modes import LHRM, Mode, ModeFormat, add_mode_tokens, format_response
 from hgpo_trl.modes.chat_template import set_chat_template
 
 _TURN_WORDS = ("System:", "User:", "Assistant:")  # of the plain-text chat template
@@ -146,7 +149,7 @@ def _messages(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
 
-def hft_dataset(queries: Iterator[Query], think_share: float, seed: int) -> Dataset:
+def hft_dataset(queries: Iterator[Query], think_share: float, seed: int, mode_format: ModeFormat = LHRM) -> Dataset:
     """Stage I rows in TRL's conversational prompt/completion format, each query in one mode, drawn randomly."""
     rng = random.Random(f"{seed}/modes")
     rows = []
@@ -156,7 +159,7 @@ def hft_dataset(queries: Iterator[Query], think_share: float, seed: int) -> Data
         rows.append(
             {
                 "prompt": _messages("user", query.prompt),
-                "completion": _messages("assistant", format_response(mode, query.answer, reasoning)),
+                "completion": _messages("assistant", format_response(mode, query.answer, reasoning, mode_format)),
                 "mode": mode.value,
                 "level": query.level,
                 "domain": query.domain,
@@ -176,8 +179,8 @@ def prompt_dataset(queries: Iterator[Query]) -> Dataset:
     )
 
 
-def build_tokenizer(*tasks: ModuleType) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the tasks' vocabularies, with the mode tags and the chat template."""
+def build_tokenizer(*tasks: ModuleType, mode_format: ModeFormat = LHRM) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the tasks' vocabularies, with the marks of a format and a chat template."""
     words = ["<unk>", "<pad>", "<bos>", "<eos>", *_TURN_WORDS, *(word for task in tasks for word in task.VOCABULARY)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -190,9 +193,32 @@ def build_tokenizer(*tasks: ModuleType) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    add_mode_tokens(fast)
-    set_chat_template(fast)
+    if mode_format == LHRM:
+        add_mode_tokens(fast)
+        set_chat_template(fast)
+        return fast
+    texts = f"{_begun(mode_format)}{mode_format.think}{mode_format.no_think}{mode_format.end_reasoning}"
+    marks = dict.fromkeys((*re.findall(r"<[^>]*>", texts + mode_format.end_no_think), "\n", "\n\n"))
+    fast.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
+    fast.chat_template = embedded_template(mode_format)
     return fast
+
+
+def embedded_template(mode_format: ModeFormat) -> str:
+    """A chat template such as a model with a format of its own brings.
+
+    It is told the mode by `enable_thinking`, if it ends generation prompts before the decision, and writes responses as
+    they are.
+    """
+    begun = _begun(mode_format)
+    texts = {"begun": begun, "no_think": "" if begun else mode_format.no_think}
+    variables = "".join(f"{{%- set {name} = {json.dumps(text)} %}}\n" for name, text in texts.items())
+    return variables + resources.files("hgpo_trl").joinpath("templates/embedded.jinja").read_text(encoding="utf-8")
+
+
+def _begun(mode_format: ModeFormat) -> str:
+    """The beginning of a reasoning trace that the prompt writes, whatever the mode."""
+    return "" if mode_format.think else "<think>\n"
 
 
 def build_model(

@@ -4,7 +4,6 @@ PEFT's `trainable_token_indices` trains these rows alone: four per matrix, where
 optimise whole embedding matrices.
 """
 
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer_utils import align_special_tokens
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import ModeTokens, add_mode_tokens, mode_tokens
+from hgpo_trl.modes import LHRM, ModeTokens, add_mode_tokens, declare_format, mode_tokens
 
 if TYPE_CHECKING:  # an extra: imported only where LoRA is used
     from peft import LoraConfig
@@ -26,7 +25,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 def train_tag_rows(config: "LoraConfig", tokens: ModeTokens, model: PreTrainedModel) -> None:
     """Train the tags' rows of the input embedding and, where it is not tied, of the output embedding too.
 
-    An embedding that `config` already trains, by `modules_to_save` or `target_modules`, is left as it is.
+    A model with marks of its own has learned their rows long ago: they are left as they are. An embedding that `config`
+    already trains, by `modules_to_save` or `target_modules`, is left as it is.
 
     Args:
         config: changed in place.
@@ -35,6 +35,8 @@ def train_tag_rows(config: "LoraConfig", tokens: ModeTokens, model: PreTrainedMo
     Raises:
         UserError: the output embedding has a bias, which PEFT's trainable tokens would drop.
     """
+    if tokens.mode_format != LHRM:
+        return
     from peft.tuners.tuners_utils import check_target_module_exists
 
     names = {module: name for name, module in model.named_modules()}
@@ -55,7 +57,7 @@ def train_tag_rows(config: "LoraConfig", tokens: ModeTokens, model: PreTrainedMo
         )
     # PEFT finds an embedding by the last part of its name, however deep a model class nests it. For tied embeddings it
     # makes the rows of both names one parameter.
-    rows = {names[module].rpartition(".")[2]: list(astuple(tokens)) for module in chosen}
+    rows = {names[module].rpartition(".")[2]: list(tokens.ids) for module in chosen}
     config.trainable_token_indices = rows or None
 
 
@@ -94,11 +96,14 @@ def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrain
     tokens = mode_tokens(tokenizer)
     base_tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
-    add_mode_tokens(base_tokenizer, model)
+    if tokens.mode_format == LHRM:
+        add_mode_tokens(base_tokenizer, model)
+    else:
+        declare_format(base_tokenizer, tokens.mode_format)
     if (found := mode_tokens(base_tokenizer)) != tokens:
         raise UserError(
-            f"The adapter {adapter!r} was trained with {tokens}, but its base model {base!r} has {found}: it is "
-            "another model than the one that was trained."
+            f"The adapter {adapter!r} was trained with the tags' ids {tokens.ids}, but its base model {base!r} has "
+            f"{found.ids}: it is another model than the one that was trained."
         )
     config: Any = PeftConfig.from_pretrained(adapter)
     apart = model.config.tie_word_embeddings and config.trainable_token_indices is None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgpo_trl.modes import MODES, Fault, Mode, Response
+from hgpo_trl.modes import MODES, Fault, Mode, ModeTokens, Response
 from hgpo_trl.modes.leakage import count_reflection_words
 from hgpo_trl.rewards.functions import weighted_sum
 from hgpo_trl.training.rules.base import NEITHER
@@ -24,14 +24,14 @@ class Rollout:
 
     rewards_per_func: Tensor  # [B, F], NaN where a function gives no reward; the lowest where the format is broken
     weights: Tensor  # [F], of the reward functions
-    lengths: Tensor  # [B], tokens, the decision token included
+    lengths: Tensor  # [B], tokens, the opening included
     truncated: Tensor  # [B], 1 where a response ran out of tokens
     faults: Tensor  # [B, len(Fault)], 1 where a response has the fault
     reflection_words: Tensor  # [B], of no-think answers; 0 for others
     group_size: int  # N
     decided: Tensor | None = None  # [Q], queries without think samples; None: `lazy_thinking` is off
+    forced: tuple[int, int] = (1, 1)  # tokens that a response of each mode begins with and that are not sampled
     sampled_modes: Tensor | None = None  # [B], `response_modes`, where the policy samples them; None: they are forced
-
     closing_tokens: Tensor | None = None  # [B], forced tokens that close a reasoning at `think_budget`; None: no budget
 
     @property
@@ -53,8 +53,10 @@ class Rollout:
 
     @property
     def sampled_lengths(self) -> Tensor:
-        """`[B]`, tokens that the policy has sampled, without the decision token and others that were forced."""
-        lengths = self.lengths if self.sampled_modes is not None else self.lengths - 1
+        """`[B]`, tokens of each response that the policy has sampled, without those that were forced."""
+        lengths = self.lengths
+        if self.sampled_modes is None:
+            lengths = lengths - lengths.new_tensor(self.forced)[self.modes]
         return lengths if self.closing_tokens is None else lengths - self.closing_tokens
 
     def by_mode(self, values: Tensor) -> Tensor:
@@ -93,6 +95,42 @@ def unsampled_rows(num_rows: int, group_size: int, decided: Tensor | None, devic
     """`[B]`, boolean: think rows of decided queries (`[Q]`; None: no such), which are the decision token alone."""
     think = think_rows(num_rows, group_size, device)
     return torch.zeros_like(think) if decided is None else think & decided.repeat_interleave(group_size)
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """The tokens of each response that the policy chose, in a rollout: the decision, and all after the opening.
+
+    Modes are taken to be forced. Where the policy samples them, openings are one token each, and nothing differs.
+
+    The rest of an opening is forced, and the same in every response of its mode. So a rule knows nothing of it: its
+    advantage is 0, and only the KL term acts on it. (Under Eq. 10 it would cancel there, within each mode.)
+    """
+
+    place: int  # of the decision
+    rest: Tensor  # [B], forced tokens right after the decision
+
+    @classmethod
+    def of(cls, tokens: ModeTokens, num_rows: int, group_size: int, device: torch.device) -> "OwnTokens":
+        """Those of a global batch of `num_rows` rows."""
+        place = len(tokens.prefix)
+        think, no_think = (max(0, len(opening) - place - 1) for opening in tokens.openings)
+        return cls(place, torch.where(think_rows(num_rows, group_size, device), think, no_think))
+
+    def lengths(self, lengths: Tensor) -> Tensor:
+        """`[B]`, the number of these tokens, from the lengths of whole responses."""
+        return lengths - self.place - self.rest
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`[B, T]`, a value for every token, from `[B, T']`, one for each of these tokens; 0 for the others."""
+        longest = self.place + int(self.rest.max())
+        if not longest:
+            return values
+        position = torch.arange(values.shape[1] + longest, device=values.device) - self.place
+        rest = self.rest[:, None]
+        source = torch.where(position > 0, position - rest, position)
+        forced = (position < 0) | ((position > 0) & (position <= rest)) | (source >= values.shape[1])
+        return values.gather(1, source.clamp(0, values.shape[1] - 1)).masked_fill(forced, 0.0)
 
 
 def inspect_responses(responses: list[Response], completion_ids: list[list[int]], ends: Collection[int]) -> Tensor:

@@ -17,7 +17,19 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import MODES, TRACE_FIELDS, Fault, Mode, Response, add_mode_tokens, split_response
+from hgpo_trl.modes import (
+    LHRM,
+    MODES,
+    TRACE_FIELDS,
+    Fault,
+    Mode,
+    ModeFormat,
+    Response,
+    add_mode_tokens,
+    as_format,
+    format_of,
+    split_response,
+)
 
 if TYPE_CHECKING:  # workers of the builder do without
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +42,6 @@ EXAMPLES = ("prompt", "completion", "tools", "chat_template_kwargs")  # of examp
 
 EXCERPT = 80  # characters of a row in a message
 _SPECIAL_TOKENS = 8  # that a tokenizer may put around a text by itself
-
-_OPEN_TAGS = tuple(mode.open_tag for mode in MODES)
 
 KINDS = {
     "mixed_kinds": "plain text among conversations, or the reverse: a data set holds the one or the other",
@@ -82,15 +92,21 @@ _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, Attri
 _PROBE = "An answer to look for."
 
 
-def as_trained(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+def as_trained(tokenizer: "PreTrainedTokenizerBase", mode_format: Any = None) -> "PreTrainedTokenizerBase":
     """Copy a tokenizer and prepare it as Stage I does: with the mode tags, and a chat template that knows the modes.
+
+    Args:
+        mode_format: of the recipe, for a model that keeps its own marks; None: this library's.
 
     Raises:
         ValueError: see `add_mode_tokens` and `ensure_thinking_modes`.
     """
-    from hgpo_trl.modes.chat_template import ensure_thinking_modes  # imports transformers
+    from hgpo_trl.modes.chat_template import ensure_thinking_modes, settle_format  # imports transformers
 
     trained = deepcopy(tokenizer)
+    if as_format(mode_format or LHRM) != LHRM:
+        settle_format(trained, mode_format)
+        return trained
     add_mode_tokens(trained)
     ensure_thinking_modes(trained)
     return trained
@@ -109,6 +125,7 @@ class Renderer:
         self, tokenizer: "PreTrainedTokenizerBase", template_kwargs: dict[str, Any] | None = None, share: bool = True
     ) -> None:
         self.tokenizer = tokenizer
+        self.mode_format = format_of(tokenizer)
         self.template_kwargs = template_kwargs or {}
         template = tokenizer.chat_template
         self._looked_for = texts_looked_for(template) if share and isinstance(template, str) else None
@@ -136,13 +153,13 @@ class Renderer:
         """
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str):
-            return _num_bytes(prompt) + _num_bytes(completion), split_response(completion)
+            return _num_bytes(prompt) + _num_bytes(completion), split_response(completion, self.mode_format)
         texts, written = list(_texts(prompt)), "".join(_texts(completion))
-        response = split_response(written)
+        response = split_response(written, self.mode_format)
         parts = (response.reasoning, response.answer) if response.well_formed else (written,)  # tags are of the shape
         found = self._rendering(row, [*texts, *parts], (response.mode, response.faults))
         most = sum(map(_num_bytes, texts)) + _num_bytes(written) + found.added_bytes
-        return most, response if found.rewritten is None else split_response(found.rewritten)
+        return most, response if found.rewritten is None else split_response(found.rewritten, self.mode_format)
 
     def text(self, row: Row) -> str:
         """Render the text of a row that is tokenised: prompt and, if it has one, completion."""
@@ -198,7 +215,7 @@ class Renderer:
         written = "" if completion is None else "".join(_texts(completion))
         rendered = whole[len(commonprefix([begin, whole])) :].removesuffix(end)  # noqa: RUF071 (texts, not paths)
         return _Rendering(
-            opened=_ends_open(begin),
+            opened=_ends_open(begin, self.mode_format),
             added_bytes=_num_bytes(whole) - sum(map(_num_bytes, _texts(prompt))) - _num_bytes(written),
             rewritten=None if completion is None or rendered.strip() == written.strip() else rendered,
         )
@@ -311,8 +328,9 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _ends_open(text: str) -> bool:
-    return text.rstrip().endswith(_OPEN_TAGS)
+def _ends_open(text: str, mode_format: ModeFormat) -> bool:
+    openings = (mode_format.opening(mode).rstrip() for mode in MODES)
+    return text.rstrip().endswith(tuple(filter(None, openings)))
 
 
 # --- faults of a row --------------------------------------------------------------------------------------------
@@ -357,7 +375,7 @@ def _kind_of_part(part: Any) -> str:
     return kind if kind != "text" or isinstance(part.get("text"), str) else "text without text"
 
 
-def _check_prompt(prompt: Any) -> None:
+def _check_prompt(prompt: Any, mode_format: ModeFormat) -> None:
     if not prompt:
         raise FaultyRow("empty_prompt", repr(prompt))
     if isinstance(prompt, str):
@@ -368,8 +386,8 @@ def _check_prompt(prompt: Any) -> None:
     if not last.strip():
         raise FaultyRow("empty_prompt", excerpt(prompt))
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise FaultyRow("opened_mode" if _ends_open(last) else "last_role", excerpt(last))
-    if _ends_open(last):
+        raise FaultyRow("opened_mode" if _ends_open(last, mode_format) else "last_role", excerpt(last))
+    if _ends_open(last, mode_format):
         raise FaultyRow("opened_mode", excerpt(last, end=True))
 
 
@@ -413,7 +431,7 @@ def open_row(row: Row, renderer: Renderer) -> tuple[int, bool]:
     Raises:
         FaultyRow: it cannot be used.
     """
-    _check_prompt(row["prompt"])
+    _check_prompt(row["prompt"], renderer.mode_format)
     if "completion" not in row:
         return renderer.prompt(row) + _SPECIAL_TOKENS, False
     completion = row["completion"]

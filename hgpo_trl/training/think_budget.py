@@ -4,7 +4,7 @@ A think response that runs out of tokens has no answer and scores 0, which teach
 tokens its reasoning is cut off there, the text that ends a reasoning is put behind it, and the model goes on from that
 with its answer. The forced tokens are not the policy's, and are out of the loss.
 
-Shapes: `b` rows, `T` tokens of the longest response, the decision token first.
+Shapes: `b` rows, `T` tokens of the longest response, its opening first.
 """
 
 from collections.abc import Callable, Collection
@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import Mode, ModeTokens
-
-END_REASONING = f"\n{Mode.THINK.close_tag}\n\n"  # as `format_response` writes it
+from hgpo_trl.modes import MODES, Mode, ModeTokens
 
 Sampled = tuple[list[list[int]], list[list[float]] | None]
 Sample = Callable[[list[list[int]], int, int], Sampled]
@@ -28,18 +26,19 @@ response; returns the tokens of each and, from vLLM, their log-probabilities."""
 
 @dataclass(frozen=True)
 class ThinkBudget:
-    """Reasoning of `tokens` tokens at most, in responses of `max_new_tokens` tokens after the decision."""
+    """Reasoning of `tokens` tokens at most, in responses of `max_new_tokens` tokens after the opening."""
 
     tokens: int  # k
     closing: tuple[int, ...]  # the tokens that close a reasoning by force
-    end_think: int  # the tag among them, which also shows that a reasoning is closed
+    end_think: int  # the mark among them, which also shows that a reasoning is closed
     max_new_tokens: int
+    opening: int  # tokens that a think response is given before its reasoning
 
     @classmethod
     def of(
         cls, tokens: int | None, tokenizer: PreTrainedTokenizerBase, marks: ModeTokens, max_new_tokens: int
     ) -> "ThinkBudget | None":
-        """The budget of a tokenizer and its mode tags; None: no budget.
+        """The budget of a tokenizer and its marks; None: no budget.
 
         Raises:
             UserError: it leaves no token for the answer.
@@ -48,15 +47,17 @@ class ThinkBudget:
             return None
         budget = cls(
             tokens,
-            tuple(tokenizer(END_REASONING, add_special_tokens=False)["input_ids"]),
+            tuple(tokenizer(marks.mode_format.end_reasoning, add_special_tokens=False)["input_ids"]),
             marks.end_think,
             max_new_tokens,
+            marks.forced[MODES.index(Mode.THINK)],
         )
         if budget.answer_tokens < 1:
+            longest = max(marks.forced)
             raise UserError(
-                f"think_budget={tokens} leaves no token for the answer: the decision token, the reasoning and the "
-                f"{len(budget.closing)} tokens that close it take {tokens + len(budget.closing) + 1} of "
-                f"max_completion_length={max_new_tokens + 1}. Lower think_budget, or raise max_completion_length."
+                f"think_budget={tokens} leaves no token for the answer: the longest opening, the reasoning and the "
+                f"{len(budget.closing)} tokens that close it take {longest + tokens + len(budget.closing)} of "
+                f"max_completion_length={longest + max_new_tokens}. Lower think_budget, or raise max_completion_length."
             )
         return budget
 
@@ -106,8 +107,8 @@ class ThinkBudget:
         Returns:
             `[b, T]`, boolean.
         """
-        first = self.tokens + 1  # behind the decision token and the reasoning
-        closed = (completion_ids[:, 1:first] == self.end_think).any(dim=1)
+        first = self.opening + self.tokens  # behind the opening and the reasoning
+        closed = (completion_ids[:, self.opening : first] == self.end_think).any(dim=1)
         cut = thinks & ~closed & (lengths > first)
         position = torch.arange(completion_ids.shape[1], device=completion_ids.device)
         return cut[:, None] & (position >= first) & (position < first + len(self.closing))

@@ -18,8 +18,8 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from hgpo_trl.common import paper
 from hgpo_trl.inference.generate import set_generation_config
-from hgpo_trl.modes import MODES, Fault, Response, check_embeddings
-from hgpo_trl.modes.decision import Decision, read_decision
+from hgpo_trl.modes import MODES, OTHER, Fault, Response, check_embeddings
+from hgpo_trl.modes.decision import Decision, draw_other, read_decision
 from hgpo_trl.rewards.functions import answer_parts, check_finite, checked, floor_faults, overlong, split_completions
 from hgpo_trl.training.advantages import Estimator
 from hgpo_trl.training.config import HGPOConfig
@@ -29,7 +29,7 @@ from hgpo_trl.training.lora import prepare_wrapped
 from hgpo_trl.training.metrics import EvaluationMetrics, group_metrics, sampled_completions
 from hgpo_trl.training.micro_batches import MicroBatchTrainer
 from hgpo_trl.training.resume import ResumableTrainer
-from hgpo_trl.training.rollout import Rollout, inspect_responses, response_modes, row_modes, unsampled_rows
+from hgpo_trl.training.rollout import OwnTokens, Rollout, inspect_responses, response_modes, row_modes, unsampled_rows
 from hgpo_trl.training.rules import NEITHER, Groups, Rule, build_rule
 from hgpo_trl.training.rules.base import THINK
 from hgpo_trl.training.think_budget import ThinkBudget
@@ -38,10 +38,17 @@ from hgpo_trl.training.vllm import naming_a_failing_server, prepare_generation
 
 logger = get_logger(__name__)
 
+NO_MASS_BELOW = 1e-4  # mean probability of a mode at the first step that causes a warning
+
 OFF_MODE = (
     "The first token is neither mode with a mean probability of {mass:.3f} (off_mode_warning={limit}). The policy is "
     "leaving the two modes: use decision_weighting=winner, raise beta, or lower the learning rate. If it has been "
     "so from the first step, train HFT for longer."
+)
+NO_MASS = (
+    "The policy begins with the mode {mode} with a mean probability of {mass:.1e}: it has hardly ever seen that "
+    "opening, and the decision moves slowly from there. Check mode_format and the chat template (docs/formats.md); if "
+    "they are right, a short Stage I in this format, or a higher learning rate, gives the mode its mass."
 )
 OUT_OF_REACH = (
     "No decision bias keeps to eval_token_budget={budget}: never thinking takes {no_think:.1f} tokens per response. "
@@ -52,12 +59,12 @@ OUT_OF_REACH = (
 class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     """Trainer for Hybrid Group Policy Optimization (arXiv 2505.14631, Algorithm 1).
 
-    Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with `<think>`, the
-    others with `<no_think>` (Eq. 5, 6). The mode means decide the inter-group reward, the samples of a mode compete for
-    the intra-group reward (Eq. 8, 9), and together they give one advantage per token (Eq. 10). With `lazy_thinking`,
-    queries that no-think wins whatever thinking would bring get no think samples. `mode_rule` puts another rule for
-    learning when to think in the place of Eq. 8 to 10 (`hgpo_trl.training.rules`); in evaluation both modes are always
-    forced.
+    Every query is sampled in both modes: of its N responses the first N/2 are forced to begin with the opening of the
+    think mode, the others with that of the no-think mode (Eq. 5, 6): `<think>` and `<no_think>`, or the model's own.
+    The mode means decide the inter-group reward, the samples of a mode compete for the intra-group reward (Eq. 8, 9),
+    and together they give one advantage per token (Eq. 10). With `lazy_thinking`, queries that no-think wins whatever
+    thinking would bring get no think samples. `mode_rule` puts another rule for learning when to think in the place of
+    Eq. 8 to 10 (`hgpo_trl.training.rules`); in evaluation both modes are always forced.
 
     The loss is that of `GRPOTrainer`. Overridden are:
 
@@ -74,7 +81,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
 
     Args:
         model, reward_funcs, train_dataset, eval_dataset, ...: as in `GRPOTrainer`. The model must know the four mode
-            tags (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning adds. Reward functions get the answer
+            tags (`hgpo_trl.modes.add_mode_tokens`), which Hybrid Fine-Tuning adds, or have modes of its own
+            (`hgpo_trl.modes.format_of`). Reward functions get the answer
             part of every response as its completion, and all its parts as the column `response` (a
             `hgpo_trl.modes.Response` each); a malformed response gets the lowest reward whatever they return.
         args: `HGPOConfig`.
@@ -122,9 +130,9 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             )
         rule = build_rule(args, **({} if estimator is None else {"estimator": estimator}))
         self.mode_tokens = validate(args, model, processing_class, reward_funcs, train_dataset, eval_dataset, kwargs)
-        self._budget = ThinkBudget.of(
-            args.think_budget, processing_class, self.mode_tokens, cast(int, args.max_completion_length) - 1
-        )
+        # The opening counts towards max_completion_length.
+        self._max_new_tokens = cast(int, args.max_completion_length) - max(self.mode_tokens.forced)
+        self._budget = ThinkBudget.of(args.think_budget, processing_class, self.mode_tokens, self._max_new_tokens)
         if reward_funcs is not None:
             reward_funcs = [checked(reward_func) for reward_func in as_list(reward_funcs)]
         super().__init__(
@@ -134,11 +142,9 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         set_generation_config(self.model, self._tokenizer)
         if is_peft_model(self.model):
             prepare_wrapped(self.model)
-        max_new_tokens = self.max_completion_length - 1  # the decision token counts towards max_completion_length
         if self.use_vllm:
             prepare_generation(self.vllm_generation, is_peft_model(self.model))
-        self._max_new_tokens = max_new_tokens
-        self._limit_new_tokens(max_new_tokens)
+        self._limit_new_tokens(self._max_new_tokens)
         self._rule = rule
         self._evaluation = EvaluationMetrics()
         self._warned: set[str] = set()  # messages that have been logged
@@ -176,7 +182,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         output["advantages"] = nn.functional.pad(local, (0, width - local.shape[1]))
         if self._rule.decision_log_prob is not None and self.model.training:
             output["old_per_token_logps"] = self._old_log_probs(output)
-            output["old_per_token_logps"][:, 0] = self._rule.decision_log_prob
+            output["old_per_token_logps"][:, len(self.mode_tokens.prefix)] = self._rule.decision_log_prob
         self._log_rollout(rollout, decision)
         self._log_completion_table(rollout, advantages)
         return output
@@ -189,19 +195,21 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             return self.accelerator.gather(local)
 
         shape = (-1, rollout.group_size)
+        own = OwnTokens.of(self.mode_tokens, len(rollout.lengths), rollout.group_size, rollout.lengths.device)
+        lengths = own.lengths(rollout.lengths)
         advantages = self._rule.advantages(
             Groups(
                 rewards=rollout.response_rewards.view(shape),
                 modes=rollout.modes.view(shape),
-                lengths=rollout.lengths.view(shape),
+                lengths=lengths.view(shape),
                 mode_probs=decision.mode_probs,
                 columns={name: column(name).view(shape) for name in self._rule.columns},
                 decided=rollout.decided,
             )
         )
         if self.model.training:
-            check_advantages(self.args.mode_rule, self._rule, advantages, rollout.lengths)
-        return advantages
+            check_advantages(self.args.mode_rule, self._rule, advantages, lengths)
+        return own.spread(advantages)
 
     def _mask_forced(self, output: dict[str, Any], budget: ThinkBudget) -> Tensor:
         """`[b, T]`, 0 for tokens that closed a reasoning by force, by which TRL's loss leaves them out."""
@@ -244,9 +252,9 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
-        """Force each row's mode: its token ends the prompt during sampling and is then moved to the response's front.
+        """Force each row's mode: its opening ends the prompt during sampling and is then moved to the response's front.
 
-        The forced token was not sampled, so it has no sampling log-probability: None, which TRL turns into an
+        The forced tokens were not sampled, so they have no sampling log-probability: None, which TRL turns into an
         importance ratio of exactly 1. Nothing is forced in training under a rule that samples the mode.
         """
         check_text_only(images, multimodal_fields)
@@ -254,11 +262,11 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             with naming_a_failing_server(self.args, self.state.global_step):
                 return super()._generate_single_turn(prompt_ids, None, {}, num_generations, has_tool_images)
         modes = self._row_modes(len(prompt_ids))
-        decisions = [self.mode_tokens.decision[mode] for mode in modes]
+        openings = self._openings(prompt_ids, modes)
         think, no_think = ([row for row, mode in enumerate(modes) if mode == m] for m in range(len(MODES)))
         per_mode = num_generations // 2
-        completion_ids: list[list[int]] = [[token] for token in decisions]
-        log_probs: list[list[float | None]] = [[None] for _ in decisions]
+        completion_ids = [list(opening) for opening in openings]
+        log_probs: list[list[float | None]] = [[None] * len(opening) for opening in openings]
         generate = super()._generate_single_turn
 
         def sample(prompts: list[list[int]], same: int, max_new_tokens: int) -> tuple[list[list[int]], Any]:
@@ -272,7 +280,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             return generated
 
         def draw(rows: list[int]) -> tuple[list[list[int]], Any]:
-            forced = [[*prompt_ids[row], decisions[row]] for row in rows]
+            forced = [[*prompt_ids[row], *openings[row]] for row in rows]
             if self._budget is not None and modes[rows[0]] == THINK:
                 return self._budget.sample(forced, per_mode, sample, self.eos_token_ids)
             return sample(forced, per_mode, self._max_new_tokens)
@@ -301,6 +309,23 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             extend(list(range(len(modes))))
         return completion_ids, log_probs if self.use_vllm else None  # no other backend returns any
 
+    def _openings(self, prompt_ids: list[list[int]], modes: list[int]) -> list[list[int]]:
+        """The opening of each row's mode, with a token that the policy draws where the decision is OTHER."""
+        openings = [list(self.mode_tokens.openings[mode]) for mode in modes]
+        if OTHER not in self.mode_tokens.decision:
+            return openings
+        draws = self.mode_tokens.decision.index(OTHER)
+        rows = self.args.per_device_train_batch_size
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, checkpointing), self.accelerator.autocast():
+            drawn = draw_other(
+                self.model, self._tokenizer.pad_token_id, prompt_ids, self.mode_tokens, self.temperature, rows
+            )
+        return [
+            [*opening, token] if mode == draws else opening
+            for opening, token, mode in zip(openings, drawn, modes, strict=True)
+        ]
+
     def _undecided(self, lazy: LazyThinking, completion_ids: list[list[int]]) -> list[int]:
         """Score the no-think responses, the only ones there are; returns the think rows that need samples."""
         prompts = [row["prompt"] for row in lazy.inputs]
@@ -328,7 +353,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         """
         lazy, group_size, device = self._lazy, self._group_size, self.accelerator.device
         decided = None if lazy is None else lazy.decided
-        responses = split_completions(completions)
+        responses = split_completions(completions, self.mode_tokens.mode_format)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         local = inspect_responses(responses, completion_ids, ends)
         lengths, truncated, words, faults = self.accelerator.gather(local.to(device)).split(
@@ -354,7 +379,18 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         rewards = floor_faults(rewards, faults.any(dim=1), query, weights)
         truncated = (truncated * sampled)[:, 0]
         modes = self.accelerator.gather(response_modes(responses).to(device)) if self._samples_modes else None
-        return Rollout(rewards, weights, lengths[:, 0], truncated, faults, words[:, 0], group_size, decided, modes)
+        return Rollout(
+            rewards,
+            weights,
+            lengths[:, 0],
+            truncated,
+            faults,
+            words[:, 0],
+            group_size,
+            decided,
+            forced=self.mode_tokens.forced,
+            sampled_modes=modes,
+        )
 
     def _cap_no_think(self, faults: Tensor, responses: list[Response]) -> tuple[Tensor, list[Response]]:
         """Add `Fault.OVERLONG` to no-think responses whose answer is beyond the cap; `responses` are this process's."""
@@ -454,6 +490,10 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         off_mode_mass = decision.neither[:queries].mean().item()
         if off_mode_mass > self.args.off_mode_warning:
             self._warn_once(OFF_MODE, mass=off_mode_mass, limit=self.args.off_mode_warning)
+        if self.state.global_step == 0:  # a trained policy may well have given up a mode
+            for mode, mass in zip(MODES, decision.mode_probs[:queries].mean(dim=0).tolist(), strict=True):
+                if mass < NO_MASS_BELOW:
+                    self._warn_once(NO_MASS, mode=mode, mass=mass)
 
     def _log_completion_table(self, rollout: Rollout, advantages: Tensor) -> None:
         """Show mode, advantage of the response and advantage of the decision in TRL's table of completions."""
@@ -462,7 +502,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         last = last.masked_fill(rollout.unsampled, 0.0)
         for _ in range(min(num_rows, len(self._logs["advantages"]))):  # TRL has just appended its own
             self._logs["advantages"].pop()
-        of_responses, of_decisions = torch.stack([last, advantages[:, 0]]).tolist()
+        of_responses, of_decisions = torch.stack([last, advantages[:, len(self.mode_tokens.prefix)]]).tolist()
         self._logs["advantages"].extend(of_responses)
         self._logs["extra"]["decision_advantage"].extend(of_decisions)
         names = {NEITHER: "neither", **{place: mode.value for place, mode in enumerate(MODES)}}

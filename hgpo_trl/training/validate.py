@@ -17,7 +17,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import IntervalStrategy
 
 from hgpo_trl.common.errors import UnsupportedError, UserError
-from hgpo_trl.modes import ModeTokens, mode_tokens
+from hgpo_trl.modes import LHRM, OTHER, ModeTokens, mode_tokens
 from hgpo_trl.modes.hybrid_accuracy import GREATER_IS_BETTER
 from hgpo_trl.rewards.functions import check_weights, is_model
 from hgpo_trl.training.advantages import (
@@ -89,6 +89,7 @@ def validate(
     name_unread_fields(args)
     check_evaluation(args, eval_dataset)
     tokens = mode_tokens(tokenizer)
+    check_rule_format(args, tokens)
     check_columns(args, train_dataset)
     named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **named}.items():
@@ -106,6 +107,26 @@ def name_unread_fields(args: Args) -> None:
     if given and not issubclass(load_rule(args.mode_rule), HGPO) and args.process_index == 0:
         listed = ", ".join(f"{name}={value}" for name, value in given.items())
         logger.warning(f"mode_rule={args.mode_rule} does not read {listed}, which only HGPO does.")
+
+
+def check_rule_format(args: Args, tokens: ModeTokens) -> None:
+    """Check that the rule can tell the modes apart in the model's format.
+
+    Raises:
+        UserError: it samples the mode, which no format but `lhrm` shows in one token; or it needs the decision token of
+            both modes, and one mode has none.
+    """
+    rule, name = load_rule(args.mode_rule), tokens.mode_format.name
+    if rule.samples_modes and tokens.mode_format != LHRM:
+        raise UserError(
+            f"mode_rule={args.mode_rule} lets the policy sample the mode, which works in the format lhrm alone; the "
+            f"model's is {name}. Choose a rule that forces the modes, such as mode_rule=hgpo, or train Stage I in lhrm."
+        )
+    if rule.decision_log_prob is not None and OTHER in tokens.decision:
+        raise UserError(
+            f"mode_rule={args.mode_rule} sets the old probability of the decision token, but in the format {name} one "
+            "mode has no such token: it begins with any but the other's. Set mode_rule=hgpo, or name another format."
+        )
 
 
 def check_columns(args: Args, train_dataset: Any) -> None:
@@ -298,7 +319,7 @@ def check_resolved_fields(args: Args) -> None:
     Raises:
         UserError: naming the field, its value and the remedy.
     """
-    forced = {"thinking_mode", "enable_thinking"} & set(args.chat_template_kwargs or {})
+    forced = {"thinking_mode", "enable_thinking", "thinking"} & set(args.chat_template_kwargs or {})
     if forced:
         raise UserError(
             f"chat_template_kwargs sets {' and '.join(sorted(forced))}, but HGPO itself forces each response's "

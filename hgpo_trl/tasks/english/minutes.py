@@ -36,7 +36,7 @@ _PATTERNS: tuple[Callable[[str, str, Sequence[str]], str], ...] = (
 
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
-    """Draw one query with `level` times, in steps of 5 minutes up to 2 hours 55 minutes; the first has hours."""
+    """Draw one query with `level` times: the first from 1:05 to 3:55 hours, the others below 1 hour."""
     phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
     times = [60 * rng.randint(1, 3) + 5 * rng.randint(1, 11)]
     times += [5 * rng.randint(1, 11) for _ in range(level - 1)]

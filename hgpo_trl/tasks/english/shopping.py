@@ -1,6 +1,6 @@
 """Shopping: what several things cost together; the level is how many kinds of things are bought.
 
-user:      A pen costs 3 dollars and a book costs 5 dollars. Ben buys 2 pens and 4 books. How much does he pay?
+user:      A pen costs 3 dollars and a book costs 5 dollars. Ben buys 2 pens and 4 books. How much does Ben pay?
 reasoning: 2*3=6
            4*5=20
            6+20=26
@@ -78,7 +78,7 @@ _PATTERNS: tuple[Callable[[Sequence[_Item], str], str], ...] = (
 
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
-    """Draw one query with `level` kinds of things, 1 to 5 of each, at 2 to 9 dollars."""
+    """Draw one query with `level` kinds of things, 2 to 5 of each, at 2 to 9 dollars."""
     phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
     items = [_Item(noun, rng.randint(2, 5), rng.randint(2, 9)) for noun in rng.sample(_GOODS, level)]
     reasoning, total = sum_of_products([(item.count, item.price) for item in items])

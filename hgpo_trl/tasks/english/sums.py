@@ -1,6 +1,6 @@
 """Sums and differences of small numbers, in words; the level is how many numbers there are.
 
-user:      Start with 4, add 7, then take away 3. What do you get?
+user:      Start with 4, add 7, take away 3. What do you get?
 reasoning: 4+7=11
            11-3=8
 answer:    8

@@ -4,7 +4,8 @@ A rule says how the modes of a query's N responses come about, which old log-pro
 the rewards of the group become one advantage per token. Everything else (rollouts, rewards, the clipped loss, metrics,
 evaluation) is the trainer's, and the same for all.
 
-Shapes: `Q` queries, `N` responses each, `T` tokens of the longest response, the decision token first.
+Shapes: `Q` queries, `N` responses each, `T` tokens of the longest response, the decision token first. Other tokens of
+an opening are forced; the trainer gives them the advantage 0.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +29,7 @@ class Groups:
 
     rewards: Tensor  # [Q, N], NaN where a response has none
     modes: Tensor  # [Q, N], THINK, NO_THINK or NEITHER. Forced modes: the think half first
-    lengths: Tensor  # [Q, N], tokens, the decision token included
+    lengths: Tensor  # [Q, N], tokens from the decision on, without others of the opening
     mode_probs: Tensor  # [Q, 2], the old policy's probability of each mode, π_old(m|q)
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [Q, N] each: `Rule.columns` of the data set
     decided: Tensor | None = None  # [Q], queries without think samples; None: `lazy_thinking` is off
