@@ -31,7 +31,7 @@ import torch
 from datasets import Dataset
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from mode_rules import REFERENCE, RULES, AdaptThink
+from mode_rules import REFERENCE, RULES, Counting
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import ModelConfig
@@ -52,12 +52,13 @@ from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments
 from hgpo_trl.scripts.stages import load_tokenizer, model_init_kwargs
 from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.rules import load_rule
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "chain-sum"
 MAIN_RULES = ("hgpo", "lazy", "grpo", "thinkless", "adaptthink")
 TARGET = 0.9
 REFERENCE_SAMPLES = 4  # K of AdaptThink; 16 in the paper. Here nearly every think response is right, so few will do
-COLOURS = ["#2066B0", "#17A2A2", "#8C8C8C", "#BBBBBB", "#E07B00", "#F2B705", "#B0305A", "#E28AA5"]
+COLOURS = ["#2066B0", "#17A2A2", "#8C8C8C", "#BBBBBB", "#E07B00", "#F2B705", "#B0305A", "#E28AA5", "#4F9D3A"]
 
 
 # --- one run ------------------------------------------------------------------------------------------------------
@@ -164,12 +165,16 @@ def run(seed: int, name: str, args: argparse.Namespace) -> None:
         ["--config", str(RECIPES / "hgpo.yaml"), "--seed", str(seed), "--output_dir", tempfile.gettempdir()]
         + ["--model_name_or_path", str(models / "hft"), "--train_data", str(models / "data" / "hgpo.parquet")]
         + ["--logging_strategy", "no"]
-        + [word for option, value in rule.fields.items() for word in (f"--{option}", str(value))]
+        + [
+            word
+            for option, value in rule.fields.items()
+            for word in (f"--{option}", value if isinstance(value, str) else json.dumps(value))
+        ]
     )
     tokenizer = load_tokenizer(config, model_args, truncation_side="left", padding_side="left")
     train = load_data("train_data", script_args.train_data, "train")
     reference: dict[str, Any] = {}
-    if issubclass(rule.trainer, AdaptThink):
+    if REFERENCE in load_rule(config.mode_rule).columns:
         path = folder / "reference.json"
         if not path.is_file():
             limit = config.max_completion_length
@@ -178,9 +183,9 @@ def run(seed: int, name: str, args: argparse.Namespace) -> None:
         train = train.add_column(REFERENCE, reference["rewards"])
 
     config.model_init_kwargs = model_init_kwargs(config, model_args)
-    trainer = rule.trainer(
+    trainer = Counting(
         model=model_args.model_name_or_path,
-        reward_funcs=[rule.reward_func(config.margin)],
+        reward_funcs=[accuracy_reward],
         args=config,
         train_dataset=train,
         processing_class=tokenizer,

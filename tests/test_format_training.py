@@ -1,12 +1,13 @@
 """Training, evaluation and use of models with a format of their own."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.evaluation.transformers_backend import sample_both_modes
@@ -103,6 +104,73 @@ def test_rollouts_begin_with_the_openings(
     assert all(0 <= entry["hgpo/off_mode_mass"] <= 1 for entry in logged)
     if OTHER in tokens.decision and len(tokens.openings[1]) == 1:
         assert all(entry["hgpo/off_mode_mass"] < 1e-6 for entry in logged)
+
+
+def test_a_budget_closes_reasoning_in_the_marks_of_the_format(
+    untrained: str, prompts: Dataset, tmp_path: Path, batches: list
+) -> None:
+    budget = 3
+    trainer = make_trainer(untrained, prompts, tmp_path / "out", think_budget=budget, max_completion_length=20)
+    tokens, tokenizer = trainer.mode_tokens, trainer.processing_class
+    closing = tokenizer(tokens.mode_format.end_reasoning, add_special_tokens=False)["input_ids"]
+    trainer.train()
+    cut = sampled = 0
+    for batch in batches:
+        lengths = batch["completion_mask"].sum(dim=1).tolist()
+        rows = zip(batch["completion_ids"].tolist(), batch["tool_mask"].tolist(), lengths, strict=True)
+        for number, (ids, own, length) in enumerate(rows):
+            mode = int(number % 4 >= 2)
+            begin = tokens.forced[mode]
+            end = begin + budget
+            forced = 0
+            if mode == 0 and not {tokens.end_think, tokenizer.eos_token_id} & set(ids[begin:end]):
+                forced = len(closing)
+                assert ids[end : end + forced] == closing
+                assert length > end + forced, "the model answers"
+            assert length <= 20
+            assert own[:length] == [int(not end <= place < end + forced) for place in range(length)]
+            cut += forced > 0
+            sampled += length - begin - forced
+    assert cut
+    logged = [entry["hgpo/rollout_tokens"] for entry in trainer.state.log_history if "hgpo/rollout_tokens" in entry]
+    queries = sum(len(batch["completion_ids"]) for batch in batches) / 4
+    assert sum(logged) / len(logged) == pytest.approx(sampled / queries)
+
+
+def test_adaptthink_acts_on_the_decision(untrained: str, prompts: Dataset, tmp_path: Path, batches: list) -> None:
+    data = prompts.add_column("reference_reward", [0.25] * len(prompts))
+    settings = {"mode_rule": "adaptthink", "importance_sampling_level": "sequence", "loss_type": "grpo"}
+    if mode_tokens(AutoTokenizer.from_pretrained(untrained)).decision[0] == OTHER:
+        with pytest.raises(
+            UserError, match=r"mode_rule=adaptthink sets .* in the format r1 one mode has no such token"
+        ):
+            make_trainer(untrained, data, tmp_path / "out", **settings)
+        return
+    trainer = make_trainer(untrained, data, tmp_path / "out", **settings)
+    tokens = trainer.mode_tokens
+    place = len(tokens.prefix)
+    trainer.train()
+    for batch in batches:
+        old, advantages = batch["old_per_token_logps"], batch["advantages"]
+        at_half = (old == torch.tensor(math.log(0.5))).nonzero()[:, 1]
+        assert at_half.tolist() == [place] * len(old), "the decision alone, in every row"
+        for number, row in enumerate(advantages):
+            opening = tokens.openings[int(number % 4 >= 2)]
+            length = int(batch["completion_mask"][number].sum())
+            own = [place, *range(len(opening), length)]
+            expected = torch.zeros(len(row))
+            expected[own] = row[place]
+            assert torch.equal(row, expected)
+    assert any(batch["advantages"].any() for batch in batches)
+
+
+@pytest.mark.parametrize("rule", ["grpo", "thinkless", "stable_adaptive"])
+def test_rules_that_sample_the_mode_need_the_own_format(
+    untrained: str, prompts: Dataset, tmp_path: Path, rule: str
+) -> None:
+    loss_type = "dapo" if rule == "grpo" else "dr_grpo"
+    with pytest.raises(UserError, match=f"mode_rule={rule} lets the policy sample the mode, .* the format lhrm alone"):
+        make_trainer(untrained, prompts, tmp_path / "out", mode_rule=rule, loss_type=loss_type)
 
 
 def test_forced_and_sampled_responses_of_one_text_score_the_same(

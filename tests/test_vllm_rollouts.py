@@ -18,7 +18,7 @@ from settings import ON_CPU, argv
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from workers import end
 
-from hgpo_trl.modes import mode_tokens
+from hgpo_trl.modes import LHRM, mode_tokens
 from hgpo_trl.tasks.embedded import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +186,27 @@ def test_a_query_is_computed_once_for_its_samples(trained: Path) -> None:
         assert len(cached) == 8
         for query in range(0, 8, GROUP):
             assert sorted(cached[query : query + GROUP]) == [0, 256, 256, 256]
+
+
+def test_reasoning_is_closed_at_the_budget(
+    words: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    budget = 4
+    rollout = seen(run(tmp_path, *words, "--think_budget", str(budget), "--max_steps", "1"), 0)["rollout"]
+    closing = tokenizer(LHRM.end_reasoning, add_special_tokens=False)["input_ids"]
+    first, last = budget + 1, budget + 1 + len(closing)
+    forced = rollout["tool_mask"] == 0
+    assert forced.any()
+    for row in range(8):
+        if forced[row].any():
+            assert row % GROUP < GROUP // 2, "only think responses"
+            assert forced[row].nonzero()[:, 0].tolist() == list(range(first, last))
+            assert rollout["completion_ids"][row, first:last].tolist() == closing
+            assert rollout["completion_mask"][row].sum() > last, "the model answers"
+    # no log-probability of vLLM where nothing was sampled, and one wherever the policy chose
+    missing = rollout["sampling_per_token_logps"].isnan()[:, 1:]
+    held = rollout["completion_mask"].bool()[:, 1:]
+    assert torch.equal(missing & held, forced[:, 1:] & held)
 
 
 def test_resumed_engine_starts_from_the_resumed_weights(trained: Path, words: list[str], tmp_path: Path) -> None:

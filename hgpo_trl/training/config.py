@@ -6,6 +6,7 @@ from transformers import SchedulerType
 from trl import GRPOConfig
 
 from hgpo_trl.training.advantages import DECISION_WEIGHTINGS, ESTIMATORS, INTRA_SCOPES, TIES
+from hgpo_trl.training.rules import RULES
 from hgpo_trl.training.validate import (
     BEST_METRIC,
     best_direction,
@@ -29,6 +30,11 @@ class HGPOConfig(GRPOConfig):
         alpha: α of Eq. 10, weight of the inter-group advantage on the decision token.
         margin: δ of Eq. 8, added to the no-think mode's mean reward before the modes are compared. (GRPOConfig's
             `delta` is two-sided clipping.)
+        mode_rule: rule for learning when to think: "hgpo", "adaptthink", "thinkless", "stable_adaptive" or "grpo", or
+            the import path of your own (`rules.Rule`): package.module.Class, path/to/file.py:Class. docs/rules.md
+            compares them. The fields `alpha`, `estimator`, `intra_scope`, `ties`, `discount`, `decision_weighting` and
+            `lazy_thinking` are of HGPO alone.
+        mode_rule_kwargs: options of the rule, its keyword arguments.
         estimator: "grpo" (Eq. 10), "rloo" (Eq. 23), "reinforce_plus_plus" or "reinforce_plus_plus_as_printed" (Eq. 22),
             or the import path of your own (`advantages.Estimator`): package.module.function, path/to/file.py:function.
         intra_scope: normalise r_intra over the mode's own N/2 samples ("mode") or over all N ("all").
@@ -47,6 +53,8 @@ class HGPOConfig(GRPOConfig):
         lazy_thinking: sample and score the no-think responses of a rollout first, then think responses of the queries
             that are still undecided (`advantages.decided_without_think`). The think responses of the other queries are
             the decision token alone. Rewards and their weighted sum must lie between 0 and 1. Training only.
+        think_budget: tokens of reasoning after which a think response is closed by force (`think_budget.ThinkBudget`)
+            and answers within what is left of `max_completion_length`; in evaluation too. None: no budget.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
             None: `margin`.
         eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
@@ -77,6 +85,16 @@ class HGPOConfig(GRPOConfig):
     alpha: float = field(default=1.0, metadata={"help": "Weight of the inter-group advantage on the decision token."})
     margin: float = field(
         default=0.2, metadata={"help": "Margin δ added to the no-think mean when modes are compared."}
+    )
+    mode_rule: str = field(
+        default="hgpo",
+        metadata={
+            "help": f"Rule for learning when to think: {', '.join(RULES)}, or your own as package.module.Class or "
+            "path/to/file.py:Class."
+        },
+    )
+    mode_rule_kwargs: dict | None = field(
+        default=None, metadata={"help": "Options of mode_rule, for example {control_weight: 0.1}; null: none."}
     )
     estimator: str = field(
         default="grpo",
@@ -123,6 +141,10 @@ class HGPOConfig(GRPOConfig):
     lazy_thinking: bool = field(
         default=False,
         metadata={"help": "Sample no think responses of queries that no-think wins already (rewards between 0 and 1)."},
+    )
+    think_budget: int | None = field(
+        default=None,
+        metadata={"help": "Close the reasoning by force after so many tokens; null: no budget."},
     )
     eval_margin: float | None = field(
         default=None, metadata={"help": "Mode means closer than this count as equal in hybrid accuracy; null: margin."}

@@ -44,11 +44,14 @@ def group_metrics(rollout: Rollout, decision: Decision, margin: float, ties: str
     shares = faults.view(queries, -1, len(Fault)).nanmean(dim=1).unbind(dim=1)
     metrics = {f"hgpo/faults/{kind}": share for kind, share in zip(Fault, shares, strict=True)}
     metrics["hgpo/rollout_tokens"] = rollout.sampled_lengths.view(queries, -1).sum(dim=1)
+    if rollout.closing_tokens is not None:
+        closed = (rollout.closing_tokens > 0).float().masked_fill(unsampled, torch.nan)
+        metrics["hgpo/closed_by_budget"] = rollout.by_mode(closed)[:, 0].nanmean(dim=1)
     if rollout.decided is not None:
         metrics["hgpo/lazy_decided"] = rollout.decided
 
     lengths, truncated, faulty = (
-        x.float().masked_fill(unsampled, torch.nan).view(rewards.shape)
+        rollout.by_mode(x.float().masked_fill(unsampled, torch.nan))
         for x in (rollout.lengths, rollout.truncated, rollout.faults.any(dim=1))
     )
     means = torch.stack([rewards, lengths, truncated, faulty]).nanmean(dim=3)  # [4, Q, 2]
@@ -56,8 +59,8 @@ def group_metrics(rollout: Rollout, decision: Decision, margin: float, ties: str
     for mode, values in zip(MODES, by_mode.unbind(dim=2), strict=True):
         for name, value in zip(("reward", "length", "truncated", "format_faults", "prob"), values, strict=True):
             metrics[f"hgpo/{name}/{mode}"] = value
-    words = rollout.reflection_words.float().view(rewards.shape)
-    metrics["hgpo/leakage"] = words[:, MODES.index(Mode.NO_THINK)].mean(dim=1)
+    words = rollout.by_mode(rollout.reflection_words.float())
+    metrics["hgpo/leakage"] = words[:, MODES.index(Mode.NO_THINK)].nanmean(dim=1)
     metrics["hgpo/off_mode_mass"] = decision.neither
     metrics["hgpo/decision_entropy"] = decision.entropy
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from hgpo_trl.modes import MODES, Fault, Mode, ModeTokens, Response
 from hgpo_trl.modes.leakage import count_reflection_words
 from hgpo_trl.rewards.functions import weighted_sum
+from hgpo_trl.training.rules.base import NEITHER
 
 
 @dataclass(frozen=True)
 class Rollout:
     """The scored responses of a global batch.
 
-    Shapes: `B = Q * N` responses to `Q` queries, query-major, the think half of every query first; `F` reward
-    functions. Every process holds all of it.
+    Shapes: `B = Q * N` responses to `Q` queries, query-major, the think half of every query first where modes are
+    forced; `F` reward functions. Every process holds all of it.
     """
 
     rewards_per_func: Tensor  # [B, F], NaN where a function gives no reward; the lowest where the format is broken
@@ -30,18 +31,41 @@ class Rollout:
     group_size: int  # N
     decided: Tensor | None = None  # [Q], queries without think samples; None: `lazy_thinking` is off
     forced: tuple[int, int] = (1, 1)  # tokens that a response of each mode begins with and that are not sampled
+    sampled_modes: Tensor | None = None  # [B], `response_modes`, where the policy samples them; None: they are forced
+    closing_tokens: Tensor | None = None  # [B], forced tokens that close a reasoning at `think_budget`; None: no budget
+
+    @property
+    def response_rewards(self) -> Tensor:
+        """`[B]`, the weighted sums r of Eq. 7."""
+        return weighted_sum(self.rewards_per_func, self.weights)
 
     @property
     def rewards(self) -> Tensor:
-        """`[Q, 2, N/2]`, the weighted sums r of Eq. 7."""
-        return weighted_sum(self.rewards_per_func, self.weights).view(-1, len(MODES), self.group_size // len(MODES))
+        """`[Q, 2, n]`, the same by mode, see `by_mode`."""
+        return self.by_mode(self.response_rewards)
+
+    @property
+    def modes(self) -> Tensor:
+        """`[B]`, 0 = think, 1 = no_think, NEITHER."""
+        if self.sampled_modes is not None:
+            return self.sampled_modes
+        return (~think_rows(len(self.lengths), self.group_size, self.lengths.device)).long()
 
     @property
     def sampled_lengths(self) -> Tensor:
-        """`[B]`, sampled tokens of each response."""
-        think, no_think = self.forced
-        thinks = think_rows(len(self.lengths), self.group_size, self.lengths.device)
-        return self.lengths - torch.where(thinks, think, no_think)
+        """`[B]`, tokens of each response that the policy has sampled, without those that were forced."""
+        lengths = self.lengths
+        if self.sampled_modes is None:
+            lengths = lengths - lengths.new_tensor(self.forced)[self.modes]
+        return lengths if self.closing_tokens is None else lengths - self.closing_tokens
+
+    def by_mode(self, values: Tensor) -> Tensor:
+        """`[Q, 2, n]` from `[B]`: n is N/2 where modes are forced, else N, with NaN in the other mode's places."""
+        if self.sampled_modes is None:
+            return values.view(-1, len(MODES), self.group_size // len(MODES))
+        modes = torch.arange(len(MODES), device=values.device)[:, None]
+        of_mode = self.sampled_modes.view(-1, 1, self.group_size) == modes
+        return values.view(-1, 1, self.group_size).where(of_mode, torch.nan)
 
     @property
     def unsampled(self) -> Tensor:
@@ -55,6 +79,11 @@ def row_modes(num_rows: int, group_size: int, first: int = 0) -> list[int]:
     A group can straddle two processes, so the place that counts is the one in the global batch, modulo N.
     """
     return [int(place % group_size >= group_size // 2) for place in range(first, first + num_rows)]
+
+
+def response_modes(responses: list[Response]) -> Tensor:
+    """`[b]`, the mode that each of one process's responses begins with: 0 = think, 1 = no_think, NEITHER."""
+    return torch.tensor([NEITHER if response.mode is None else MODES.index(response.mode) for response in responses])
 
 
 def think_rows(num_rows: int, group_size: int, device: torch.device) -> Tensor:
@@ -72,8 +101,10 @@ def unsampled_rows(num_rows: int, group_size: int, decided: Tensor | None, devic
 class OwnTokens:
     """The tokens of each response that the policy chose, in a rollout: the decision, and all after the opening.
 
-    The rest of an opening is forced, and the same in every response of its mode. So Eq. 10 knows nothing of it: its
-    advantage is 0, and only the KL term acts on it. (An advantage would cancel there, within each mode.)
+    Modes are taken to be forced. Where the policy samples them, openings are one token each, and nothing differs.
+
+    The rest of an opening is forced, and the same in every response of its mode. So a rule knows nothing of it: its
+    advantage is 0, and only the KL term acts on it. (Under Eq. 10 it would cancel there, within each mode.)
     """
 
     place: int  # of the decision

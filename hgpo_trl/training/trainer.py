@@ -21,7 +21,7 @@ from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import MODES, OTHER, Fault, Response, check_embeddings
 from hgpo_trl.modes.decision import Decision, draw_other, read_decision
 from hgpo_trl.rewards.functions import answer_parts, check_finite, checked, floor_faults, overlong, split_completions
-from hgpo_trl.training.advantages import Estimator, compute_advantages
+from hgpo_trl.training.advantages import Estimator
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.group_decisions import read_group_decisions
 from hgpo_trl.training.lazy import LazyThinking
@@ -29,8 +29,11 @@ from hgpo_trl.training.lora import prepare_wrapped
 from hgpo_trl.training.metrics import EvaluationMetrics, group_metrics, sampled_completions
 from hgpo_trl.training.micro_batches import MicroBatchTrainer
 from hgpo_trl.training.resume import ResumableTrainer
-from hgpo_trl.training.rollout import OwnTokens, Rollout, inspect_responses, row_modes, unsampled_rows
-from hgpo_trl.training.validate import as_list, check_text_only, model_name, validate
+from hgpo_trl.training.rollout import OwnTokens, Rollout, inspect_responses, response_modes, row_modes, unsampled_rows
+from hgpo_trl.training.rules import NEITHER, Groups, Rule, build_rule
+from hgpo_trl.training.rules.base import THINK
+from hgpo_trl.training.think_budget import ThinkBudget
+from hgpo_trl.training.validate import as_list, check_advantages, check_text_only, model_name, validate
 from hgpo_trl.training.vllm import naming_a_failing_server, prepare_generation
 
 logger = get_logger(__name__)
@@ -60,13 +63,14 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     think mode, the others with that of the no-think mode (Eq. 5, 6): `<think>` and `<no_think>`, or the model's own.
     The mode means decide the inter-group reward, the samples of a mode compete for the intra-group reward (Eq. 8, 9),
     and together they give one advantage per token (Eq. 10). With `lazy_thinking`, queries that no-think wins whatever
-    thinking would bring get no think samples.
+    thinking would bring get no think samples. `mode_rule` puts another rule for learning when to think in the place of
+    Eq. 8 to 10 (`hgpo_trl.training.rules`); in evaluation both modes are always forced.
 
     The loss is that of `GRPOTrainer`. Overridden are:
 
     - `__init__`: validates arguments and data before a model is loaded.
     - `_generate_and_score_completions`: replaces the advantages and logs the metrics of both modes.
-    - `_generate_single_turn`: forces the modes.
+    - `_generate_single_turn`: forces the modes, unless the rule samples them.
     - `_calculate_rewards`: shows the answer parts to the reward functions and keeps the scored rollout.
     - `_log_completion_extra`: puts columns of reward functions into their rows under `lazy_thinking`.
     - `evaluation_loop`, `prediction_step`: compute hybrid accuracy and its companions in place of a loss.
@@ -82,7 +86,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             part of every response as its completion, and all its parts as the column `response` (a
             `hgpo_trl.modes.Response` each); a malformed response gets the lowest reward whatever they return.
         args: `HGPOConfig`.
-        estimator: advantage estimator of your own (`hgpo_trl.training.advantages.Estimator`), in place of
+        estimator: advantage estimator of your own for HGPO (`hgpo_trl.training.advantages.Estimator`), in place of
             `args.estimator`.
 
     Raises:
@@ -99,7 +103,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     _name = "HGPO"
     _paper = {"title": paper.TITLE, "id": paper.ARXIV_ID, "citation": paper.CITATION}
 
-    _rollout: Rollout  # the latest, set once per rollout by `_calculate_rewards`
+    _rule: Rule
+    _rollout: Rollout  # the latest
     _lazy: LazyThinking | None = None  # of the rollout that is being sampled; None: both modes are sampled at once
 
     def __init__(
@@ -123,7 +128,11 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             processing_class = AutoTokenizer.from_pretrained(
                 model_name(model), trust_remote_code=args.trust_remote_code, **sides
             )
+        rule = build_rule(args, **({} if estimator is None else {"estimator": estimator}))
         self.mode_tokens = validate(args, model, processing_class, reward_funcs, train_dataset, eval_dataset, kwargs)
+        # The opening counts towards max_completion_length.
+        self._max_new_tokens = cast(int, args.max_completion_length) - max(self.mode_tokens.forced)
+        self._budget = ThinkBudget.of(args.think_budget, processing_class, self.mode_tokens, self._max_new_tokens)
         if reward_funcs is not None:
             reward_funcs = [checked(reward_func) for reward_func in as_list(reward_funcs)]
         super().__init__(
@@ -133,16 +142,20 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         set_generation_config(self.model, self._tokenizer)
         if is_peft_model(self.model):
             prepare_wrapped(self.model)
-        # The opening counts towards max_completion_length.
-        max_new_tokens = self.max_completion_length - max(self.mode_tokens.forced)
         if self.use_vllm:
-            prepare_generation(self.vllm_generation, is_peft_model(self.model), max_new_tokens)
+            prepare_generation(self.vllm_generation, is_peft_model(self.model))
+        self._limit_new_tokens(self._max_new_tokens)
+        self._rule = rule
+        self._evaluation = EvaluationMetrics()
+        self._warned: set[str] = set()  # messages that have been logged
+
+    def _limit_new_tokens(self, max_new_tokens: int) -> None:
+        """Let the backend sample so many tokens for a response, at most."""
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = max_new_tokens
         else:
             self.generation_config.max_new_tokens = max_new_tokens
             self.generation_kwargs["max_new_tokens"] = max_new_tokens
-        self._estimator: str | Estimator = estimator or args.estimator
-        self._evaluation = EvaluationMetrics()
-        self._warned: set[str] = set()  # messages that have been logged
 
     @property
     def _group_size(self) -> int:
@@ -158,32 +171,74 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         is_lazy = self.args.lazy_thinking and self.model.training
         self._lazy = LazyThinking(inputs, self._group_size, self.accelerator) if is_lazy else None
         output = super()._generate_and_score_completions(inputs)  # sampling and rewards: the overrides below
+        if self._budget is not None:
+            output["tool_mask"] = self._mask_forced(output, self._budget)
         rollout = self._rollout
         decision = self._read_decision(output["prompt_ids"], output["prompt_mask"])
-        own = OwnTokens.of(self.mode_tokens, len(rollout.lengths), rollout.group_size, rollout.lengths.device)
-        advantages = compute_advantages(
-            rollout.rewards,
-            own.lengths(rollout.lengths),
-            estimator=self._estimator,
-            alpha=self.args.alpha,
-            margin=self.args.margin,
-            intra_scope=self.args.intra_scope,
-            ties=self.args.ties,
-            discount=self.args.discount,
-            decision_weighting=self.args.decision_weighting,
-            mode_probs=decision.mode_probs,
-            decided=rollout.decided,
-        )
-        advantages = own.spread(advantages)
+        advantages = self._advantages(inputs, rollout, decision)
         first = self.accelerator.process_index * len(inputs)
         width = output["completion_ids"].shape[1]  # this process's own longest response, perhaps padded further
         local = advantages[first : first + len(inputs), :width]
         output["advantages"] = nn.functional.pad(local, (0, width - local.shape[1]))
+        if self._rule.decision_log_prob is not None and self.model.training:
+            output["old_per_token_logps"] = self._old_log_probs(output)
+            output["old_per_token_logps"][:, len(self.mode_tokens.prefix)] = self._rule.decision_log_prob
         self._log_rollout(rollout, decision)
         self._log_completion_table(rollout, advantages)
         return output
 
+    def _advantages(self, inputs: list[dict[str, Any]], rollout: Rollout, decision: Decision) -> Tensor:
+        """The rule's advantages of the global batch, `[B, T]`."""
+
+        def column(name: str) -> Tensor:
+            local = torch.tensor([float(row.get(name, math.nan)) for row in inputs], device=self.accelerator.device)
+            return self.accelerator.gather(local)
+
+        shape = (-1, rollout.group_size)
+        own = OwnTokens.of(self.mode_tokens, len(rollout.lengths), rollout.group_size, rollout.lengths.device)
+        lengths = own.lengths(rollout.lengths)
+        advantages = self._rule.advantages(
+            Groups(
+                rewards=rollout.response_rewards.view(shape),
+                modes=rollout.modes.view(shape),
+                lengths=lengths.view(shape),
+                mode_probs=decision.mode_probs,
+                columns={name: column(name).view(shape) for name in self._rule.columns},
+                decided=rollout.decided,
+            )
+        )
+        if self.model.training:
+            check_advantages(self.args.mode_rule, self._rule, advantages, lengths)
+        return own.spread(advantages)
+
+    def _mask_forced(self, output: dict[str, Any], budget: ThinkBudget) -> Tensor:
+        """`[b, T]`, 0 for tokens that closed a reasoning by force, by which TRL's loss leaves them out."""
+        ids, lengths = output["completion_ids"], output["completion_mask"].sum(dim=1)
+        thinks = torch.tensor(self._row_modes(len(ids)), device=ids.device) == THINK
+        forced = budget.forced(ids, lengths, thinks)
+        self._rollout = replace(self._rollout, closing_tokens=self.accelerator.gather(forced.sum(dim=1)))
+        return (~forced).to(output["completion_mask"].dtype)
+
+    def _old_log_probs(self, output: dict[str, Any]) -> Tensor:
+        """`[b, T]`, this process's rows under the old policy; TRL leaves them out where the ratio is always 1."""
+        if "old_per_token_logps" in output:
+            return output["old_per_token_logps"]
+        ids, mask = (
+            torch.cat([output[f"prompt_{kind}"], output[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")
+        )
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
+            log_probs, _, _ = self._get_per_token_logps_and_entropies(
+                self.model, ids, mask, output["completion_ids"].shape[1], self.args.per_device_train_batch_size
+            )
+        return log_probs
+
     # --- sampling (Eq. 5, 6)
+
+    @property
+    def _samples_modes(self) -> bool:
+        """Whether the policy draws the modes of this rollout; else they are forced."""
+        return self._rule.samples_modes and self.model.training
 
     def _row_modes(self, num_rows: int) -> list[int]:
         """Modes of this process's rows: 0 = think, 1 = no_think."""
@@ -200,9 +255,12 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         """Force each row's mode: its opening ends the prompt during sampling and is then moved to the response's front.
 
         The forced tokens were not sampled, so they have no sampling log-probability: None, which TRL turns into an
-        importance ratio of exactly 1.
+        importance ratio of exactly 1. Nothing is forced in training under a rule that samples the mode.
         """
         check_text_only(images, multimodal_fields)
+        if self._samples_modes:
+            with naming_a_failing_server(self.args, self.state.global_step):
+                return super()._generate_single_turn(prompt_ids, None, {}, num_generations, has_tool_images)
         modes = self._row_modes(len(prompt_ids))
         openings = self._openings(prompt_ids, modes)
         think, no_think = ([row for row, mode in enumerate(modes) if mode == m] for m in range(len(MODES)))
@@ -211,17 +269,24 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         log_probs: list[list[float | None]] = [[None] * len(opening) for opening in openings]
         generate = super()._generate_single_turn
 
-        def sample(rows: list[int]) -> tuple[list[list[int]], Any]:
-            forced = [[*prompt_ids[row], *openings[row]] for row in rows]
+        def sample(prompts: list[list[int]], same: int, max_new_tokens: int) -> tuple[list[list[int]], Any]:
             is_training = self.model.training
+            if self._budget is not None:  # else the limit never changes
+                self._limit_new_tokens(max_new_tokens)
             with naming_a_failing_server(self.args, self.state.global_step):
-                generated = generate(forced, None, {}, per_mode, has_tool_images)
+                generated = generate(prompts, None, {}, same, has_tool_images)
             if self.model.training != is_training:  # continuous batching leaves the model in training mode
                 self.model.train(is_training)
             return generated
 
+        def draw(rows: list[int]) -> tuple[list[list[int]], Any]:
+            forced = [[*prompt_ids[row], *openings[row]] for row in rows]
+            if self._budget is not None and modes[rows[0]] == THINK:
+                return self._budget.sample(forced, per_mode, sample, self.eos_token_ids)
+            return sample(forced, per_mode, self._max_new_tokens)
+
         def extend(rows: list[int]) -> None:
-            ids, sampled_log_probs = sample(rows)
+            ids, sampled_log_probs = draw(rows)
             for place, row in enumerate(rows):
                 completion_ids[row] += ids[place]
                 log_probs[row] += sampled_log_probs[place] if sampled_log_probs else []
@@ -231,11 +296,13 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             if undecided := self._undecided(self._lazy, completion_ids):
                 extend(undecided)
             elif not self._lazy.decided.all():
-                sample(think[:1])  # for nothing: ZeRO-3 and FSDP need all processes as long as one of them samples
+                draw(think[:1])  # for nothing: ZeRO-3 and FSDP need all processes as long as one of them samples
         # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones.
         # More than half a group holds both modes wherever it begins, so every process makes the same two calls, which
         # ZeRO-3 and FSDP need.
-        elif not (self.use_vllm or self.use_transformers_continuous_batching) and len(modes) > per_mode:
+        elif self._budget is not None or (
+            not (self.use_vllm or self.use_transformers_continuous_batching) and len(modes) > per_mode
+        ):
             extend(think)
             extend(no_think)
         else:
@@ -311,6 +378,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         query = torch.arange(len(rewards), device=device) // group_size
         rewards = floor_faults(rewards, faults.any(dim=1), query, weights)
         truncated = (truncated * sampled)[:, 0]
+        modes = self.accelerator.gather(response_modes(responses).to(device)) if self._samples_modes else None
         return Rollout(
             rewards,
             weights,
@@ -320,7 +388,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             words[:, 0],
             group_size,
             decided,
-            self.mode_tokens.forced,
+            forced=self.mode_tokens.forced,
+            sampled_modes=modes,
         )
 
     def _cap_no_think(self, faults: Tensor, responses: list[Response]) -> tuple[Tensor, list[Response]]:
@@ -436,7 +505,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         of_responses, of_decisions = torch.stack([last, advantages[:, len(self.mode_tokens.prefix)]]).tolist()
         self._logs["advantages"].extend(of_responses)
         self._logs["extra"]["decision_advantage"].extend(of_decisions)
-        self._logs["extra"]["mode"].extend(MODES[mode].value for mode in row_modes(num_rows, rollout.group_size))
+        names = {NEITHER: "neither", **{place: mode.value for place, mode in enumerate(MODES)}}
+        self._logs["extra"]["mode"].extend(names[mode] for mode in rollout.modes.tolist())
 
     def _warn_once(self, message: str, **values: Any) -> None:
         if message not in self._warned:

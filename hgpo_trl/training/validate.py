@@ -4,16 +4,20 @@
 """
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import IntervalStrategy
 
 from hgpo_trl.common.errors import UnsupportedError, UserError
-from hgpo_trl.modes import ModeTokens, mode_tokens
+from hgpo_trl.modes import LHRM, OTHER, ModeTokens, mode_tokens
 from hgpo_trl.modes.hybrid_accuracy import GREATER_IS_BETTER
 from hgpo_trl.rewards.functions import check_weights, is_model
 from hgpo_trl.training.advantages import (
@@ -26,7 +30,10 @@ from hgpo_trl.training.advantages import (
 )
 from hgpo_trl.training.checks import check_dataset
 from hgpo_trl.training.metrics import BUDGET_METRIC, EVALUATION_METRICS
+from hgpo_trl.training.rules import HGPO, Rule, build_rule, load_rule
 from hgpo_trl.training.vllm import prepare_vllm
+
+logger = logging.getLogger(__name__)
 
 Args = Any  # `HGPOConfig`, whose module imports this one
 BEST_METRIC = "eval_hgpo/hybrid_accuracy"  # by which the best checkpoint is chosen, unless another one is named
@@ -79,8 +86,11 @@ def validate(
         )
     if args.use_vllm:
         prepare_vllm(args, model_name(model))
+    name_unread_fields(args)
     check_evaluation(args, eval_dataset)
     tokens = mode_tokens(tokenizer)
+    check_rule_format(args, tokens)
+    check_columns(args, train_dataset)
     named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **named}.items():
         if dataset is not None or name == "train_dataset":
@@ -88,6 +98,51 @@ def validate(
     if reward_funcs is not None:
         check_reward_funcs(args, as_list(reward_funcs))
     return tokens
+
+
+def name_unread_fields(args: Args) -> None:
+    """Warn of fields that are set but are not read, because `mode_rule` is not HGPO."""
+    defaults = {field.name: field.default for field in fields(args)}
+    given = {name: getattr(args, name) for name in HGPO.settings if getattr(args, name) != defaults[name]}
+    if given and not issubclass(load_rule(args.mode_rule), HGPO) and args.process_index == 0:
+        listed = ", ".join(f"{name}={value}" for name, value in given.items())
+        logger.warning(f"mode_rule={args.mode_rule} does not read {listed}, which only HGPO does.")
+
+
+def check_rule_format(args: Args, tokens: ModeTokens) -> None:
+    """Check that the rule can tell the modes apart in the model's format.
+
+    Raises:
+        UserError: it samples the mode, which no format but `lhrm` shows in one token; or it needs the decision token of
+            both modes, and one mode has none.
+    """
+    rule, name = load_rule(args.mode_rule), tokens.mode_format.name
+    if rule.samples_modes and tokens.mode_format != LHRM:
+        raise UserError(
+            f"mode_rule={args.mode_rule} lets the policy sample the mode, which works in the format lhrm alone; the "
+            f"model's is {name}. Choose a rule that forces the modes, such as mode_rule=hgpo, or train Stage I in lhrm."
+        )
+    if rule.decision_log_prob is not None and OTHER in tokens.decision:
+        raise UserError(
+            f"mode_rule={args.mode_rule} sets the old probability of the decision token, but in the format {name} one "
+            "mode has no such token: it begins with any but the other's. Set mode_rule=hgpo, or name another format."
+        )
+
+
+def check_columns(args: Args, train_dataset: Any) -> None:
+    """Check that the training data has the columns that the rule reads.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found = getattr(train_dataset, "column_names", None)
+    if found is None:  # a stream may not know its columns
+        return
+    if missing := [name for name in load_rule(args.mode_rule).columns if name not in found]:
+        raise UserError(
+            f"mode_rule={args.mode_rule} needs the column {' and '.join(missing)} in train_data, which has "
+            f"{', '.join(found)}. docs/rules.md says how to add it."
+        )
 
 
 def model_name(model: Any) -> str:
@@ -112,6 +167,29 @@ def check_text_only(images: Any, multimodal_fields: Mapping[str, Any]) -> None:
             f"HGPOTrainer trains text-only models; this batch has {fields}. Restrict tokenizer.model_input_names to "
             "input_ids and attention_mask."
         )
+
+
+def check_advantages(name: str, rule: Rule, advantages: Tensor, lengths: Tensor) -> None:
+    """Check a rule's advantages.
+
+    Args:
+        name: `mode_rule`.
+        advantages: as the rule returns them.
+        lengths: `[B]`, tokens of each response.
+
+    Raises:
+        UserError: they are not `[B, T]`, not finite, or not 0 beyond the end of a response.
+    """
+    shape = (len(lengths), int(lengths.max()))
+    if advantages.shape != shape:
+        raise UserError(
+            f"mode_rule={name}: advantages must have the shape {list(shape)}; got {list(advantages.shape)}."
+        )
+    if not advantages.isfinite().all():
+        hint = f", and numbers in {' and '.join(rule.columns)} of train_data" if rule.columns else ""
+        raise UserError(f"mode_rule={name}: some advantages are not finite. Check rows without a reward{hint}.")
+    if advantages.masked_fill(torch.arange(shape[1], device=lengths.device) < lengths[:, None], 0.0).any():
+        raise UserError(f"mode_rule={name}: advantages beyond the end of a response must be 0. Use `Groups.per_token`.")
 
 
 def check_reward_funcs(args: Args, reward_funcs: list[Any]) -> None:
@@ -189,6 +267,8 @@ def check_fields(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
+    if args.think_budget is not None and args.think_budget < 1:
+        raise UserError(f"think_budget must be at least 1 token, or null for no budget; got {args.think_budget}.")
     if args.eval_margin is not None and not 0.0 <= args.eval_margin < float("inf"):
         raise UserError(
             f"eval_margin must be a finite number of at least 0, or null for margin; got {args.eval_margin}."
@@ -247,6 +327,44 @@ def check_resolved_fields(args: Args) -> None:
         )
     if args.lazy_thinking:
         _check_lazy_thinking(args)
+    if args.think_budget is not None:
+        _check_two_calls("think_budget", "null", args)
+    check_rule(args)
+
+
+def check_rule(args: Args) -> None:
+    """Check `mode_rule` and its options, and that the other fields go with it.
+
+    Raises:
+        UserError: naming the field, its value and the remedy.
+    """
+    rule = build_rule(args)
+    if rule.loss_types and args.loss_type not in rule.loss_types:
+        raise UserError(
+            f"mode_rule={args.mode_rule} weighs tokens by itself and needs loss_type={' or '.join(rule.loss_types)}; "
+            f"got {args.loss_type}."
+        )
+    if args.lazy_thinking and not isinstance(rule, HGPO):
+        raise UserError(
+            f"lazy_thinking leaves out think samples that cannot change HGPO's decision; mode_rule={args.mode_rule} "
+            "decides by other means. Set lazy_thinking=false, or mode_rule=hgpo."
+        )
+    if args.estimator != "grpo" and not isinstance(rule, HGPO):
+        raise UserError(
+            f"estimator={args.estimator} is of HGPO alone; mode_rule={args.mode_rule} has its own advantages. Leave "
+            "estimator out, or set mode_rule=hgpo."
+        )
+    if rule.samples_modes and args.think_budget is not None:
+        raise UserError(
+            f"think_budget needs to know which responses think before they are sampled, but mode_rule={args.mode_rule} "
+            "lets the policy sample the mode. Set think_budget to null, or choose a rule that forces the modes."
+        )
+    for name in ("no_think_cap", "no_think_max_tokens"):
+        if rule.samples_modes and getattr(args, name) is not None:
+            raise UserError(
+                f"{name} needs both modes of every query, which mode_rule={args.mode_rule} does not force. Set {name} "
+                "to null, or choose a rule that forces the modes."
+            )
 
 
 def _check_lazy_thinking(args: Args) -> None:
@@ -261,19 +379,24 @@ def _check_lazy_thinking(args: Args) -> None:
             f"lazy_thinking needs rewards whose weighted sum lies between 0 and 1; reward_weights is "
             f"{args.reward_weights}. Give weights between 0 and 1, or set lazy_thinking=false."
         )
+    _check_two_calls("lazy_thinking", "false", args)
+
+
+def _check_two_calls(name: str, off: str, args: Args) -> None:
+    """Check that a process can sample its think rows and its no-think rows apart, for the field `name`."""
     if args.use_vllm and (args.vllm_mode == "server" or args.vllm_tensor_parallel_size > 1):
         raise UserError(
-            "lazy_thinking needs processes that sample different numbers of responses; vLLM does so with "
+            f"{name} needs processes that sample different numbers of responses; vLLM does so with "
             f"vllm_mode=colocate and vllm_tensor_parallel_size=1, not with {args.vllm_mode} and "
-            f"{args.vllm_tensor_parallel_size}. Change them, or set lazy_thinking=false."
+            f"{args.vllm_tensor_parallel_size}. Change them, or set {name}={off}."
         )
     rows = args.per_device_train_batch_size * args.steps_per_generation
     if 2 * rows <= args.num_generations:
         raise UserError(
-            f"lazy_thinking needs both modes in every process: more than half of num_generations="
+            f"{name} needs both modes in every process: more than half of num_generations="
             f"{args.num_generations} rows in its part of a rollout, but per_device_train_batch_size="
             f"{args.per_device_train_batch_size} x steps_per_generation={args.steps_per_generation} = {rows}. "
-            "Raise one of them, or set lazy_thinking=false."
+            f"Raise one of them, or set {name}={off}."
         )
 
 

@@ -29,17 +29,15 @@ def prepare_vllm(args: GRPOConfig, model: str) -> None:
         check_server(server_url(args), model, args.vllm_server_timeout)
 
 
-def prepare_generation(generation: Any, merge_adapter: bool, max_new_tokens: int) -> None:
+def prepare_generation(generation: Any, merge_adapter: bool) -> None:
     """Set up TRL's `VLLMGeneration`.
 
     Args:
         merge_adapter: the model is a `PeftModel`; vLLM gets its merged weights.
-        max_new_tokens: tokens to sample for a response, at most.
     """
     if merge_adapter:
         sync_merged_weights(generation)
     sync_packed_weights(generation)
-    generation.max_completion_length = max_new_tokens
 
 
 def server_url(args: GRPOConfig) -> str:
