@@ -245,7 +245,7 @@ def test_samples_of_the_first_prompts(hft_samples: dict[str, str], model_dir: st
     samples.to_parquet(folder / "samples.parquet")
     claimed = EvaluateArguments(model_dir, hft_samples["train_data"], output_dir=str(folder.with_name("again")))
     first = prompts.select(range(3))
-    evaluate._claim(claimed, first, evaluate._settings(claimed, first))
+    evaluate._claim(claimed, first, evaluate._settings(claimed, first), None)
     (folder / "samples.json").write_bytes((folder.with_name("again") / "samples.json").read_bytes())
     args = baselines.BaselineArguments(hft_samples["samples"], hft_samples["train_data"])
     found, queries = baselines._load_samples(args)

@@ -222,24 +222,23 @@ def test_every_data_set_that_is_fast_gives_rows_that_its_own_verifier_accepts() 
 
 
 @pytest.mark.processes
-def test_rows_do_not_depend_on_the_process() -> None:
+def test_rows_do_not_depend_on_the_process(tmp_path: Path) -> None:
     """But for those that the builder refuses without PYTHONHASHSEED."""
     code = (
         "import sys, json\nfrom hgpo_trl.data.generators import ReasoningGymGenerator as G\n"
-        "print()\n"  # the data sets print, too
-        "print(json.dumps({n: [G(n, n, {}, 9, 6, None, None)(i) for i in range(6)] for n in sys.argv[1:]}))"
+        "rows = {n: [G(n, n, {}, 9, 6, None, None)(i) for i in range(6)] for n in sys.argv[2:]}\n"
+        "open(sys.argv[1], 'w').write(json.dumps(rows))"  # the data sets print, too
     )
     names = [name for name in dataset_names() if name not in SLOW]
     outputs = []
     for seed in ("1", "2"):
-        process = subprocess.run(
-            [sys.executable, "-c", code, *names],
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / seed), *names],
             capture_output=True,
-            text=True,
             check=True,
             env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
         )
-        outputs.append(json.loads(process.stdout.splitlines()[-1]))
+        outputs.append(json.loads((tmp_path / seed).read_text(encoding="utf-8")))
     assert {name for name in names if outputs[0][name] != outputs[1][name]} == set(generators._UNORDERED)
 
 

@@ -48,7 +48,21 @@ FORMATS = (*PRESETS.values(), NEMOTRON, SPOKEN)
 in_format = pytest.mark.parametrize("mode_format", FORMATS, ids=lambda found: f"{found.name}-{found.no_think.strip()}")
 pieces = st.sampled_from(
     (
-        *("<think>", "</think>", "<no_think>", "</no_think>", "<thin", "a", "7 ", " ", "\n", "\n\n", "[THINK]"),
+        *(
+            "<think>",
+            "</think>",
+            "<no_think>",
+            "</no_think>",
+            "<thin",
+            "k>",
+            "< think>",
+            "a",
+            "7 ",
+            " ",
+            "\n",
+            "\n\n",
+            "[THINK]",
+        ),
         *("Let me think.", "At once:", "So the answer is", "Done."),
     )
 )

@@ -184,7 +184,13 @@ def _check_arguments(where: str, sample: Callable[..., Any], config: Mapping[str
 
 # --- reasoning-gym --------------------------------------------------------------------------------------------
 
-_UNORDERED = ("isomorphic_strings", "polynomial_multiplication", "ransom_note")  # they iterate over sets of texts
+_UNORDERED = (  # they iterate over sets of texts
+    "isomorphic_strings",
+    "list_functions",
+    "polynomial_multiplication",
+    "ransom_note",
+    "word_ladder",
+)
 _METADATA = "metadata."  # before a field, in a part's name
 
 

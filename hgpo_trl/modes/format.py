@@ -121,8 +121,8 @@ class ModeFormat:
 
 
 def _any_blanks(mark: str) -> str:
-    """A regular expression for a mark with any blanks in the place of its own."""
-    return r"\s*".join(map(re.escape, mark.split()))
+    """A regular expression for a mark with any blanks in the place of its own, and between two tags."""
+    return r"\s*".join(map(re.escape, mark.replace("><", "> <").split()))
 
 
 LHRM = ModeFormat(

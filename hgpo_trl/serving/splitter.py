@@ -66,16 +66,13 @@ class ResponseSplitter:
 
     def _decide(self, final: bool) -> None:
         """Find out the mode, unless the text so far may still become an opening."""
-        body = "".join(self._held.split())
+        opened, body = self.mode_format.opened(self._held), "".join(self._held.split())
         for mode in self.mode_format.by_length:  # the shorter opening may be the beginning of the longer one
-            opening = "".join(self.mode_format.opening(mode).split())
-            if body.startswith(opening):
-                opened = self.mode_format.opened(self._held)
-                assert opened is not None  # by the same rule
+            if opened is not None and opened[0] is mode:
                 self.mode, self._held = mode, self._held[opened[1] :]
                 self._enter(mode)
                 return
-            if opening.startswith(body) and not final:
+            if "".join(self.mode_format.opening(mode).split()).startswith(body) and not final:
                 return
         self._field = "content"
 
