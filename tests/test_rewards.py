@@ -106,7 +106,7 @@ def test_a_verifier_that_fails_is_no_verdict(monkeypatch: pytest.MonkeyPatch, ca
 
     monkeypatch.setattr(rewards_module, "check_answers", check)
     logged: list[tuple[str, float]] = []
-    rewards_module.warn_once.cache_clear()
+    rewards_module._warn_once.cache_clear()
     for _ in range(2):
         rewards = accuracy_reward(
             ["4", "stuck", "<think> a", "5", "4"], ["4", 4, "4", "4", None], log_metric=lambda *x: logged.append(x)

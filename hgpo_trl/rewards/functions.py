@@ -273,33 +273,51 @@ def accuracy_reward(
     Returns:
         One of 1.0, 0.0 and None (no reference answer, or none that the verifier could judge) per completion.
     """
-    responses = responses_of(completions, response)
-    references = answer or [None] * len(responses)
+    references = None if answer is None else [reference if has_answer(reference) else None for reference in answer]
+    return verified("The verifier", check_answers, completions, references, response, log_metric)
+
+
+def verified(
+    name: str,
+    verify: Callable[[Sequence[str], Sequence[str]], Sequence[float | None]],
+    completions: list,
+    references: list | None,
+    response: list[Response] | None,
+    log_metric: Callable[[str, float], None] | None,
+) -> list[float | None]:
+    """Rewards of a verifier: its verdict on a well-formed response's answer, 0.0 for a malformed response.
+
+    Args:
+        name: of the verifier, for the warning.
+        verify: takes references and answers; returns a verdict on each, None where it cannot judge.
+        completions, response, log_metric: as of `accuracy_reward`.
+        references: one per completion, None where there is nothing to compare with; None: for none of them.
+
+    Returns:
+        One per completion; None without a reference or a verdict.
+    """
+    responses = response or [_answer_or_response(completion_text(completion)) for completion in completions]
+    references = references or [None] * len(responses)
     rewards: list[float | None] = [
-        0.0 if has_answer(reference) else None for reference, _ in zip(references, responses, strict=True)
+        None if reference is None else 0.0 for reference, _ in zip(references, responses, strict=True)
     ]
     rows = [row for row, reward in enumerate(rewards) if reward is not None and responses[row].well_formed]
-    verdicts = check_answers([str(references[row]) for row in rows], [responses[row].answer for row in rows])
+    verdicts = verify([str(references[row]) for row in rows], [responses[row].answer for row in rows])
     for row, verdict in zip(rows, verdicts, strict=True):
         rewards[row] = None if verdict is None else float(verdict)
     if None in verdicts:
-        warn_once(
-            "The verifier was stuck or crashed and could not judge an answer. Such a response gets no reward and "
+        _warn_once(
+            f"{name} was stuck or crashed and could not judge an answer. Such a response gets no reward and "
             "carries no signal; hgpo/verifier_failures is their share."
         )
     if rows and log_metric is not None:
-        log_metric("hgpo/verifier_failures", verdicts.count(None) / len(rows))
+        log_metric("hgpo/verifier_failures", list(verdicts).count(None) / len(rows))
     return rewards
 
 
 @cache
-def warn_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def responses_of(completions: list, response: list[Response] | None) -> list[Response]:
-    """The parts of every response: as a caller has split them, else split here; text without a mode is an answer."""
-    return response or [_answer_or_response(completion_text(completion)) for completion in completions]
 
 
 def _answer_or_response(text: str) -> Response:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hgpo_trl.modes import Response
-from hgpo_trl.rewards.functions import responses_of, warn_once
+from hgpo_trl.rewards.functions import verified
 from hgpo_trl.verification.reasoning_gym import score_answers
 
 
@@ -32,20 +32,4 @@ def reasoning_gym_reward(
     Raises:
         UserError: the column holds something else; MissingPackageError: reasoning-gym is not installed.
     """
-    responses = responses_of(completions, response)
-    columns = reasoning_gym or [None] * len(responses)
-    rewards: list[float | None] = [
-        None if column is None else 0.0 for column, _ in zip(columns, responses, strict=True)
-    ]
-    rows = [row for row, reward in enumerate(rewards) if reward is not None and responses[row].well_formed]
-    scores = score_answers([str(columns[row]) for row in rows], [responses[row].answer for row in rows])
-    for row, score in zip(rows, scores, strict=True):
-        rewards[row] = score
-    if None in scores:
-        warn_once(
-            "A verifier of reasoning-gym was stuck or crashed and could not judge an answer. Such a response gets no "
-            "reward and carries no signal; hgpo/verifier_failures is their share."
-        )
-    if rows and log_metric is not None:
-        log_metric("hgpo/verifier_failures", scores.count(None) / len(rows))
-    return rewards
+    return verified("A verifier of reasoning-gym", score_answers, completions, reasoning_gym, response, log_metric)
