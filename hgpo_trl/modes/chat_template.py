@@ -126,11 +126,8 @@ def opened_mode(tokenizer: PreTrainedTokenizerBase) -> str:
     Such a prompt leaves the model nothing to decide.
     """
     mode_format = format_of(tokenizer)
-    if tokenizer.chat_template is None:
-        return ""
-    end = prompt_end(tokenizer)
-    openings = [mode_format.opening(mode) for mode in mode_format.by_length]
-    return next((opening for opening in openings if opening and end.endswith(opening)), "")
+    mode = None if tokenizer.chat_template is None else mode_format.opened_by(prompt_end(tokenizer))
+    return "" if mode is None else mode_format.opening(mode)
 
 
 def let_model_decide(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -115,6 +115,11 @@ class ModeFormat:
                 return mode, found.end()
         return None
 
+    def opened_by(self, prompt: str) -> Mode | None:
+        """The mode whose opening a prompt ends with, as it is written; None where the model has to decide."""
+        openings = ((mode, self.opening(mode)) for mode in self.by_length)
+        return next((mode for mode, opening in openings if opening and prompt.endswith(opening)), None)
+
     def declaration(self) -> str | dict[str, str]:
         """What `as_format` makes this format of: its name, or its texts."""
         return self.name if PRESETS.get(self.name) == self else asdict(self)

@@ -188,10 +188,10 @@ def _check_boundary(tokenizer: "PreTrainedTokenizerBase", mode_format: ModeForma
     if tokenizer.chat_template is None:
         return
     end = prompt_end(tokenizer)
-    openings = [mode_format.opening(mode) for mode in mode_format.by_length]
-    end = next((end.removesuffix(opening) for opening in openings if opening and end.endswith(opening)), end)
+    if (opened := mode_format.opened_by(end)) is not None:
+        end = end.removesuffix(mode_format.opening(opened))
     before = tokenizer.encode(end, add_special_tokens=False)
-    for opening in openings:
+    for opening in map(mode_format.opening, mode_format.by_length):
         ids = tokenizer.encode(opening, add_special_tokens=False)
         if (whole := tokenizer.encode(end + opening, add_special_tokens=False)) != [*before, *ids]:
             raise UserError(

@@ -41,11 +41,8 @@ def forced_mode(template_variables: Mapping[str, Any] | None, tokenizer: Any = N
 @lru_cache(maxsize=64)
 def _opened(tokenizer: Any, choices: tuple[tuple[str, Any], ...]) -> Mode | None:
     """The mode that a model's own chat template opens."""
-    mode_format = _tokens(tokenizer).mode_format
     end = prompt_end(tokenizer, **{name: value for name, value in choices if value is not None})
-    return next(
-        (mode for mode in mode_format.by_length if (text := mode_format.opening(mode)) and end.endswith(text)), None
-    )
+    return _tokens(tokenizer).mode_format.opened_by(end)
 
 
 class HybridReasoningParser(ReasoningParser):
