@@ -49,7 +49,7 @@ from hgpo_trl.modes import (
     split_response,
 )
 from hgpo_trl.modes.chat_template import has_thinking_modes, opened_mode, settle_format
-from hgpo_trl.modes.decision import draw_other, read_decision
+from hgpo_trl.modes.decision import draw_other, move_decision, read_decision
 
 AUTO = "auto"  # the mode in which the model picks
 CHOICES = (AUTO, *(mode.value for mode in MODES))
@@ -182,17 +182,8 @@ class DecisionBias(LogitsProcessor):
         if input_ids.shape[1] != self.prompt_length + len(prefix):
             return scores
         deciding = (input_ids[:, self.prompt_length :] == input_ids.new_tensor(prefix)).all(dim=1)
-        moved = biased(scores.clone(), self.tokens.decision, self.bias)  # the raw logits are read afterwards
+        moved = move_decision(scores.clone(), self.tokens, self.bias)  # the raw logits are read afterwards
         return torch.where(deciding[:, None], moved, scores)
-
-
-def biased(logits: Tensor, decision: tuple[int, int], bias: float) -> Tensor:
-    """Move the log-odds of thinking in logits `[B, V]`, in place."""
-    share = bias if OTHER in decision else bias / 2
-    for token, change in zip(decision, (share, -share), strict=True):
-        if token != OTHER:
-            logits[:, token] += change
-    return logits
 
 
 def _decide(

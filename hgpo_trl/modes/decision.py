@@ -90,6 +90,26 @@ def _follow(log_probs: Tensor, opening: tuple[int, ...], start: int) -> tuple[Te
     return total.exp(), greedy
 
 
+def move_decision(
+    logits: Tensor, tokens: ModeTokens, bias: Tensor | float, rows: Tensor | slice = slice(None)
+) -> Tensor:
+    """Move the log-odds of thinking, logit(think) − logit(no_think), in place.
+
+    Half of the bias is added to the one and half subtracted from the other. Where one mode is every token but the
+    other's (OTHER), the other's logit takes all of it.
+
+    Args:
+        logits: `[B, V]`, at the token where the openings part.
+        bias: one number, or one per row.
+        rows: those to change.
+    """
+    share = bias if OTHER in tokens.decision else bias / 2
+    for token, change in zip(tokens.decision, (share, -share), strict=True):
+        if token != OTHER:
+            logits[rows, token] += change
+    return logits
+
+
 @torch.no_grad()
 def draw_other(
     model: nn.Module, pad: int, prompts: list[list[int]], tokens: ModeTokens, temperature: float, batch_rows: int

@@ -17,7 +17,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from hgpo_trl.modes import OTHER, mode_tokens
+from hgpo_trl.modes import mode_tokens
+from hgpo_trl.modes.decision import move_decision
 
 try:  # vLLM has two model runners, each with an interface of its own; the older versions have the first alone
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
@@ -62,13 +63,6 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
     def _bias(self, params: SamplingParams) -> float:
         return _checked((params.extra_args or {}).get(FIELD, self._default), "vllm_xargs")
 
-    def _shift(self, logits: Tensor, rows: Tensor | slice, biases: Tensor) -> Tensor:
-        share = biases if OTHER in self._tokens.decision else biases / 2
-        for token, change in zip(self._tokens.decision, (share, -share), strict=True):
-            if token != OTHER:
-                logits[rows, token] += change
-        return logits
-
     # --- first model runner ---
 
     def is_argmax_invariant(self) -> bool:
@@ -106,11 +100,13 @@ class DecisionBias(LogitsProcessor, LogitsProcessorV2):
             slots = ctx.expanded_idx_mapping
             here = ctx.pos + 1 == self._state.prompt_len.gpu[slots] + len(self._prefix)
             found = torch.isin(ctx.input_ids, self._last)  # the end of the prefix, or without one of a forced opening
-            return self._shift(logits, slice(None), self._biases[slots] * (here & (found if self._prefix else ~found)))
+            biases = self._biases[slots] * (here & (found if self._prefix else ~found))
+            return move_decision(logits, self._tokens, biases)
         deciding = {row: bias for row, (bias, ids) in self._waiting.items() if len(ids) == len(self._prefix)}
         if deciding:
             rows = torch.tensor(list(deciding), device=logits.device)
-            return self._shift(logits, rows, torch.tensor(list(deciding.values()), device=logits.device))
+            biases = torch.tensor(list(deciding.values()), device=logits.device)
+            return move_decision(logits, self._tokens, biases, rows)
         return logits
 
 
