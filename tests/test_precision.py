@@ -154,7 +154,7 @@ def test_stages_compute_in_bf16_over_fp32_weights(
 
     main = {"hft": hft, "hgpo": hgpo}[stage]
     monkeypatch.setattr(main, "train_and_save", watched)
-    monkeypatch.setitem(main.AUTOMATIC, "bf16", lambda fields: True)
+    monkeypatch.setattr("hgpo_trl.scripts.stages.resolve_bf16", lambda fields: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     rows = prompts.select(range(8))
     if stage == "hft":

@@ -31,8 +31,7 @@ from hgpo_trl.modes.chat_template import settle_format
 from hgpo_trl.rewards import has_answer
 from hgpo_trl.scripts.hft import check as check_for_hft
 from hgpo_trl.scripts.hft import fine_tune
-from hgpo_trl.scripts.recipe import RecipeParser
-from hgpo_trl.scripts.stages import AUTOMATIC, load_tokenizer, lora_config, model_init_kwargs, train_and_save
+from hgpo_trl.scripts.stages import load_tokenizer, lora_config, model_init_kwargs, parse_training, train_and_save
 from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file, without_dropped
 from hgpo_trl.training.lora import prepare_wrapped
 from hgpo_trl.training.rows import Renderer
@@ -112,9 +111,9 @@ def _build(
 
 def rft(argv: Sequence[str]) -> None:
     """HFT-RFT: rejection fine-tuning (Eq. 20, 21)."""
-    args, training_args, model_args = RecipeParser(
-        (BaselineArguments, SFTConfig, ModelConfig), prog="hgpo-trl baselines rft", automatic=AUTOMATIC
-    ).parse_recipe(argv)
+    args, training_args, model_args = parse_training(
+        argv, "hgpo-trl baselines rft", BaselineArguments, SFTConfig, ModelConfig
+    )
     checkpoint = claim_run_dir("rft", training_args, args, model_args)
     dataset = _build(args, training_args, best_responses)
     dropped = dropped_rows_file(training_args.output_dir, "samples") if args.drop_faulty_rows else None
@@ -125,9 +124,9 @@ def rft(argv: Sequence[str]) -> None:
 
 def dpo(argv: Sequence[str]) -> None:
     """HFT-DPO: direct preference optimization of one mode over the other (Eq. 17 to 19)."""
-    args, training_args, model_args = RecipeParser(
-        (BaselineArguments, DPOConfig, ModelConfig), prog="hgpo-trl baselines dpo", automatic=AUTOMATIC
-    ).parse_recipe(argv)
+    args, training_args, model_args = parse_training(
+        argv, "hgpo-trl baselines dpo", BaselineArguments, DPOConfig, ModelConfig
+    )
     checkpoint = claim_run_dir("dpo", training_args, args, model_args)
     tokenizer = load_tokenizer(training_args, model_args)
     settle_format(tokenizer)

@@ -22,12 +22,11 @@ from hgpo_trl.common.errors import run_stage
 from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import LHRM, add_mode_tokens, as_format, check_embeddings, mode_tokens
 from hgpo_trl.modes.chat_template import FORMATS, ensure_thinking_modes, settle_format
-from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.stages import (
-    AUTOMATIC,
     load_tokenizer,
     lora_config,
     model_init_kwargs,
+    parse_training,
     recipe_positions,
     say_format,
     train_and_save,
@@ -35,7 +34,6 @@ from hgpo_trl.scripts.stages import (
 from hgpo_trl.training.checks import DROP_HELP, check_examples, dropped_rows_file
 from hgpo_trl.training.hft import HFTTrainer, check_sampling
 from hgpo_trl.training.lora import prepare_wrapped
-from hgpo_trl.training.precision import check_same_precision
 from hgpo_trl.training.rows import Renderer, as_trained
 from hgpo_trl.training.run_dir import claim_run_dir
 
@@ -122,10 +120,7 @@ def fine_tune(
 
 
 def main(argv: Sequence[str]) -> None:
-    data_args, training_args, model_args = RecipeParser(
-        (HFTArguments, SFTConfig, ModelConfig), prog="hgpo-trl hft", automatic=AUTOMATIC
-    ).parse_recipe(argv)
-    check_same_precision(training_args)
+    data_args, training_args, model_args = parse_training(argv, "hgpo-trl hft", HFTArguments, SFTConfig, ModelConfig)
     checkpoint = claim_run_dir("hft", training_args, data_args, model_args)
 
     def load(field: str, name: str, split: str) -> Dataset:

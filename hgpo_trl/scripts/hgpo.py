@@ -18,20 +18,18 @@ from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
 from hgpo_trl.rewards import load_reward
-from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.scripts.rewards import RewardArguments, check_answers_are_there
 from hgpo_trl.scripts.stages import (
-    AUTOMATIC,
     load_tokenizer,
     lora_config,
     model_init_kwargs,
+    parse_training,
     recipe_positions,
     say_format,
     train_and_save,
 )
 from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file, rollout_positions
 from hgpo_trl.training.config import HGPOConfig
-from hgpo_trl.training.precision import check_same_precision
 from hgpo_trl.training.rows import Renderer
 from hgpo_trl.training.run_dir import claim_run_dir
 from hgpo_trl.training.trainer import HGPOTrainer
@@ -56,10 +54,9 @@ class HGPOArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    script_args, training_args, model_args, reward_args = RecipeParser(
-        (HGPOArguments, HGPOConfig, ModelConfig, RewardArguments), prog="hgpo-trl hgpo", automatic=AUTOMATIC
-    ).parse_recipe(argv)
-    check_same_precision(training_args)
+    script_args, training_args, model_args, reward_args = parse_training(
+        argv, "hgpo-trl hgpo", HGPOArguments, HGPOConfig, ModelConfig, RewardArguments
+    )
     check_evaluation(training_args, script_args.eval_data)
     rewards = [load_reward(name) for name in reward_args.reward_funcs]
     checkpoint = claim_run_dir("hgpo", training_args, script_args, model_args, reward_args)

@@ -1,5 +1,6 @@
 """Steps that the training stages share: load a model, run a trainer, save the result."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,15 +14,28 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import ModeTokens
 from hgpo_trl.modes.chat_template import read_template
 from hgpo_trl.reporting.model_card import write_model_card
+from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.training.checkpoints import SealCheckpoints, last_checkpoint
 from hgpo_trl.training.checks import model_positions
 from hgpo_trl.training.lora import train_tag_rows
 from hgpo_trl.training.model_dir import tokenizer_of
-from hgpo_trl.training.precision import resolve_bf16
-
-AUTOMATIC = {"bf16": resolve_bf16}  # fields of the stages' recipes that may be `auto`
+from hgpo_trl.training.precision import check_same_precision, resolve_bf16
 
 TrainingConfig = SFTConfig | GRPOConfig | DPOConfig
+
+
+def parse_training(argv: Sequence[str], prog: str, *dataclasses: type) -> tuple[Any, ...]:
+    """Parse the recipe of a stage that trains, whose `bf16` may be `auto`, into one instance per dataclass.
+
+    Args:
+        dataclasses: of the recipe's fields; the second is TRL's configuration of the training.
+
+    Raises:
+        UserError: processes of the run would differ in precision.
+    """
+    parsed = RecipeParser(dataclasses, prog=prog, automatic={"bf16": resolve_bf16}).parse_recipe(argv)
+    check_same_precision(parsed[1])
+    return parsed
 
 
 def model_init_kwargs(training_args: TrainingConfig, model_args: ModelConfig) -> dict[str, Any]:
