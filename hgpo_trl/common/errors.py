@@ -7,7 +7,8 @@ accelerate launch -m hgpo_trl.scripts.hft ...       the same, from the first of 
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
@@ -84,3 +85,13 @@ def _is_first() -> bool:
     except OSError:  # the folder is read-only: twice is better than never
         return True
     return True
+
+
+def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = ".", cutoff: float = 0.4) -> str:
+    """The end of a message about an unknown name: the candidate spelled most like it, else `otherwise`.
+
+    Args:
+        cutoff: least similarity, between 0 and 1.
+    """
+    nearest = get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
+    return f"; did you mean {nearest[0]!r}?" if nearest else otherwise

@@ -9,14 +9,13 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.errors import UserError, did_you_mean
 from hgpo_trl.common.imports import load_function, load_module
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.data.adapters import Adapter, Generator, adapt, generated
@@ -177,9 +176,10 @@ def _check_arguments(where: str, sample: Callable[..., Any], config: Mapping[str
     names = ["levels", *(parameter.name for parameter in list(parameters)[2:])]
     for name in config:
         if name not in names:
-            nearest = get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-            raise UserError(f"{where}: config has the unknown key {name!r}{hint} The keys are {', '.join(names)}.")
+            raise UserError(
+                f"{where}: config has the unknown key {name!r}{did_you_mean(name, names)} The keys are "
+                f"{', '.join(names)}."
+            )
 
 
 # --- reasoning-gym --------------------------------------------------------------------------------------------
@@ -276,11 +276,9 @@ def _named(where: str, key: str, name: str, entry: Mapping[str, Any]) -> str:
     if first in metadata:
         return _METADATA + name.removeprefix(_METADATA)
     if "." not in name or name.startswith(_METADATA):
-        nearest = get_close_matches(first, metadata, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
         raise UserError(
-            f"{where}: {key}: the metadata have no field {first!r}{hint} The fields are {', '.join(metadata)}; a "
-            "function is written package.module.function or path/to/file.py:function."
+            f"{where}: {key}: the metadata have no field {first!r}{did_you_mean(first, metadata)} The fields are "
+            f"{', '.join(metadata)}; a function is written package.module.function or path/to/file.py:function."
         )
     function = load_function(f"{where}: {key}", name)
     try:

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -21,7 +20,7 @@ import fsspec
 import pyarrow.parquet as pq
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
-from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.errors import UserError, did_you_mean
 from hgpo_trl.common.files import looks_like_path
 from hgpo_trl.data.example import Drop
 
@@ -94,8 +93,7 @@ def parse_entries(field: str, entries: Sequence[Any], kind: type) -> list[Any]:
             raise UserError(f"{where}={entry!r} must be a mapping with the keys {', '.join(names)}.")
         for key in entry:
             if key not in names:
-                nearest = get_close_matches(str(key), names, n=1, cutoff=0.5)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; the keys are {', '.join(names)}."
+                hint = did_you_mean(str(key), names, f"; the keys are {', '.join(names)}.", cutoff=0.5)
                 raise UserError(f"{where} has the unknown key {key!r}{hint}")
         if not entry.get("path"):
             raise UserError(f"{where}={dict(entry)!r} lacks `path`: a file, a folder, or an id on the hub.")

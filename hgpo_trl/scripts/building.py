@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hgpo_trl.common.cores import available_cores
-from hgpo_trl.common.errors import UserError
+from hgpo_trl.common.errors import UserError, did_you_mean
 from hgpo_trl.common.files import looks_like_path
 from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, columns_of, generic, unread
 from hgpo_trl.data.decontamination import Decontaminator
@@ -171,10 +170,9 @@ def resolve(sources: list[dict[str, Any]], stage: str, seed: int = 0) -> list[tu
                     "generic. (Only some domains: rows, as {maths: 1000}.)"
                 )
         else:
-            nearest = get_close_matches(name, [*ADAPTERS, TASK], n=1, cutoff=0.4)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            known = [TASK, *sorted(ADAPTERS)]
             raise UserError(
-                f"{where}: there is no adapter {name!r}{hint} They are {TASK}, {', '.join(sorted(ADAPTERS))}."
+                f"{where}: there is no adapter {name!r}{did_you_mean(name, known)} They are {', '.join(known)}."
             )
         if stage == "hft" and adapter.stage == "hgpo":
             raise UserError(
@@ -241,11 +239,9 @@ def _look_at(where: str, source: Source, adapter: Adapter, unit: Unit, max_row_b
     if wanted is None:
         return
     columns = sorted({column for row in rows for column in row})
-    nearest = get_close_matches(wanted, columns, n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     raise UserError(
-        f"{where} ({source.path}): none of the first rows has {wanted!r}{hint} The columns are {columns}. "
-        "Set `fields` to the columns that there are."
+        f"{where} ({source.path}): none of the first rows has {wanted!r}{did_you_mean(wanted, columns)} The columns "
+        f"are {columns}. Set `fields` to the columns that there are."
     )
 
 

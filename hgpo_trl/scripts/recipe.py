@@ -1,7 +1,6 @@
 """Recipes: a flat YAML file of the fields of a stage's dataclasses; the command line overrides it."""
 
 import argparse
-import difflib
 import json
 import re
 import typing
@@ -14,7 +13,7 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from trl import TrlParser
 
 from hgpo_trl.common.environment import set_env
-from hgpo_trl.common.errors import refuse
+from hgpo_trl.common.errors import did_you_mean, refuse
 from hgpo_trl.common.files import expand_paths
 from hgpo_trl.common.recipe_files import find_recipe, nearest_recipe
 
@@ -242,8 +241,9 @@ def _did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str
     """A hint at the candidate that was meant: by its former name, else by its spelling."""
     candidates = list(candidates)
     renamed = f"{prefix}{_RENAMED.get(name.removeprefix(prefix))}"
-    matches = [renamed] if renamed in candidates else difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    if renamed in candidates:
+        return f"; did you mean {renamed!r}?"
+    return did_you_mean(name, candidates, otherwise="", cutoff=0.5)
 
 
 def _is_null(word: str) -> bool:

@@ -7,12 +7,11 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from hgpo_trl.common.errors import MissingPackageError, UserError
+from hgpo_trl.common.errors import MissingPackageError, UserError, did_you_mean
 from hgpo_trl.verification.workers import ask_server
 
 TIMEOUT_S = 10.0  # for one answer: some verifiers evaluate it as an expression
@@ -51,17 +50,16 @@ def open_dataset(name: str, config: Mapping[str, Any], *, size: int = 1, seed: i
 @lru_cache(256)
 def _open(name: str, config: str, size: int, seed: int) -> Any:
     if name not in (names := dataset_names()):
-        nearest = get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"they are {', '.join(names)}."
-        raise UserError(f"reasoning-gym has no data set {name!r}; {hint}")
+        hint = did_you_mean(name, names, f"; they are {', '.join(names)}.")
+        raise UserError(f"reasoning-gym has no data set {name!r}{hint}")
     kind, config_kind = _datasets()[name]
     settings = json.loads(config)
     known = [field for field in config_kind.__dataclass_fields__ if field not in ("size", "seed")]  # type: ignore[attr-defined]
     for key in settings:
         if key not in known:
-            nearest = get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
-            raise UserError(f"config: {name} has no setting {key!r}{hint} Its settings are {', '.join(known)}.")
+            raise UserError(
+                f"config: {name} has no setting {key!r}{did_you_mean(key, known)} Its settings are {', '.join(known)}."
+            )
     try:
         built = config_kind(**settings, size=size, seed=seed)
         if hasattr(built, "validate"):
