@@ -56,9 +56,11 @@ class Decontaminator:
         for name, questions in benchmarks.items():
             before = len(self._rows)
             for row, question in enumerate(questions):
-                grams = set() if name in exact else set(self._grams(_words(question)))
+                grams: set[int] = set()
                 if name in exact:
                     self._exact.setdefault(_text_key(question), len(self._rows))
+                else:
+                    grams.update(self._grams(_words(question)))
                 for gram in grams:
                     index[gram].append(len(self._rows))
                 self._rows.append((name, row))

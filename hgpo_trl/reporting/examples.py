@@ -80,7 +80,7 @@ def _choice(who: str, example: Example, brief: bool = False) -> str:
 
 def _response(example: Example, mode: str) -> Response:
     response = example["responses"][mode]
-    score = _number(response["score"])
+    score = number(response["score"])
     verdict = {1.0: "right", 0.0: "wrong"}.get(score, "" if math.isnan(score) else "graded")
     notes = [
         "not scored" if math.isnan(score) else verdict if verdict != "graded" else f"score {score:.2f}",
@@ -93,9 +93,10 @@ def _response(example: Example, mode: str) -> Response:
     return Response(NAMES[mode], badges, verdict, notes, response["reasoning"], response["answer"])
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """A number of an evaluation; null, which stands for NaN, becomes NaN."""
     return math.nan if value is None else float(value)
 
 
 def _shown(value: Any, form: str) -> str:
-    return "–" if math.isnan(_number(value)) else format(value, form)
+    return "–" if math.isnan(number(value)) else format(value, form)

@@ -35,7 +35,7 @@ from hgpo_trl.reporting.documents import (
     to_html,
     to_markdown,
 )
-from hgpo_trl.reporting.examples import Example, example_blocks
+from hgpo_trl.reporting.examples import Example, example_blocks, number
 from hgpo_trl.reporting.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, STYLE, THINK, WIDTH, to_png
 
 Array = NDArray[np.float64]
@@ -46,11 +46,6 @@ Draw = Callable[[SubFigure, TrainingLog], None]
 # ----------------------------------------------------------------------------------------------------
 # Reading evaluations
 # ----------------------------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> float:
-    """A number of an evaluation; null, which stands for NaN, becomes NaN."""
-    return math.nan if value is None else float(value)
 
 
 def lookup(evaluation: Evaluation, path: str) -> Any:
@@ -64,13 +59,13 @@ def lookup(evaluation: Evaluation, path: str) -> Any:
 
 
 def _value(evaluation: Evaluation, path: str) -> float:
-    return _number(_found(evaluation, path))
+    return number(_found(evaluation, path))
 
 
 def _interval(evaluation: Evaluation, path: str) -> tuple[float, float]:
     """95 % interval of a metric; NaN on both sides where it is null."""
     low, high = _found(evaluation, f"intervals.{path}") or (None, None)
-    return _number(low), _number(high)
+    return number(low), number(high)
 
 
 def _found(evaluation: Evaluation, path: str) -> Any:
@@ -338,7 +333,7 @@ def _decision_bias(evaluations: Mapping[str, Evaluation]) -> Figure | None:
 
 def _series(log: TrainingLog, key: str) -> tuple[Array, Array]:
     """Steps and values of the entries that have a number under `key` (both `[n]`)."""
-    points = [(entry["step"], _number(entry[key])) for entry in log if key in entry and "step" in entry]
+    points = [(entry["step"], number(entry[key])) for entry in log if key in entry and "step" in entry]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return steps[~np.isnan(values)], values[~np.isnan(values)]
 
