@@ -15,14 +15,14 @@ from settings import ON_CPU, lottery
 from hgpo_trl import HGPOConfig, HGPOTrainer
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import Fault
-from hgpo_trl.modes.decision import Decision
+from hgpo_trl.modes.decision import OFF_MODE, Decision
+from hgpo_trl.modes.hybrid_accuracy import NO_THINK, THINK
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.training.advantages import assign_rewards, compute_advantages
 from hgpo_trl.training.metrics import group_metrics
 from hgpo_trl.training.rollout import Rollout
-from hgpo_trl.training.rules import NEITHER, RULES, Groups, Rule, build_rule, load_rule
+from hgpo_trl.training.rules import RULES, Groups, Rule, build_rule, load_rule
 from hgpo_trl.training.rules.adaptthink import REFERENCE, AdaptThink
-from hgpo_trl.training.rules.base import NO_THINK, THINK
 from hgpo_trl.training.rules.grpo import GRPO
 from hgpo_trl.training.rules.stable_adaptive import StableAdaptive
 from hgpo_trl.training.rules.thinkless import Thinkless
@@ -98,7 +98,7 @@ def groups(draw: st.DrawFn) -> Groups:
     column = draw(st.lists(st.floats(0, 1), min_size=2, max_size=2))
     return Groups(
         rewards=rewards,
-        modes=torch.tensor(table(st.sampled_from([THINK, NO_THINK, NEITHER]))),
+        modes=torch.tensor(table(st.sampled_from([THINK, NO_THINK, OFF_MODE]))),
         lengths=torch.tensor(table(st.integers(1, 6))),
         mode_probs=torch.full((2, 2), 0.5),
         columns={REFERENCE: torch.tensor(column, dtype=torch.float64)[:, None].expand(2, 4)},
@@ -307,12 +307,12 @@ def test_the_policy_samples_the_mode(rule: str, model_dir: str, data: Dataset, t
     trainer = build(rule, model_dir, data, tokenizer, tmp_path)
     output = rollout(trainer, data)
     first, tokens = output["completion_ids"][:, 0], trainer.mode_tokens
-    expected = torch.full_like(first, NEITHER)
+    expected = torch.full_like(first, OFF_MODE)
     expected[first == tokens.think], expected[first == tokens.no_think] = THINK, NO_THINK
     assert trainer._rollout.modes.tolist() == expected.tolist()
-    assert (expected == NEITHER).any()  # an untrained model draws any token
+    assert (expected == OFF_MODE).any()  # an untrained model draws any token
     assert sum(trainer._metrics["train"]["hgpo/rollout_tokens"]) == output["completion_mask"].sum()
-    names = {THINK: "think", NO_THINK: "no_think", NEITHER: "neither"}
+    names = {THINK: "think", NO_THINK: "no_think", OFF_MODE: "neither"}
     assert list(trainer._logs["extra"]["mode"]) == [names[mode] for mode in expected.tolist()]
 
 
@@ -378,7 +378,7 @@ def test_the_gradient_is_that_of_the_objective(
 ) -> None:
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0], [1.0] * 7 + [0.0]])
     monkeypatch.setattr(Rollout, "response_rewards", property(lambda self: rewards.flatten()))
-    monkeypatch.setattr(Rollout, "modes", property(lambda self: torch.full((16,), NEITHER)))
+    monkeypatch.setattr(Rollout, "modes", property(lambda self: torch.full((16,), OFF_MODE)))
     trainer = build(rule, model_dir, data, tokenizer, tmp_path)
     output = rollout(trainer, data)
     loss_of(trainer, output).backward()
@@ -466,7 +466,7 @@ def test_fields_that_are_not_read_are_named(
 
 
 def test_metrics_by_mode_of_sampled_modes() -> None:
-    modes = torch.tensor([THINK, NO_THINK, NO_THINK, NEITHER, NO_THINK, NO_THINK, NO_THINK, NO_THINK])
+    modes = torch.tensor([THINK, NO_THINK, NO_THINK, OFF_MODE, NO_THINK, NO_THINK, NO_THINK, NO_THINK])
     rewards = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
     lengths = torch.tensor([9, 3, 4, 2, 3, 3, 3, 3])
     none = torch.zeros(8)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgpo_trl.modes import MODES, Fault, Mode
+from hgpo_trl.modes import MODES, Fault
 from hgpo_trl.modes.decision import Decision
-from hgpo_trl.modes.hybrid_accuracy import BALANCED, STRATA, evaluation_metrics
+from hgpo_trl.modes.hybrid_accuracy import BALANCED, NO_THINK, STRATA, evaluation_metrics
 from hgpo_trl.training.advantages import query_signal
 from hgpo_trl.training.rollout import Rollout
 
@@ -60,7 +60,7 @@ def group_metrics(rollout: Rollout, decision: Decision, margin: float, ties: str
         for name, value in zip(("reward", "length", "truncated", "format_faults", "prob"), values, strict=True):
             metrics[f"hgpo/{name}/{mode}"] = value
     words = rollout.by_mode(rollout.reflection_words.float())
-    metrics["hgpo/leakage"] = words[:, MODES.index(Mode.NO_THINK)].nanmean(dim=1)
+    metrics["hgpo/leakage"] = words[:, NO_THINK].nanmean(dim=1)
     metrics["hgpo/off_mode_mass"] = decision.neither
     metrics["hgpo/decision_entropy"] = decision.entropy
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hgpo_trl.modes import MODES, Fault, Mode, ModeTokens, Response
+from hgpo_trl.modes.decision import OFF_MODE
 from hgpo_trl.modes.leakage import count_reflection_words
 from hgpo_trl.rewards.functions import weighted_sum
-from hgpo_trl.training.rules.base import NEITHER
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Rollout:
 
     @property
     def modes(self) -> Tensor:
-        """`[B]`, 0 = think, 1 = no_think, NEITHER."""
+        """`[B]`, 0 = think, 1 = no_think, OFF_MODE."""
         if self.sampled_modes is not None:
             return self.sampled_modes
         return (~think_rows(len(self.lengths), self.group_size, self.lengths.device)).long()
@@ -82,8 +82,8 @@ def row_modes(num_rows: int, group_size: int, first: int = 0) -> list[int]:
 
 
 def response_modes(responses: list[Response]) -> Tensor:
-    """`[b]`, the mode that each of one process's responses begins with: 0 = think, 1 = no_think, NEITHER."""
-    return torch.tensor([NEITHER if response.mode is None else MODES.index(response.mode) for response in responses])
+    """`[b]`, the mode that each of one process's responses begins with: 0 = think, 1 = no_think, OFF_MODE."""
+    return torch.tensor([OFF_MODE if response.mode is None else MODES.index(response.mode) for response in responses])
 
 
 def think_rows(num_rows: int, group_size: int, device: torch.device) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import MODES, Mode, ModeTokens
+from hgpo_trl.modes import ModeTokens
+from hgpo_trl.modes.hybrid_accuracy import THINK
 
 Sampled = tuple[list[list[int]], list[list[float]] | None]
 Sample = Callable[[list[list[int]], int, int], Sampled]
@@ -50,7 +51,7 @@ class ThinkBudget:
             tuple(tokenizer(marks.mode_format.end_reasoning, add_special_tokens=False)["input_ids"]),
             marks.end_think,
             max_new_tokens,
-            marks.forced[MODES.index(Mode.THINK)],
+            marks.forced[THINK],
         )
         if budget.answer_tokens < 1:
             longest = max(marks.forced)

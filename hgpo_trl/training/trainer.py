@@ -1,6 +1,7 @@
 """HGPOTrainer: TRL's GRPOTrainer with hybrid group sampling and mode-aware advantages."""
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -19,7 +20,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from hgpo_trl.common import paper
 from hgpo_trl.inference.generate import set_generation_config
 from hgpo_trl.modes import MODES, OTHER, Fault, Response, check_embeddings
-from hgpo_trl.modes.decision import Decision, draw_other, read_decision
+from hgpo_trl.modes.decision import OFF_MODE, Decision, draw_other, read_decision
+from hgpo_trl.modes.hybrid_accuracy import THINK
 from hgpo_trl.rewards.functions import answer_parts, check_finite, checked, floor_faults, overlong, split_completions
 from hgpo_trl.training.advantages import Estimator
 from hgpo_trl.training.config import HGPOConfig
@@ -30,8 +32,7 @@ from hgpo_trl.training.metrics import EvaluationMetrics, group_metrics, sampled_
 from hgpo_trl.training.micro_batches import MicroBatchTrainer
 from hgpo_trl.training.resume import ResumableTrainer
 from hgpo_trl.training.rollout import OwnTokens, Rollout, inspect_responses, response_modes, row_modes, unsampled_rows
-from hgpo_trl.training.rules import NEITHER, Groups, Rule, build_rule
-from hgpo_trl.training.rules.base import THINK
+from hgpo_trl.training.rules import Groups, Rule, build_rule
 from hgpo_trl.training.think_budget import ThinkBudget
 from hgpo_trl.training.validate import as_list, check_advantages, check_text_only, model_name, validate
 from hgpo_trl.training.vllm import naming_a_failing_server, prepare_generation
@@ -40,7 +41,7 @@ logger = get_logger(__name__)
 
 NO_MASS_BELOW = 1e-4  # mean probability of a mode at the first step that causes a warning
 
-OFF_MODE = (
+OFF_MODE_WARNING = (
     "The first token is neither mode with a mean probability of {mass:.3f} (off_mode_warning={limit}). The policy is "
     "leaving the two modes: use decision_weighting=winner, raise beta, or lower the learning rate. If it has been "
     "so from the first step, train HFT for longer."
@@ -226,12 +227,16 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         ids, mask = (
             torch.cat([output[f"prompt_{kind}"], output[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")
         )
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
+        with torch.no_grad(), self._without_checkpointing():
             log_probs, _, _ = self._get_per_token_logps_and_entropies(
                 self.model, ids, mask, output["completion_ids"].shape[1], self.args.per_device_train_batch_size
             )
         return log_probs
+
+    def _without_checkpointing(self) -> AbstractContextManager:
+        """Switch gradient checkpointing off: passes that need no gradients gain nothing from it."""
+        kwargs: Any = self.args.gradient_checkpointing_kwargs
+        return disable_gradient_checkpointing(self.model, kwargs)
 
     # --- sampling (Eq. 5, 6)
 
@@ -316,8 +321,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             return openings
         draws = self.mode_tokens.decision.index(OTHER)
         rows = self.args.per_device_train_batch_size
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(self.model, checkpointing), self.accelerator.autocast():
+        with self._without_checkpointing(), self.accelerator.autocast():
             drawn = draw_other(
                 self.model, self._tokenizer.pad_token_id, prompt_ids, self.mode_tokens, self.temperature, rows
             )
@@ -421,9 +425,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         """Read the old policy's first-token distribution for every query of the global batch, `[Q]` per field."""
         training = self.model.training
         rows = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         read = partial(read_decision, self.model, tokens=self.mode_tokens, temperature=self.temperature)
-        with disable_gradient_checkpointing(self.model, checkpointing), self.accelerator.autocast():
+        with self._without_checkpointing(), self.accelerator.autocast():
             return read_group_decisions(
                 read, prompt_ids, prompt_mask, self._group_size, rows, self.max_completion_length, self.accelerator
             )
@@ -489,7 +492,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
                 logged[name][-1] = value  # in place of TRL's
         off_mode_mass = decision.neither[:queries].mean().item()
         if off_mode_mass > self.args.off_mode_warning:
-            self._warn_once(OFF_MODE, mass=off_mode_mass, limit=self.args.off_mode_warning)
+            self._warn_once(OFF_MODE_WARNING, mass=off_mode_mass, limit=self.args.off_mode_warning)
         if self.state.global_step == 0:  # a trained policy may well have given up a mode
             for mode, mass in zip(MODES, decision.mode_probs[:queries].mean(dim=0).tolist(), strict=True):
                 if mass < NO_MASS_BELOW:
@@ -505,7 +508,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         of_responses, of_decisions = torch.stack([last, advantages[:, len(self.mode_tokens.prefix)]]).tolist()
         self._logs["advantages"].extend(of_responses)
         self._logs["extra"]["decision_advantage"].extend(of_decisions)
-        names = {NEITHER: "neither", **{place: mode.value for place, mode in enumerate(MODES)}}
+        names = {OFF_MODE: "neither", **{place: mode.value for place, mode in enumerate(MODES)}}
         self._logs["extra"]["mode"].extend(names[mode] for mode in rollout.modes.tolist())
 
     def _warn_once(self, message: str, **values: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.imports import load_function
 from hgpo_trl.training.rules.adaptthink import AdaptThink
-from hgpo_trl.training.rules.base import NEITHER, Groups, Rule
+from hgpo_trl.training.rules.base import Groups, Rule
 from hgpo_trl.training.rules.grpo import GRPO
 from hgpo_trl.training.rules.hgpo import HGPO
 from hgpo_trl.training.rules.stable_adaptive import StableAdaptive
@@ -20,7 +20,7 @@ RULES: dict[str, type[Rule]] = {
     "grpo": GRPO,
 }
 
-__all__ = ["NEITHER", "RULES", "Groups", "Rule", "build_rule", "load_rule"]
+__all__ = ["RULES", "Groups", "Rule", "build_rule", "load_rule"]
 
 
 def load_rule(name: str) -> type[Rule]:

@@ -4,7 +4,8 @@ import math
 
 from torch import Tensor
 
-from hgpo_trl.training.rules.base import NO_THINK, Groups, Rule
+from hgpo_trl.modes.hybrid_accuracy import NO_THINK
+from hgpo_trl.training.rules.base import Groups, Rule
 
 REFERENCE = "reference_reward"
 

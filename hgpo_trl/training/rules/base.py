@@ -17,10 +17,6 @@ import torch
 from torch import Tensor
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import MODES, Mode
-
-THINK, NO_THINK = MODES.index(Mode.THINK), MODES.index(Mode.NO_THINK)
-NEITHER = -1  # mode of a response that begins with neither opening, which only a policy that samples its mode can do
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Groups:
     """The scored responses of a batch, which a rule turns into advantages."""
 
     rewards: Tensor  # [Q, N], NaN where a response has none
-    modes: Tensor  # [Q, N], THINK, NO_THINK or NEITHER. Forced modes: the think half first
+    modes: Tensor  # [Q, N], THINK, NO_THINK or, where the policy samples them, OFF_MODE. Forced: the think half first
     lengths: Tensor  # [Q, N], tokens from the decision on, without others of the opening
     mode_probs: Tensor  # [Q, 2], the old policy's probability of each mode, π_old(m|q)
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # [Q, N] each: `Rule.columns` of the data set

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from hgpo_trl.modes.hybrid_accuracy import NO_THINK
 from hgpo_trl.training.advantages import standardize
-from hgpo_trl.training.rules.base import NO_THINK, Groups, Rule
+from hgpo_trl.training.rules.base import Groups, Rule
 
 
 class GRPO(Rule):

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hgpo_trl.modes.hybrid_accuracy import NO_THINK
 from hgpo_trl.training.advantages import standardize
-from hgpo_trl.training.rules.base import NO_THINK, Groups, Rule, check_correctness, check_option
+from hgpo_trl.training.rules.base import Groups, Rule, check_correctness, check_option
 
 
 class StableAdaptive(Rule):

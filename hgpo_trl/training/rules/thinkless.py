@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hgpo_trl.training.rules.base import THINK, Groups, Rule, check_correctness, check_option
+from hgpo_trl.modes.hybrid_accuracy import THINK
+from hgpo_trl.training.rules.base import Groups, Rule, check_correctness, check_option
 
 
 class Thinkless(Rule):
