@@ -20,6 +20,19 @@ def lottery(completions: list, **kwargs: Any) -> list[float]:
     return [float(row % 3) for row in range(len(completions))]
 
 
+# Rollouts of two queries with eight responses each, and one step on them.
+TWO_QUERIES = ON_CPU | {
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "num_generations": 8,
+    "max_completion_length": 12, "beta": 0.0, "max_steps": 1, "learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def rollout_of_two_queries(trainer: Any, data: Any) -> dict[str, Any]:
+    """The rollout of the first two queries of a data set, with the settings of `TWO_QUERIES`."""
+    trainer.model.train()
+    return trainer._generate_and_score_completions([{**data[query]} for query in range(2) for _ in range(8)])
+
+
 # Transformers' continuous batching takes 12 GB for its cache unless it is told how much it needs.
 CONTINUOUS_BATCHING = {
     "use_transformers_continuous_batching": True,

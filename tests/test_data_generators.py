@@ -13,11 +13,11 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from test_data_pipeline import contents, removed_of, rows_of
+from test_data_pipeline import chunks_of_both_starts, contents, removed_of, rows_of
 
 from hgpo_trl.cli import main
 from hgpo_trl.common.errors import MissingPackageError, UserError
-from hgpo_trl.data import generators, pipeline
+from hgpo_trl.data import generators
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import quality
 from hgpo_trl.data.pipeline import Build, Deduplication, build_dataset, claim
@@ -157,20 +157,7 @@ def test_a_build_that_was_interrupted_goes_on_with_the_same_rows(
 ) -> None:
     recipe = [{"path": task, "adapter": "task", "rows": 300, "mode": "think"}]
     build(recipe, tmp_path / "whole" / "out")
-    made = []
-    make_chunk = pipeline.make_chunk
-
-    def fail_at_the_third(build: Build, work: Path, number: int, unit: Any) -> int:
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(number)
-        return make_chunk(build, work, number, unit)
-
-    monkeypatch.setattr(pipeline, "make_chunk", fail_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        build(recipe, tmp_path / "cut" / "out")
-    monkeypatch.setattr(pipeline, "make_chunk", lambda *args: made.append(args[2]) or make_chunk(*args))
-    build(recipe, tmp_path / "cut" / "out")
+    made = chunks_of_both_starts(lambda: build(recipe, tmp_path / "cut" / "out"), monkeypatch)
     assert made == list(range(8))
     assert contents(tmp_path / "cut" / "out") == contents(tmp_path / "whole" / "out")
     monkeypatch.setattr(generators, "UNIT_ROWS", 7)

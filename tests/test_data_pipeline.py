@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -379,21 +380,27 @@ def test_a_killed_build_goes_on(recipe: Any, tmp_path: Path, at: str, moment: st
     assert contents(out) == contents(tmp_path / "whole" / "out")
 
 
-def test_what_is_done_is_not_done_again(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def chunks_of_both_starts(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Interrupt a build at its third chunk and start it again; the numbers of the chunks that the two starts made."""
+    made: list[int] = []
     make_chunk = pipeline.make_chunk
 
-    def fail_at_the_third(build: Build, work: Path, number: int, unit: Any) -> int:
+    def fail_at_the_third(planned: Build, work: Path, number: int, unit: Any) -> int:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(number)
-        return make_chunk(build, work, number, unit)
+        return make_chunk(planned, work, number, unit)
 
     monkeypatch.setattr(pipeline, "make_chunk", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "out")
+        build()
     monkeypatch.setattr(pipeline, "make_chunk", lambda *args: made.append(args[2]) or make_chunk(*args))
-    run(recipe, tmp_path / "out")
+    build()
+    return made
+
+
+def test_what_is_done_is_not_done_again(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = chunks_of_both_starts(lambda: run(recipe, tmp_path / "out"), monkeypatch)
     assert made == list(range(len(made)))
     before = contents(tmp_path / "out")
     run(recipe, tmp_path / "out")  # complete: nothing to do

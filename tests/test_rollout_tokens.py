@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from settings import ON_CPU
+from settings import TWO_QUERIES, rollout_of_two_queries
 
 from hgpo_trl import HGPOConfig
 from hgpo_trl.rewards import accuracy_reward
@@ -23,21 +23,7 @@ from mode_rules import REFERENCE, RULES, Counting
 
 
 def build(rule: str, model_dir: str, prompts: Dataset, tokenizer: Any, tmp_path: Path, **fields: Any) -> Any:
-    config = HGPOConfig(
-        **ON_CPU
-        | {
-            "output_dir": str(tmp_path),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 4,
-            "num_generations": 8,
-            "max_completion_length": 12,
-            "beta": 0.0,
-            "max_steps": 1,
-            "learning_rate": 1e-3,
-            **RULES[rule].fields,
-            **fields,
-        }
-    )
+    config = HGPOConfig(**TWO_QUERIES | {"output_dir": str(tmp_path), **RULES[rule].fields, **fields})
     return Counting(
         model=model_dir,
         reward_funcs=[accuracy_reward],
@@ -47,18 +33,12 @@ def build(rule: str, model_dir: str, prompts: Dataset, tokenizer: Any, tmp_path:
     )
 
 
-def rollout(trainer: Any, prompts: Dataset) -> dict[str, Any]:
-    trainer.model.train()
-    rows = [{**prompts[query]} for query in range(2) for _ in range(8)]
-    return trainer._generate_and_score_completions(rows)
-
-
 @pytest.mark.parametrize("rule", ["grpo", "thinkless"])
 def test_free_rules_count_every_token(
     rule: str, model_dir: str, prompts: Dataset, tokenizer: Any, tmp_path: Path
 ) -> None:
     trainer = build(rule, model_dir, prompts, tokenizer, tmp_path)
-    output = rollout(trainer, prompts)
+    output = rollout_of_two_queries(trainer, prompts)
     assert trainer.rollout_tokens == int(output["completion_mask"].sum())
 
 
@@ -68,7 +48,7 @@ def test_forced_tokens_are_not_counted(
 ) -> None:
     prompts = prompts.add_column(REFERENCE, [0.5] * len(prompts))
     trainer = build(rule, model_dir, prompts, tokenizer, tmp_path)
-    output = rollout(trainer, prompts)
+    output = rollout_of_two_queries(trainer, prompts)
     assert trainer.rollout_tokens == int(output["completion_mask"].sum()) - 16
     assert trainer.rollout_tokens == sum(trainer._metrics["train"]["hgpo/rollout_tokens"])
 
@@ -80,7 +60,7 @@ def test_lazy_thinking_counts_what_it_samples(
         "hgpo_trl.training.lazy.decided_without_think", lambda rewards, margin: torch.tensor([True, False])
     )
     trainer = build("lazy", model_dir, prompts, tokenizer, tmp_path)
-    output = rollout(trainer, prompts)
+    output = rollout_of_two_queries(trainer, prompts)
     lengths = output["completion_mask"].sum(dim=1)
     assert lengths[:4].tolist() == [1] * 4  # the think responses of the decided query: forced tokens, not counted
     assert trainer.rollout_tokens == int(lengths.sum()) - 16

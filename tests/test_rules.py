@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from settings import ON_CPU, lottery
+from settings import ON_CPU, TWO_QUERIES, lottery, rollout_of_two_queries
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
 from hgpo_trl.common.errors import UserError
@@ -260,18 +260,7 @@ def correctness(completions: list, **kwargs: Any) -> list[float]:
 
 
 def build(rule: str, model_dir: str, data: Dataset, tokenizer: Any, tmp_path: Path, **fields: Any) -> Any:
-    settings = ON_CPU | {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4,
-        "num_generations": 8,
-        "max_completion_length": 12,
-        "beta": 0.0,
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "mode_rule": rule,
-        **fields,
-    }
+    settings = TWO_QUERIES | {"output_dir": str(tmp_path), "mode_rule": rule, **fields}
     return HGPOTrainer(
         model=model_dir,
         reward_funcs=correctness,
@@ -280,11 +269,6 @@ def build(rule: str, model_dir: str, data: Dataset, tokenizer: Any, tmp_path: Pa
         eval_dataset=data.remove_columns(REFERENCE).select(range(2)),
         processing_class=tokenizer,
     )
-
-
-def rollout(trainer: Any, data: Dataset) -> dict[str, Any]:
-    trainer.model.train()
-    return trainer._generate_and_score_completions([{**data[query]} for query in range(2) for _ in range(8)])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -305,7 +289,7 @@ def test_every_rule_trains_and_evaluates_in_both_modes(
 @pytest.mark.parametrize("rule", SAMPLED)
 def test_the_policy_samples_the_mode(rule: str, model_dir: str, data: Dataset, tokenizer: Any, tmp_path: Path) -> None:
     trainer = build(rule, model_dir, data, tokenizer, tmp_path)
-    output = rollout(trainer, data)
+    output = rollout_of_two_queries(trainer, data)
     first, tokens = output["completion_ids"][:, 0], trainer.mode_tokens
     expected = torch.full_like(first, OFF_MODE)
     expected[first == tokens.think], expected[first == tokens.no_think] = THINK, NO_THINK
@@ -321,7 +305,7 @@ def test_half_of_a_group_is_forced_into_each_mode(
     rule: str, model_dir: str, data: Dataset, tokenizer: Any, tmp_path: Path
 ) -> None:
     trainer = build(rule, model_dir, data, tokenizer, tmp_path)
-    output = rollout(trainer, data)
+    output = rollout_of_two_queries(trainer, data)
     tokens = trainer.mode_tokens
     half = [tokens.think] * 4 + [tokens.no_think] * 4
     assert output["completion_ids"][:, 0].tolist() == 2 * half
@@ -380,7 +364,7 @@ def test_the_gradient_is_that_of_the_objective(
     monkeypatch.setattr(Rollout, "response_rewards", property(lambda self: rewards.flatten()))
     monkeypatch.setattr(Rollout, "modes", property(lambda self: torch.full((16,), OFF_MODE)))
     trainer = build(rule, model_dir, data, tokenizer, tmp_path)
-    output = rollout(trainer, data)
+    output = rollout_of_two_queries(trainer, data)
     loss_of(trainer, output).backward()
     found = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
@@ -398,7 +382,7 @@ def test_adaptthink_loss_is_clipped_with_the_ratio_to_half(
     """-mean of min(r·A, clip(r)·A), r the exp of the mean log-ratio to a policy that draws either mode with 0.5."""
     fields = {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 0.2}
     trainer = build("adaptthink", model_dir, data, tokenizer, tmp_path, **fields)
-    output = rollout(trainer, data)
+    output = rollout_of_two_queries(trainer, data)
     log_probs, mask = log_probs_of(trainer, output), output["completion_mask"].float()
     torch.testing.assert_close(output["old_per_token_logps"][:, 0], torch.full((16,), 0.5).log())
     torch.testing.assert_close(
@@ -424,13 +408,13 @@ def test_a_column_that_the_rule_needs(model_dir: str, data: Dataset, tokenizer: 
     broken = data.remove_columns(REFERENCE).add_column(REFERENCE, [math.nan] * len(data))
     trainer = build("adaptthink", model_dir, broken, tokenizer, tmp_path)
     with pytest.raises(UserError, match=r"not finite. Check .* numbers in reference_reward"):
-        rollout(trainer, broken)
+        rollout_of_two_queries(trainer, broken)
 
 
 def test_a_rule_of_ones_own(model_dir: str, data: Dataset, tokenizer: Any, tmp_path: Path) -> None:
     name = f"{__file__}:LastToken"
     trainer = build(name, model_dir, data, tokenizer, tmp_path, mode_rule_kwargs={"scale": 3.0})
-    output = rollout(trainer, data)
+    output = rollout_of_two_queries(trainer, data)
     assert load_rule(name).__name__ == "LastToken"
     sums = output["advantages"].sum(dim=1)
     torch.testing.assert_close(sums, 3 * trainer._rollout.response_rewards)
@@ -449,7 +433,7 @@ def test_faults_of_a_rule_of_ones_own(
 ) -> None:
     trainer = build(f"{__file__}:{rule}", model_dir, data, tokenizer, tmp_path)
     with pytest.raises(UserError, match=message):
-        rollout(trainer, data)
+        rollout_of_two_queries(trainer, data)
 
 
 def test_fields_that_are_not_read_are_named(
