@@ -177,7 +177,7 @@ def test_inputs_made_anew_are_another_runs(tmp_path: Path, field: str) -> None:
     (model / "README.md").write_text("a card is no part of the model", encoding="utf-8")
     assert start() == last
     made[field].write_bytes(b"other")
-    with pytest.raises(UserError, match="Changed: input_files: .*Choose another output_dir"):
+    with pytest.raises(UserError, match=r"Changed: input_files: .*Choose another output_dir"):
         start()
 
 
@@ -195,7 +195,7 @@ def test_inputs_of_the_hub_are_known_by_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("output_dir", ["file", "file/run", "file/deep/run"])
 def test_a_file_in_the_way_is_named(tmp_path: Path, output_dir: str) -> None:
     (tmp_path / "file").write_text("kept", encoding="utf-8")
-    with pytest.raises(UserError, match=r"cannot be a folder, since '\S+file' is a file. Name another output_dir"):
+    with pytest.raises(UserError, match=r"cannot be a folder, since '\S+file' is a file. Move it"):
         claim(tmp_path / output_dir)
     assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
 

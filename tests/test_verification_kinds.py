@@ -451,7 +451,8 @@ def test_reported_answers() -> None:
     if not path.exists():
         pytest.skip("no reported answers: ../shared/cases is missing")
     cases = json.loads(path.read_text(encoding="utf-8"))
-    verdicts = check_answers([case["reference"] for case in cases], [case["answer"] for case in cases])
+    references, answers = ([case[key] for case in cases] for key in ("reference", "answer"))
+    verdicts = check_answers(references, answers, timeout=60)  # a busy machine changes no verdict
     judged = zip(cases, verdicts, strict=True)
     differ = {(case["reference"], case["answer"]) for case, verdict in judged if verdict is not case["equal"]}
     assert differ == DIFFER.keys()

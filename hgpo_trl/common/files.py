@@ -71,7 +71,7 @@ def make_folder(path: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         file = next(part for part in (path, *path.parents) if part.exists())
         raise UserError(
-            f"{str(path)!r} cannot be a folder, since {str(file)!r} is a file. Name another output_dir, or move the file."
+            f"{str(path)!r} cannot be a folder, since {str(file)!r} is a file. Move it, or name another output_dir."
         ) from error
 
 

@@ -36,7 +36,7 @@ _DERIVED = {
     "generation_batch_size",
     "input_files",
     "stage",
-}  # derived from other settings, or named elsewhere
+}  # derived, or named elsewhere
 
 
 def write_model_card(model: str | Path, *, report: str | Path | None = None, hub_id: str | None = None) -> Path:
