@@ -132,7 +132,7 @@ class HGPOConfig(GRPOConfig):
     trim_micro_batches: bool = field(
         default=True,
         metadata={
-            "help": "Sort rows by length into micro-batches, trim each, leave out idle tokens; same gradient, less work."
+            "help": "Less padding and no idle tokens in micro-batches; same gradient."
         },
     )
     no_think_cap: float | None = field(
