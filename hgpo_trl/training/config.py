@@ -131,9 +131,7 @@ class HGPOConfig(GRPOConfig):
     )
     trim_micro_batches: bool = field(
         default=True,
-        metadata={
-            "help": "Less padding and no idle tokens in micro-batches; same gradient."
-        },
+        metadata={"help": "Less padding and no idle tokens in micro-batches; same gradient."},
     )
     no_think_cap: float | None = field(
         default=None,
