@@ -3,9 +3,9 @@
     python tests/kill_evaluation.py [2x]FILE:COUNT,[2x]FILE:COUNT,...[,2x] FIELDS ...
 
 Every start is a fork of this process, which has the imports done. It is killed when it opens, for the COUNT-th time, a
-file for writing whose path contains FILE. With 2x it is two processes, the second of which is killed, and with FILE:full
-finds no space left on the device; there is no launcher, so the first has to notice. What they print is shown when all
-have ended, each line behind the number of its process.
+file for writing whose path contains FILE. With 2x it is two processes, the second of which is killed, and with
+FILE:full finds no space left on the device; there is no launcher, so the first has to notice. What they print is shown
+when all have ended, each line behind the number of its process.
 """
 
 import errno
@@ -43,7 +43,8 @@ def start(argv: list[str], death: str) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    pids, logs = [], [TemporaryFile("w+", encoding="utf-8") for _ in range(count)]
+    pids = []
+    logs = [TemporaryFile("w+", encoding="utf-8") for _ in range(count)]  # noqa: SIM115 (closed below)
     for rank, log in enumerate(logs):
         pid = os.fork()
         if pid == 0:

@@ -48,7 +48,9 @@ def results(folder: Path) -> list[bytes]:
 def test_two_processes_give_the_result_of_one(fields: dict[str, Any], alone: list[bytes], tmp_path: Path) -> None:
     """As a user starts them; the first speaks for both."""
     words = argv(fields | {"output_dir": tmp_path / "two"})
-    launcher = "-m accelerate.commands.launch --config_file recipes/accelerate/cpu_ddp.yaml --main_process_port 0".split()
+    launcher = (
+        "-m accelerate.commands.launch --config_file recipes/accelerate/cpu_ddp.yaml --main_process_port 0".split()
+    )
     command = [sys.executable, *launcher, "-m", "hgpo_trl.scripts.evaluate", *words]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -79,7 +81,9 @@ def test_interrupted_with_one_number_of_processes_and_resumed_with_another(
 
     noticed = "0: hgpo-trl evaluate: error: another process of this evaluation has ended; what it has printed says why."
     assert [noticed in start for start in starts] == [True, True, False]
-    assert re.search("^1: OSError: .*No space left on device", starts[1], re.MULTILINE), "the fault, by the one at fault"
+    assert re.search("^1: OSError: .*No space left on device", starts[1], re.MULTILINE), (
+        "the fault, by the one at fault"
+    )
     assert not re.search("^0: Traceback", run.stdout, re.MULTILINE)
     assert "0: 10 of 11 prompts have been sampled already" in last
     assert re.search("^0: .*hybrid accuracy", last, re.MULTILINE)

@@ -1,7 +1,7 @@
 """The processes of one evaluation, as `accelerate launch` and torchrun start them.
 
-Each samples a share of the prompts with a model of its own. They talk over gloo, on the CPU: the accelerators are left to
-the models and to vLLM's engines, which have groups of their own.
+Each samples a share of the prompts with a model of its own. They talk over gloo, on the CPU: the accelerators are left
+to the models and to vLLM's engines, which have groups of their own.
 """
 
 import os

@@ -59,7 +59,7 @@ def running_engine(
             f"positions, but the model {model!r} has {available} (max_position_embeddings). Lower max_new_tokens, drop "
             "the longest prompts, or set backend to transformers, which does not check it."
         )
-    with _own_devices(tensor_parallel_size):
+    with own_devices(tensor_parallel_size):
         engine = LLM(
             model=model,
             dtype=weights_dtype,
@@ -77,7 +77,7 @@ def running_engine(
 
 
 @contextmanager
-def _own_devices(each: int) -> Iterator[None]:
+def own_devices(each: int) -> Iterator[None]:
     """Where several processes have an engine each, show the processes of an engine that starts here its own devices.
 
     On a CPU these are groups of cores, if `VLLM_CPU_OMP_THREADS_BIND` has several: 0-15|16-31.
@@ -138,9 +138,7 @@ def sample_both_modes(
     decisions = _read_decisions(engine, ids, tokens)
     seeds = [derived_seed(seed, number) for number in numbers or range(len(ids))]
     shown = progress is None or not progress.disable
-    responses = _generate(
-        engine, ids, tokens, ends, samples_per_mode, max_new_tokens, temperature, top_p, seeds, shown
-    )
+    responses = _generate(engine, ids, tokens, ends, samples_per_mode, max_new_tokens, temperature, top_p, seeds, shown)
     samples = samples_table(tokenizer, decisions, responses, ends)
     if progress is not None:
         progress.update(len(samples))

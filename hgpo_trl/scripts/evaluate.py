@@ -364,7 +364,8 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = _model_tokenizer(args, processes.is_main)
         dataset = _check(args, dataset, tokenizer, processes.is_main)
         if not processes.is_main:
-            _draw(args, tokenizer, dataset["prompt"], processes.agree(list), processes)
+            parts = processes.agree(list[Part])  # the main process's
+            _draw(args, tokenizer, dataset["prompt"], parts, processes)
             return
     settings = _settings(args, dataset)
     check_answers_are_there("data", dataset, rewards, reward_args)
@@ -377,7 +378,7 @@ def main(argv: Sequence[str]) -> None:
     if reward_model is not None:
         rewards.append(reward_model)  # its weights are loaded once sampling has freed the memory
     output_dir = Path(args.output_dir)
-    files, parts = [output_dir / SAMPLES], list[Part]()
+    files, parts = [output_dir / SAMPLES], []
     if files[0].is_file():
         print(f"All samples are there: {files[0]}", flush=True)
     else:
