@@ -25,6 +25,7 @@ from settings import argv
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.evaluation import transformers_backend
 from hgpo_trl.evaluation.parts import draw_missing, parts_by_length, read_parts
+from hgpo_trl.evaluation.processes import Processes
 from hgpo_trl.evaluation.samples import (
     SCHEMA,
     Sampler,
@@ -239,6 +240,27 @@ def test_missing_parts_are_drawn_and_no_others(size: int, kept: set[int], stale:
         assert all(
             text.startswith(f"prompt {row} ") for row, text in zip(whole["prompt_id"], whole["completion"], strict=True)
         )
+
+
+class FirstOfTwo(Processes):
+    """Without the other."""
+
+    def __init__(self) -> None:
+        super().__init__(index=0, count=2)
+
+    def agree(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def wait(self, meanwhile: Callable[[], object]) -> None:
+        meanwhile()
+
+
+def test_parts_that_another_process_writes_elsewhere_are_missed(tmp_path: Path) -> None:
+    prompts = [f"prompt {number}" for number in range(5)]
+    parts, sampler = parts_by_length(tmp_path, [1, 2, 3, 4, 5], 1, 0), CountingSampler()
+    with pytest.raises(ValueError, match=r"has drawn 2 parts that are not here, the first .*00001\.parquet\. All mach"):
+        draw_missing(parts, sampler.loaded(), prompts, samples_per_mode=2, processes=FirstOfTwo())
+    assert sampler.drawn == ["prompt 0", "prompt 2", "prompt 4"], "every other one"
 
 
 def test_seeds_of_parts_differ() -> None:

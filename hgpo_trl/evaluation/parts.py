@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.evaluation.processes import ALONE, Processes
 from hgpo_trl.evaluation.samples import PROMPT_ID, Sampler, key_of, write_samples
@@ -94,6 +95,9 @@ def draw_missing(
         processes: that share the parts. Which draws which is decided once, by their order.
         keep: what to write of a part's samples; their `prompt_id` counts within the part.
         settings: further ones of `sample_both_modes`.
+
+    Raises:
+        UserError: another process has ended, or writes where this one does not find it.
     """
     missing = processes.agree(lambda: [part for part in parts if not part.is_drawn()])
     if not missing:
@@ -127,6 +131,11 @@ def draw_missing(
                     write_samples(part.path, kept.assign(**{PROMPT_ID: numbers}), part.key)
                     show_others()
         processes.wait(show_others)
+    if processes.is_main and (lost := [part.path for part in missing if not part.path.is_file()]):
+        raise UserError(
+            f"Another process has drawn {len(lost)} parts that are not here, the first {lost[0]}. All machines need "
+            "the same output_dir: name a folder that they share."
+        )
 
 
 def read_parts(parts: Sequence[Part]) -> pd.DataFrame:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import datasets
 import torch.distributed as dist
+from transformers.utils import logging
 
 from hgpo_trl.common.errors import UserError
 
@@ -78,12 +80,16 @@ def _others_are_there() -> Iterator[None]:
 
 
 def join_processes() -> Processes:
-    """Meet the other processes of this launch, if there are any."""
+    """Meet the other processes of this launch, if there are any. All but the main one show no bars from here on."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
-    return Processes(dist.get_rank(), dist.get_world_size())
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    if not processes.is_main:
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
+    return processes
 
 
 def own_share(what: str, devices: Sequence[_T], each: int = 1) -> list[_T]:
