@@ -1,5 +1,6 @@
 """`hgpo-trl evaluate` in several processes: the result of one, however often and wherever it was interrupted."""
 
+import json
 import os
 import re
 import subprocess
@@ -88,6 +89,26 @@ def test_interrupted_with_one_number_of_processes_and_resumed_with_another(
     assert "0: 10 of 11 prompts have been sampled already" in last
     assert re.search("^0: .*hybrid accuracy", last, re.MULTILINE)
     assert not re.search("^1: ", last, re.MULTILINE)
+
+
+@pytest.mark.processes
+def test_memory_does_not_grow_with_the_texts() -> None:
+    """The smaller evaluation fills a block already."""
+    command = [
+        sys.executable,
+        "benchmarks/evaluation.py",
+        "memory",
+        "--samples_per_mode",
+        "1",
+        "--prompts",
+        "600",
+        "2400",
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr[-3000:]
+    small, large = map(json.loads, run.stdout.splitlines())
+    assert large["text MB"] - small["text MB"] > 25
+    assert large["most MB"] - small["most MB"] < (large["text MB"] - small["text MB"]) / 2
 
 
 def test_mixed_parts_share_all_lengths_and_keep_their_number(tmp_path: Path) -> None:
