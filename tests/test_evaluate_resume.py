@@ -6,10 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,7 +25,15 @@ from settings import argv
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.evaluation import transformers_backend
 from hgpo_trl.evaluation.parts import draw_missing, parts_by_length, read_parts
-from hgpo_trl.evaluation.samples import SCHEMA, Sampler, read_samples, write_samples
+from hgpo_trl.evaluation.processes import Processes
+from hgpo_trl.evaluation.samples import (
+    SCHEMA,
+    Sampler,
+    samples_file,
+    samples_in_blocks,
+    samples_of_prompts,
+    write_samples,
+)
 from hgpo_trl.inference.generate import batches
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
@@ -197,7 +206,10 @@ class CountingSampler:
         self.entered += 1
         yield self.sample
 
-    def sample(self, prompts: list[str], *, samples_per_mode: int, seed: int, progress: Any) -> pd.DataFrame:
+    def sample(
+        self, prompts: list[str], *, numbers: Sequence[int], samples_per_mode: int, seed: int, progress: Any
+    ) -> pd.DataFrame:
+        assert prompts == [f"prompt {number}" for number in numbers]
         self.drawn += prompts
         keys = itertools.product(range(len(prompts)), ("no_think", "think"), range(samples_per_mode))
         samples = pd.DataFrame(keys, columns=["prompt_id", "mode", "sample"])
@@ -230,6 +242,27 @@ def test_missing_parts_are_drawn_and_no_others(size: int, kept: set[int], stale:
         )
 
 
+class FirstOfTwo(Processes):
+    """Without the other."""
+
+    def __init__(self) -> None:
+        super().__init__(index=0, count=2)
+
+    def agree(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def wait(self, meanwhile: Callable[[], object]) -> None:
+        meanwhile()
+
+
+def test_parts_that_another_process_writes_elsewhere_are_missed(tmp_path: Path) -> None:
+    prompts = [f"prompt {number}" for number in range(5)]
+    parts, sampler = parts_by_length(tmp_path, [1, 2, 3, 4, 5], 1, 0), CountingSampler()
+    with pytest.raises(ValueError, match=r"has drawn 2 parts that are not here, the first .*00001\.parquet\. All mach"):
+        draw_missing(parts, sampler.loaded(), prompts, samples_per_mode=2, processes=FirstOfTwo())
+    assert sampler.drawn == ["prompt 0", "prompt 2", "prompt 4"], "every other one"
+
+
 def test_seeds_of_parts_differ() -> None:
     seeds = [derived_seed(seed, number) for seed in range(-3, 20) for number in range(50)]
     assert len(set(seeds)) == len(seeds)
@@ -244,13 +277,50 @@ def test_samples_are_read_as_written(tmp_path: Path) -> None:
             "prob_no_think": [0.3, 0.3], "picked": [-1, -1],
         }
     )  # fmt: skip
-    path = tmp_path / "samples.parquet"
+    path, scratch = tmp_path / "samples.parquet", tmp_path / "scratch.arrow"
     write_samples(path, samples)
     assert pq.read_schema(path).names == SCHEMA.names
-    pd.testing.assert_frame_equal(read_samples(path).assign(faults=[[], []]), samples, check_dtype=False)
-    write_samples(path, samples.assign(reward=[float("nan"), 1.0]))
+    (found,) = samples_in_blocks([path], scratch)
+    pd.testing.assert_frame_equal(found.assign(faults=[[], []]), samples, check_dtype=False)
+    with samples_file(path) as write:
+        for number, reward in enumerate((float("nan"), 1.0)):
+            write(samples[number : number + 1].assign(reward=reward))
+            assert pq.read_schema(path).names == SCHEMA.names, "the earlier file stays until the new one is whole"
     assert pd.read_parquet(path)["reward"].isna().tolist() == [True, False]
-    assert list(read_samples(path)) == SCHEMA.names
+    (found,) = samples_in_blocks([path], scratch)
+    assert list(found) == SCHEMA.names
+    assert samples_of_prompts(path, [1, 2]).empty
+    assert len(samples_of_prompts(path, [0, 2])) == 2
+
+
+@given(
+    files=st.lists(st.integers(0, 3), min_size=1, max_size=9),
+    per_mode=st.integers(1, 3),
+    size=st.integers(1, 20),
+    random=st.randoms(),
+)
+def test_blocks_are_whole_prompts_in_order(files: list[int], per_mode: int, size: int, random: Random) -> None:
+    """Whichever files hold which samples: prompt i is in file `files[i]`."""
+    keys = itertools.product(range(0, 2 * len(files), 2), ("no_think", "think"), range(per_mode))
+    whole = pd.DataFrame(keys, columns=["prompt_id", "mode", "sample"])
+    whole = whole.assign(
+        completion=[f"{key}" for key in whole.itertuples(index=False)], num_tokens=1, truncated=False,
+        faults=[["unclosed"]] * len(whole), prob_think=0.5, prob_no_think=0.25, picked=1,
+    )  # fmt: skip
+    shuffled = whole.sample(frac=1, random_state=random.randrange(9))
+    with TemporaryDirectory() as name:
+        paths = [Path(name) / f"{number}.parquet" for number in sorted({*files})]
+        for path in paths:
+            of_file = shuffled["prompt_id"].map(lambda prompt: files[prompt // 2]) == int(path.stem)
+            write_samples(path, shuffled[of_file])
+        blocks = list(samples_in_blocks(paths, Path(name) / "scratch.arrow", size))
+    found = pd.concat(blocks, ignore_index=True)
+    pd.testing.assert_frame_equal(found.assign(faults=found["faults"].map(list)), whole, check_dtype=False)
+    prompts = [set(block["prompt_id"]) for block in blocks]
+    assert sum(map(len, prompts)) == len(files), "no prompt is in two blocks"
+    assert all(len(block) <= size or len(of_block) == 1 for block, of_block in zip(blocks, prompts, strict=True))
+    nexts = blocks[1:]
+    assert all(len(a) + 2 * per_mode > size for a, _ in zip(blocks, nexts, strict=False)), "as few as can be"
 
 
 # --- Scoring again ------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from test_report import evaluation
 
 from hgpo_trl.cli import main
 from hgpo_trl.common.files import nan_to_null, write_json
-from hgpo_trl.evaluation.examples import LIMIT, LONGEST, PER_GROUP, WRONG_CHOICES, examples_of, shortened
+from hgpo_trl.evaluation import examples
+from hgpo_trl.evaluation.examples import LIMIT, LONGEST, PER_GROUP, WRONG_CHOICES, chosen_prompts, shortened
 from hgpo_trl.modes import MODES
 from hgpo_trl.reporting.report import write_report
 
@@ -52,6 +54,13 @@ def samples_of(prompts: int, picked: list[int] | None = None, per_mode: int = 2,
         for sample in range(per_mode)
     ]
     return pd.DataFrame(rows).sample(frac=1, random_state=0)
+
+
+def examples_of(samples: pd.DataFrame, dataset: Dataset, groups: Mapping[str, Sequence[Any]], **settings: Any) -> list:
+    """As `hgpo-trl evaluate` makes them: the prompts are chosen without the texts, which are read for these alone."""
+    chosen = chosen_prompts(samples.drop(columns="completion"), dataset, groups, **settings)
+    of_these = samples[samples["prompt_id"].isin([prompt for prompt, _ in chosen])]
+    return examples.examples_of(chosen, of_these, dataset, groups, **settings)
 
 
 # --- which -----------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hgpo_trl.tasks.embedded import build_model
 # Looked up, not imported: that takes seconds, also where these tests are not the ones to run.
 pytestmark = pytest.mark.engine
 
+ROOT = Path(__file__).parents[1]
 NUM_PROMPTS, SAMPLES, MAX_NEW_TOKENS, POSITIONS = 32, 3, 24, 512
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # GiB
 
@@ -215,7 +216,7 @@ def command(path: str, few: Dataset, tmp_path: Path) -> Callable[..., subprocess
     """Run `hgpo-trl evaluate --backend vllm` as users do."""
     few.to_parquet(tmp_path / "eval.parquet")
 
-    def run(**changes: Any) -> subprocess.CompletedProcess:
+    def run(*launcher: str, **changes: Any) -> subprocess.CompletedProcess:
         fields = {
             "backend": "vllm",
             "model": path,
@@ -225,8 +226,9 @@ def command(path: str, few: Dataset, tmp_path: Path) -> Callable[..., subprocess
             "max_new_tokens": MAX_NEW_TOKENS,
         }
         return subprocess.run(
-            [sys.executable, "-m", "hgpo_trl.cli", "evaluate", *argv(fields | changes)],
+            [sys.executable, *(launcher or ("-m", "hgpo_trl.cli", "evaluate")), *argv(fields | changes)],
             env=os.environ | ENVIRONMENT,
+            cwd=ROOT,
             capture_output=True,
             text=True,
         )
@@ -258,6 +260,42 @@ def test_the_command_writes_report_and_samples(
         temperature=0,
     )
     pd.testing.assert_frame_equal(samples, expected, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+def test_two_processes_sample_what_one_does(
+    command: Callable[..., subprocess.CompletedProcess], sample: Callable[..., pd.DataFrame], tmp_path: Path
+) -> None:
+    """Each with an engine of its own, and half of the prompts; up to rounding, which other batches change."""
+    launcher = "-m accelerate.commands.launch --config_file recipes/accelerate/cpu_ddp.yaml --main_process_port 0"
+    result = command(*launcher.split(), "-m", "hgpo_trl.scripts.evaluate", temperature=1.0, top_p=1.0)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("hybrid accuracy") == 1
+    found = pd.read_parquet(tmp_path / "out" / "samples.parquet")
+    expected = sample()
+    decided = ["prompt_id", "mode", "sample", "prob_think", "prob_no_think", "picked"]
+    pd.testing.assert_frame_equal(found[decided], expected[decided], rtol=1e-4, atol=1e-6, check_dtype=False)
+    assert (found["completion"] == expected["completion"]).mean() > 0.9
+
+
+def test_the_engine_of_a_process_has_its_own_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-3|4-7")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with vllm_backend.own_devices(1):
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with vllm_backend.own_devices(1):
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "4-7"
+        assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    with (
+        pytest.raises(
+            ValueError, match=r"need 4 groups of cores \(VLLM_CPU_OMP_THREADS_BIND\), 2 each, but it has 2\."
+        ),
+        vllm_backend.own_devices(2),
+    ):
+        pass
 
 
 def test_too_few_positions_are_refused(path: str, model: LlamaForCausalLM) -> None:

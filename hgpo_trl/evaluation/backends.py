@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.evaluation import transformers_backend, vllm_backend
+from hgpo_trl.evaluation.processes import own_share
 from hgpo_trl.evaluation.samples import Sampler
-from hgpo_trl.inference.generate import render
+from hgpo_trl.inference.generate import prompt_lengths
 from hgpo_trl.modes import check_embeddings, mode_tokens
 
 BACKENDS = ("transformers", "vllm")
@@ -24,8 +25,11 @@ def check_backend(field: str, backend: str) -> None:
 
 
 def default_device() -> torch.device:
-    """The accelerator that there is, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """This process's accelerator, if there are any, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, *own_share("accelerators", range(torch.accelerator.device_count())))
 
 
 @contextmanager
@@ -58,7 +62,8 @@ def loaded_sampler(
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=default_device())
         check_embeddings(loaded, tokens)
 
-        def sample(prompts: Sequence[Any], **settings: Any) -> pd.DataFrame:
+        # A batch is drawn from one stream of random numbers, whatever the numbers of its prompts.
+        def sample(prompts: Sequence[Any], *, numbers: Sequence[int], **settings: Any) -> pd.DataFrame:
             return transformers_backend.sample_both_modes(
                 loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **settings
             )
@@ -70,7 +75,7 @@ def loaded_sampler(
         check_embeddings(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)), tokens)
     engine = vllm_backend.running_engine(
         model,
-        longest_prompt=max(map(len, render(tokenizer, prompts))),
+        longest_prompt=max(prompt_lengths(tokenizer, prompts)),
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,

@@ -6,26 +6,68 @@ the first in that order on which the model chose the worse mode. A prompt that t
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
+from numpy.typing import NDArray
 
-from hgpo_trl.evaluation.metrics import by_prompt
+from hgpo_trl.evaluation.metrics import SampleArrays, by_prompt
 from hgpo_trl.evaluation.samples import PROMPT_ID, prompts_hash
 from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, split_response
 from hgpo_trl.modes.decision import OFF_MODE
 from hgpo_trl.modes.hybrid_accuracy import better_mode, biased_choice, valid_mean
 
+LABELS = ("domain", "level")
 PER_GROUP = 2  # prompts of each domain and level
 LIMIT = 40  # of these prompts, in all
 WRONG_CHOICES = 8  # prompts with a wrong choice besides
 LONGEST = 4000  # characters of a text
 
 
+class Chosen(NamedTuple):
+    """A prompt to show."""
+
+    prompt: int  # its `prompt_id`
+    is_wrong: bool  # it is shown because the model chose the worse mode
+
+
+def chosen_prompts(
+    samples: pd.DataFrame,
+    dataset: Dataset,
+    groups: Mapping[str, Sequence[Any]],
+    margin: float = 0.0,
+    decision_bias: float = 0.0,
+) -> list[Chosen]:
+    """Choose prompts as the module's docstring says.
+
+    Args:
+        samples: with `reward`, but they need no `completion`; every prompt has as many samples in each mode.
+        dataset, groups, margin, decision_bias: as in `examples_of`.
+    """
+    samples, arrays = by_prompt(samples)
+    ids = samples[PROMPT_ID].unique()
+    _, _, picked = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
+    better = _better(arrays, margin)
+    keys = _keys(ids, dataset, groups)
+    batches = dataset.select_columns("prompt").iter(1_000)
+    hashes = [prompts_hash([prompt]) for batch in batches for prompt in batch["prompt"]]
+    places: dict[str, int] = {}  # of distinct prompts
+    for place, row in enumerate(ids):
+        places.setdefault(hashes[row], place)
+    order = [places[key] for key in sorted(places)]
+
+    shown = list(_first_of_each(order, keys))
+    wrong = [place for place in order if better[place] >= 0 and picked[place] != better[place]]
+    chosen = [(place, False) for place in sorted(shown, key=lambda place: _sortable(keys[place]))]
+    chosen += [(place, True) for place in wrong if place not in shown][:WRONG_CHOICES]
+    return [Chosen(int(ids[place]), is_wrong) for place, is_wrong in chosen]
+
+
 def examples_of(
+    chosen: Sequence[Chosen],
     samples: pd.DataFrame,
     dataset: Dataset,
     groups: Mapping[str, Sequence[Any]],
@@ -33,10 +75,10 @@ def examples_of(
     decision_bias: float = 0.0,
     mode_format: ModeFormat = LHRM,
 ) -> list[dict[str, Any]]:
-    """Choose prompts as the module's docstring says, and show the first response of either mode to each.
+    """Show the first response of either mode to each prompt of `chosen_prompts`.
 
     Args:
-        samples: with `reward`; every prompt has the same number of samples in each mode.
+        samples: of these prompts and perhaps of others, with `reward`.
         dataset: the rows with the prompts; their `answer`, if there is one, is shown as the reference.
         groups: `level` and `domain` of each row of `dataset`, where it has them.
         margin, decision_bias, mode_format: as in `report_on`.
@@ -48,31 +90,21 @@ def examples_of(
     ids = samples[PROMPT_ID].unique()
     think, _, picked = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
     mean_scores, mean_lengths = valid_mean(arrays.scores, axis=2), valid_mean(arrays.lengths, axis=2)
-    better = better_mode(mean_scores, mean_lengths, margin)
-    labels = {name: groups.get(name) or [None] * len(dataset) for name in ("domain", "level")}
-    keys = [tuple(values[row] for values in labels.values()) for row in ids]
-    prompts = list(dataset["prompt"])  # a Column is decoded at every access
-    answers = list(dataset["answer"]) if "answer" in dataset.column_names else [None] * len(dataset)
-    places: dict[str, int] = {}  # of distinct prompts
-    for place, row in enumerate(ids):
-        places.setdefault(prompts_hash([prompts[row]]), place)
-    order = [places[key] for key in sorted(places)]
-
-    shown = list(_first_of_each(order, keys))
-    wrong = [place for place in order if better[place] >= 0 and picked[place] != better[place]]
-    chosen = [(place, False) for place in sorted(shown, key=lambda place: _sortable(keys[place]))]
-    chosen += [(place, True) for place in wrong if place not in shown][:WRONG_CHOICES]
+    better = _better(arrays, margin)
+    keys = _keys(ids, dataset, groups)
     first = samples[samples["sample"] == samples.groupby([PROMPT_ID, "mode"], observed=True)["sample"].transform("min")]
     responses: dict[Any, Any] = {(row[PROMPT_ID], row["mode"]): row for row in first.to_dict("records")}
+    places = {int(row): place for place, row in enumerate(ids)}
     found = []
-    for place, is_wrong in chosen:
-        row = int(ids[place])
+    for row, is_wrong in chosen:
+        place, asked = places[row], dataset[row]
+        reference = asked.get("answer")
         found.append(
             {
                 PROMPT_ID: row,
-                **dict(zip(labels, keys[place], strict=True)),
-                "prompt": shortened(_prompt_text(prompts[row])),
-                "reference": None if answers[row] is None else shortened(str(answers[row])),
+                **dict(zip(LABELS, keys[place], strict=True)),
+                "prompt": shortened(_prompt_text(asked["prompt"])),
+                "reference": None if reference is None else shortened(str(reference)),
                 "prob_think": float(think[place]),
                 "chosen": _mode_name(picked[place]),
                 "better": None if better[place] < 0 else _mode_name(better[place]),
@@ -88,6 +120,17 @@ def examples_of(
             }
         )
     return found
+
+
+def _better(arrays: SampleArrays, margin: float) -> NDArray[np.int64]:
+    """The better mode of each prompt."""
+    return better_mode(valid_mean(arrays.scores, axis=2), valid_mean(arrays.lengths, axis=2), margin)
+
+
+def _keys(ids: Iterable[int], dataset: Dataset, groups: Mapping[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """The labels of each prompt."""
+    labels = [groups.get(name) or [None] * len(dataset) for name in LABELS]
+    return [tuple(values[row] for values in labels) for row in ids]
 
 
 def _first_of_each(order: Sequence[int], keys: Sequence[Any]) -> Iterator[int]:

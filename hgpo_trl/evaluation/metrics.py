@@ -61,11 +61,9 @@ def by_prompt(samples: pd.DataFrame) -> tuple[pd.DataFrame, SampleArrays]:
     return samples, SampleArrays(scores, lengths, *own)
 
 
-def _biased_table(
-    samples: pd.DataFrame, arrays: SampleArrays, margin: float, decision_bias: float, mode_format: ModeFormat
-) -> PromptTable:
+def _biased_table(arrays: SampleArrays, margin: float, decision_bias: float) -> PromptTable:
     choice = biased_choice(arrays.prob_think, arrays.prob_no_think, arrays.picked, decision_bias)
-    return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin) | leakage_table(samples, mode_format)
+    return per_prompt_table(arrays.scores, arrays.lengths, *choice, margin)
 
 
 def prompt_table(
@@ -81,7 +79,8 @@ def prompt_table(
         Columns as of `hgpo_trl.modes.hybrid_accuracy.per_prompt_table` and `leakage_table`, each `[K]`, in the order of
         `prompt_id`.
     """
-    return _biased_table(*by_prompt(samples), margin, decision_bias, mode_format)
+    samples, arrays = by_prompt(samples)
+    return _biased_table(arrays, margin, decision_bias) | leakage_table(samples, mode_format)
 
 
 def report_on(
@@ -94,6 +93,7 @@ def report_on(
     domains: Sequence[Any] | None = None,
     price_per_million_tokens: float | None = None,
     mode_format: ModeFormat = LHRM,
+    leakage: PromptTable | None = None,
 ) -> dict[str, Any]:
     """Compute the evaluation's metrics from its scored samples alone.
 
@@ -106,6 +106,7 @@ def report_on(
             the choice as it is and adds its metrics under every bias.
         price_per_million_tokens: of generated tokens, in any currency; adds the cost of 1,000 queries.
         mode_format: of the model that gave the samples.
+        leakage: `leakage_table` of the samples, which then need no `completion`.
 
     Returns:
         The content of `report.json`: see docs/evaluation.md.
@@ -118,7 +119,8 @@ def report_on(
     if decision_bias == SWEEP:
         decision_bias = 0.0
         curve = {"decision_bias_curve": decision_bias_curve(*arrays, sweep_biases(*arrays[2:]), margin)}
-    table = _biased_table(samples, arrays, margin, float(decision_bias), mode_format)
+    leakage = leakage_table(samples, mode_format) if leakage is None else leakage
+    table = _biased_table(arrays, margin, float(decision_bias)) | leakage
     by_mode = samples.groupby("mode", observed=True)
     summary = summarize(table)
     cost = {}

@@ -1,9 +1,10 @@
-"""Samples drawn in parts, so that an interrupted run goes on where it stopped.
+"""Samples drawn in parts: an interrupted run goes on where it stopped, and several processes share the parts.
 
-A part holds the samples of some prompts, drawn with a seed of its own: drawing the missing parts gives the same samples
-as a run without an interruption.
+A part's samples depend on its prompts and its seed, not on when, where and after which others it is drawn. So they are
+the same with interruptions and without, and whatever the number of processes.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.seeds import derived_seed
+from hgpo_trl.evaluation.processes import ALONE, Processes
 from hgpo_trl.evaluation.samples import PROMPT_ID, Sampler, key_of, write_samples
 from hgpo_trl.modes import MODES
 
@@ -55,40 +58,84 @@ def parts_by_length(folder: Path, lengths: Sequence[int], size: int, seed: int) 
     ]
 
 
+def mixed_parts(folder: Path, lengths: Sequence[int], count: int, seed: int) -> list[Part]:
+    """`count` parts, each with prompts of all lengths: they take about as long as each other.
+
+    Parts that an earlier start has left in the folder decide their number. For samplers that give every prompt a seed
+    of its own: the samples do not depend on that number.
+
+    Args:
+        lengths: of the prompts, in tokens.
+        seed: of the run, and so of every part.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    if left := next(folder.glob("*-of-*.parquet"), None):
+        count = int(left.stem.rpartition("-of-")[2])
+    return [
+        Part(folder / f"{number:05}-of-{count:05}.parquet", order[number::count], seed)
+        for number in range(min(count, len(order)))
+    ]
+
+
 def draw_missing(
     parts: Sequence[Part],
     sampler: AbstractContextManager[Sampler],
     prompts: Sequence[Any],
     *,
     samples_per_mode: int,
+    processes: Processes = ALONE,
     keep: Callable[[Part, pd.DataFrame], pd.DataFrame] = lambda _, samples: samples,
     **settings: Any,
 ) -> None:
-    """Draw and write every part that is not drawn yet.
+    """Draw and write every part that is not drawn yet, and return when all are.
 
     Args:
-        sampler: of `loaded_sampler`; it is entered only if a part is missing.
+        sampler: of `loaded_sampler`; it is entered only in a process that has a part to draw.
         prompts: all of them.
+        processes: that share the parts. Which draws which is decided once, by their order.
         keep: what to write of a part's samples; their `prompt_id` counts within the part.
         settings: further ones of `sample_both_modes`.
+
+    Raises:
+        UserError: another process has ended, or writes where this one does not find it.
     """
-    missing = [part for part in parts if not part.is_drawn()]
+    missing = processes.agree(lambda: [part for part in parts if not part.is_drawn()])
     if not missing:
         return
+    shares = [missing[process :: processes.count] for process in range(processes.count)]
+    own = shares.pop(processes.index)
+    others = [deque(share) for share in shares]
     per_prompt = len(MODES) * samples_per_mode
     total, left = (per_prompt * sum(len(part.prompts) for part in some) for some in (parts, missing))
-    with sampler as sample, tqdm(total=total, initial=total - left, desc="sampling", unit="response") as progress:
-        for part in missing:
-            samples = sample(
-                [prompts[number] for number in part.prompts],
-                samples_per_mode=samples_per_mode,
-                seed=part.seed,
-                progress=progress,
-                **settings,
-            )
-            kept = keep(part, samples)
-            numbers = [part.prompts[row] for row in kept[PROMPT_ID]]
-            write_samples(part.path, kept.assign(**{PROMPT_ID: numbers}), part.key)
+    bar = tqdm(total=total, initial=total - left, desc="sampling", unit="response", disable=not processes.is_main)
+
+    def show_others() -> None:
+        for share in others if processes.is_main else []:
+            while share and share[0].is_drawn():  # a process draws its parts in order
+                bar.update(per_prompt * len(share.popleft().prompts))
+
+    with bar as progress:
+        if own:
+            with sampler as sample:
+                for part in own:
+                    samples = sample(
+                        [prompts[number] for number in part.prompts],
+                        numbers=part.prompts,
+                        samples_per_mode=samples_per_mode,
+                        seed=part.seed,
+                        progress=progress,
+                        **settings,
+                    )
+                    kept = keep(part, samples)
+                    numbers = [part.prompts[row] for row in kept[PROMPT_ID]]
+                    write_samples(part.path, kept.assign(**{PROMPT_ID: numbers}), part.key)
+                    show_others()
+        processes.wait(show_others)
+    if processes.is_main and (lost := [part.path for part in missing if not part.path.is_file()]):
+        raise UserError(
+            f"Another process has drawn {len(lost)} parts that are not here, the first {lost[0]}. All machines need "
+            "the same output_dir: name a folder that they share."
+        )
 
 
 def read_parts(parts: Sequence[Part]) -> pd.DataFrame:

@@ -5,18 +5,21 @@ the prompt's `prob_think`, `prob_no_think`, `picked` (0 = think, 1 = no_think, -
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hgpo_trl.common.files import write_atomically
+from hgpo_trl.common.files import whole_file, write_atomically
 from hgpo_trl.inference.generate import until_end
 from hgpo_trl.modes import MODES, mode_tokens, split_response
 
@@ -40,9 +43,11 @@ SCHEMA = pa.schema(
 )
 REWARD = pa.field("reward", pa.float64())  # of scored samples
 _KEY = b"hgpo_trl.part"
+BLOCK = 1024  # responses in memory at a time, where their texts are needed
 
 Sampler = Callable[..., pd.DataFrame]
-"""`sampler(prompts, **settings)`: `sample_both_modes` of a backend, with its model and the length of its responses."""
+"""`sampler(prompts, numbers=..., **settings)`: `sample_both_modes` of a backend, with its model and the length of its
+responses, for prompts with these numbers among all."""
 
 FirstToken = tuple[float, float, int]  # π(think | q), π(no_think | q), and the greedy pick as in `Decision.picked`
 
@@ -123,11 +128,54 @@ def key_of(path: Path) -> str:
     return (pq.read_schema(path).metadata or {}).get(_KEY, b"").decode()
 
 
-def read_samples(path: Path) -> pd.DataFrame:
-    """Samples as `sample_both_modes` returns them; rewards are left out."""
-    return pq.read_table(path, columns=SCHEMA.names).to_pandas()
+@contextmanager
+def samples_file(path: Path) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """Open a file of scored samples, and give the function that adds some to it; it appears, whole, on leaving."""
+    schema = pa.schema([*SCHEMA, REWARD])
+    with (
+        whole_file(path) as temporary,
+        temporary.open("wb") as file,
+        pq.ParquetWriter(file, schema) as writer,
+    ):
+        yield lambda samples: writer.write_table(pa.Table.from_pandas(samples, schema, preserve_index=False))
+
+
+def samples_in_blocks(paths: Iterable[Path], scratch: Path, size: int = BLOCK) -> Iterator[pd.DataFrame]:
+    """The samples of one or more files in the order of prompt, mode and number, some prompts at a time.
+
+    Args:
+        scratch: file to gather them in, in the order of the files; its rows are then read in theirs.
+        size: responses of a block, whose prompts are whole; of a single prompt there may be more.
+
+    Yields:
+        Samples as `sample_both_modes` returns them; rewards are left out.
+    """
+    with pa.ipc.new_stream(str(scratch), SCHEMA) as stream:
+        for path in paths:
+            for batch in pq.ParquetFile(path).iter_batches(size, columns=SCHEMA.names):
+                stream.write_batch(batch.cast(SCHEMA))
+    rows = Dataset.from_file(str(scratch))  # on disk
+    keys = rows.select_columns([PROMPT_ID, "mode", "sample"]).to_pandas()
+    keys = keys.sort_values([PROMPT_ID, "mode", "sample"])
+    ends = np.flatnonzero(np.diff(keys[PROMPT_ID].to_numpy(), append=-1)) + 1  # of the prompts
+    blocks = rows.with_format("arrow")
+    start = 0
+    while start < len(keys):
+        within = ends[(ends > start) & (ends <= start + size)]
+        end = int(within[-1] if len(within) else ends[ends > start][0])
+        yield blocks[keys.index[start:end].tolist()].to_pandas()
+        start = end
+
+
+def samples_of_prompts(path: Path, prompts: Sequence[int]) -> pd.DataFrame:
+    """The samples of some prompts, scores included, from a file of many."""
+    return pq.read_table(path, filters=[(PROMPT_ID, "in", list(prompts))]).to_pandas()
 
 
 def prompts_hash(prompts: Sequence[Any]) -> str:
-    """Hash of prompts, in their order."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(list(prompts), sort_keys=True).encode())
+    """Hash of prompts, in their order: of them as one list in JSON."""
+    found = xxhash.xxh3_128(b"[")
+    for number, prompt in enumerate(prompts):
+        found.update(f"{', ' if number else ''}{json.dumps(prompt, sort_keys=True)}".encode())
+    found.update(b"]")
+    return found.hexdigest()

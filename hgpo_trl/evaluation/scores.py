@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -42,8 +43,9 @@ def score_samples(
             (`check_weights`).
     """
     check_weights(reward_weights, len(reward_funcs))
-    rows = samples[PROMPT_ID].tolist()
-    columns = {name: list(dataset[name]) for name in dataset.column_names}  # a Column is decoded at every access
+    present, places = np.unique(samples[PROMPT_ID], return_inverse=True)
+    rows, asked = places.tolist(), dataset.select(present)
+    columns = {name: list(asked[name]) for name in dataset.column_names}  # a Column is decoded at every access
     columns = {name: [column[row] for row in rows] for name, column in columns.items()}
     prompts = columns.pop("prompt")
     completions = samples["completion"].tolist()

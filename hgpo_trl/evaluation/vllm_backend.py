@@ -1,15 +1,18 @@
 """Samples of both modes by vLLM."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.seeds import derived_seed
+from hgpo_trl.evaluation.processes import own_share
 from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
 from hgpo_trl.inference.generate import end_tokens, render
 from hgpo_trl.modes import MODES, OTHER, ModeTokens, mode_tokens
@@ -56,20 +59,55 @@ def running_engine(
             f"positions, but the model {model!r} has {available} (max_position_embeddings). Lower max_new_tokens, drop "
             "the longest prompts, or set backend to transformers, which does not check it."
         )
-    engine = LLM(
-        model=model,
-        dtype=weights_dtype,
-        max_model_len=needed,
-        tensor_parallel_size=tensor_parallel_size,
-        gpu_memory_utilization=gpu_memory_utilization,
-        logprobs_mode="raw_logprobs",  # of the model itself, whatever the sampling
-        # On a CPU a seeded request whose prompt is cut ends the engine: torch's CPU generator has no offset.
-        enable_chunked_prefill=False if current_platform.is_cpu() else None,
-    )
+    with own_devices(tensor_parallel_size):
+        engine = LLM(
+            model=model,
+            dtype=weights_dtype,
+            max_model_len=needed,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            logprobs_mode="raw_logprobs",  # of the model itself, whatever the sampling
+            # On a CPU a seeded request whose prompt is cut ends the engine: torch's CPU generator has no offset.
+            enable_chunked_prefill=False if current_platform.is_cpu() else None,
+        )
     try:
         yield engine
     finally:
         engine.llm_engine.engine_core.shutdown(timeout=30)  # seconds; its processes end themselves first
+
+
+@contextmanager
+def own_devices(each: int) -> Iterator[None]:
+    """Where several processes have an engine each, show the processes of an engine that starts here its own devices.
+
+    On a CPU these are groups of cores, if `VLLM_CPU_OMP_THREADS_BIND` has several: 0-15|16-31.
+
+    Args:
+        each: devices of an engine.
+
+    Raises:
+        UserError: there are too few for all processes on this machine.
+    """
+    from vllm.platforms import current_platform
+
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    before = dict(os.environ)
+    if not current_platform.is_cpu():
+        name = current_platform.device_control_env_var
+        visible = os.environ.get(name)
+        devices = visible.split(",") if visible else list(map(str, range(torch.accelerator.device_count())))
+        os.environ[name] = ",".join(own_share("accelerators", devices, each))
+    elif "|" in (cores := os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")):
+        groups = own_share("groups of cores (VLLM_CPU_OMP_THREADS_BIND)", cores.split("|"), each)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(groups)
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # an engine's processes meet at a store of their own
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def sample_both_modes(
@@ -82,18 +120,25 @@ def sample_both_modes(
     temperature: float = 0.6,
     top_p: float = 0.95,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     progress: tqdm | None = None,
 ) -> pd.DataFrame:
     """As `hgpo_trl.evaluation.transformers_backend.sample_both_modes`, with an engine of `running_engine`.
 
-    vLLM shows a bar of its own while it generates; `progress` moves at the end.
+    vLLM shows a bar of its own while it generates, unless `progress` is disabled; `progress` moves at the end.
+
+    Args:
+        numbers: of the prompts, among all that are sampled with this seed; None: 0, 1, 2, ... A prompt's random numbers
+            depend on its number and the seed, not on the prompts beside it.
     """
     tokens = mode_tokens(tokenizer)
     ids = render(tokenizer, prompts)
     generation_config = engine.llm_engine.model_config.try_get_generation_config()
     ends = end_tokens(tokenizer, generation_config.get("eos_token_id"))
     decisions = _read_decisions(engine, ids, tokens)
-    responses = _generate(engine, ids, tokens, ends, samples_per_mode, max_new_tokens, temperature, top_p, seed)
+    seeds = [derived_seed(seed, number) for number in numbers or range(len(ids))]
+    shown = progress is None or not progress.disable
+    responses = _generate(engine, ids, tokens, ends, samples_per_mode, max_new_tokens, temperature, top_p, seeds, shown)
     samples = samples_table(tokenizer, decisions, responses, ends)
     if progress is not None:
         progress.update(len(samples))
@@ -135,36 +180,41 @@ def _generate(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    seed: int,
+    seeds: Sequence[int],
+    show_progress: bool,
 ) -> Iterator[Generated]:
-    """One call for all, if it can be: vLLM forms its batches, and a prompt's samples and modes share their prefix."""
+    """One call for all, if it can be: vLLM forms its batches, and a prompt's samples and modes share their prefix.
+
+    Args:
+        seeds: of the prompts.
+    """
     from vllm import SamplingParams, TokensPrompt
 
     greedy = temperature == 0
     keys = [(prompt, mode) for prompt in range(len(ids)) for mode in range(len(MODES))]
 
-    def params(request: int, **settings: Any) -> SamplingParams:
+    def params(prompt: int, request: str, **settings: Any) -> SamplingParams:
         return SamplingParams(
             n=1 if greedy else samples_per_mode,  # vLLM takes n = 1 only where all would be the same
             temperature=temperature,
             top_p=top_p,
             stop_token_ids=ends,
             # Sample i of a request is drawn with its seed + i: no two responses share one unless their requests do.
-            seed=derived_seed(seed, request) * samples_per_mode,
+            seed=derived_seed(seeds[prompt], request) * samples_per_mode,
             detokenize=False,
             **settings,
         )
 
     def sample(prompts: list[list[int]], settings: list[SamplingParams]) -> Iterator[list[list[int]]]:
         requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        for result in engine.generate(requests, settings):
+        for result in engine.generate(requests, settings, use_tqdm=show_progress):
             outputs = [list(output.token_ids) for output in result.outputs]
             yield outputs * samples_per_mode if greedy else outputs
 
     room = max_new_tokens - max(tokens.forced)
     forced = [[*ids[prompt], *tokens.openings[mode]] for prompt, mode in keys]
     if OTHER not in tokens.decision:
-        found = sample(forced, [params(request, max_tokens=room) for request in range(len(keys))])
+        found = sample(forced, [params(prompt, MODES[mode], max_tokens=room) for prompt, mode in keys])
         for (prompt, mode), responses in zip(keys, found, strict=True):
             yield from (Generated(prompt, mode, number, response) for number, response in enumerate(responses))
         return
@@ -173,8 +223,8 @@ def _generate(
     other = tokens.decision.index(OTHER)
     ban = {tokens.decision[1 - other]: -100.0}
     first = [
-        params(request, max_tokens=1, logit_bias=ban) if mode == other else params(request, max_tokens=room)
-        for request, (_, mode) in enumerate(keys)
+        params(prompt, MODES[mode], **({"max_tokens": 1, "logit_bias": ban} if mode == other else {"max_tokens": room}))
+        for prompt, mode in keys
     ]
     begun: list[tuple[Generated, list[int]]] = []
     for (prompt, mode), context, responses in zip(keys, forced, sample(forced, first), strict=True):
@@ -184,7 +234,7 @@ def _generate(
                 begun.append((generated, [*context, *response]))
             else:
                 yield generated
-    rest = [params(len(keys) + place, max_tokens=room) for place in range(len(begun))]
+    rest = [params(generated.prompt, f"rest of {generated.sample}", max_tokens=room) for generated, _ in begun]
     for settings in rest:
         settings.n = 1
     for (generated, _), responses in zip(begun, sample([context for _, context in begun], rest), strict=True):

@@ -76,6 +76,12 @@ def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[l
     return encoded["input_ids"]
 
 
+def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], at_once: int = 1_000) -> list[int]:
+    """Tokens of each prompt that `render` gives; the ids of `at_once` of them are in memory at a time."""
+    starts = range(0, len(prompts), at_once)
+    return [len(ids) for start in starts for ids in render(tokenizer, prompts[start : start + at_once])]
+
+
 def end_tokens(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
     """Ids that end a response: the tokenizer's end token and those of the model's generation config."""
     return sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})

@@ -4,7 +4,11 @@
 
 Writes `report.json` (the metrics), `samples.parquet` (every response with its score) and `examples.json` (some prompts
 with a response of either mode) into `output_dir`. The same
-command resumes after an interruption; `--rescore true` scores the existing samples again, without the model.
+command resumes after an interruption; `--rescore true` scores the existing samples again, without the model. Several
+processes share the prompts:
+
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m hgpo_trl.scripts.evaluate --config recipe.yaml
+
 `--compare NAME=FOLDER NAME=FOLDER ...` compares models that have been evaluated: see `hgpo_trl.scripts.compare`.
 """
 
@@ -17,34 +21,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError, run_stage
-from hgpo_trl.common.files import nan_to_null, write_json
+from hgpo_trl.common.files import make_folder, nan_to_null, write_json
 from hgpo_trl.common.fingerprints import model_fingerprint
 from hgpo_trl.evaluation.backends import check_backend, default_device, loaded_sampler
 from hgpo_trl.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from hgpo_trl.evaluation.examples import examples_of
+from hgpo_trl.evaluation.examples import chosen_prompts, examples_of
+from hgpo_trl.evaluation.leakage import leakage_table
 from hgpo_trl.evaluation.metrics import GROUPS, SWEEP, report_on
-from hgpo_trl.evaluation.parts import PARTS, draw_missing, parts_by_length, read_parts
+from hgpo_trl.evaluation.parts import PARTS, Part, draw_missing, mixed_parts, parts_by_length
+from hgpo_trl.evaluation.processes import Processes, join_processes
 from hgpo_trl.evaluation.samples import (
     PROMPT_ID,
     RECORD,
     SAMPLES,
     prompts_hash,
-    read_samples,
-    write_samples,
+    samples_file,
+    samples_in_blocks,
+    samples_of_prompts,
 )
 from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
-from hgpo_trl.inference.generate import AUTO, check_settings, render
+from hgpo_trl.inference.generate import AUTO, check_settings, prompt_lengths
 from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, as_format, format_of, format_response, mode_tokens
 from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
-from hgpo_trl.modes.hybrid_accuracy import Label, group_labels
+from hgpo_trl.modes.hybrid_accuracy import Label, PromptTable, group_labels
 from hgpo_trl.reporting.examples import EXAMPLES
 from hgpo_trl.rewards.functions import check_weights, load_reward
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -226,16 +234,30 @@ def _claim(
     return as_format(run.get("mode_format", LHRM))
 
 
-def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> pd.DataFrame:
-    """Sample the missing parts, and free the backend's memory."""
-    folder = Path(args.output_dir) / PARTS
-    size = VLLM_CHUNK // (len(MODES) * args.samples_per_mode)
+def _parts(
+    args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], num_processes: int
+) -> list[Part]:
+    """All parts of the samples; the prompts in them depend on the data and, with vLLM, on who started first."""
+    folder, lengths = Path(args.output_dir) / PARTS, prompt_lengths(tokenizer, prompts)
     if args.backend == "transformers":
         size = prompts_at_a_time(args.batch_size, args.samples_per_mode)
-    lengths = [len(ids) for ids in render(tokenizer, prompts)]
-    parts = parts_by_length(folder, lengths, max(1, size), args.seed)
+        parts = parts_by_length(folder, lengths, size, args.seed)
+    else:
+        rounds = math.ceil(len(prompts) * len(MODES) * args.samples_per_mode / (VLLM_CHUNK * num_processes))
+        parts = mixed_parts(folder, lengths, rounds * num_processes, args.seed)
     if drawn := sum(len(part.prompts) for part in parts if part.is_drawn()):
         print(f"{drawn} of {len(prompts)} prompts have been sampled already: {folder}", flush=True)
+    return parts
+
+
+def _draw(
+    args: EvaluateArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    parts: Sequence[Part],
+    processes: Processes,
+) -> None:
+    """Sample the missing parts, and free the backend's memory."""
     sampler = loaded_sampler(
         args.model,
         tokenizer,
@@ -252,20 +274,46 @@ def _sample(args: EvaluateArguments, tokenizer: PreTrainedTokenizerBase, prompts
         sampler,
         prompts,
         samples_per_mode=args.samples_per_mode,
+        processes=processes,
         temperature=args.temperature,
         top_p=args.top_p,
     )
-    return read_parts(parts)
 
 
-def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+def _score(
+    files: Sequence[Path],
+    output_dir: Path,
+    dataset: Dataset,
+    rewards: Sequence[Callable],
+    weights: Sequence[float] | None,
+    mode_format: ModeFormat,
+) -> tuple[pd.DataFrame, PromptTable]:
+    """Score the samples of some files, and write them to samples.parquet, a block of texts in memory at a time.
+
+    Returns:
+        The scored samples without their texts, and the signs of leakage in these.
+    """
+    scored, leakage = list[pd.DataFrame](), list[PromptTable]()
+    scratch = output_dir / PARTS / "joined.arrow"
+    make_folder(scratch.parent)
+    with samples_file(output_dir / SAMPLES) as write:
+        for block in samples_in_blocks(files, scratch):
+            block = score_samples(block, dataset, rewards, weights, mode_format)
+            write(block)
+            leakage.append(leakage_table(block, mode_format))
+            scored.append(block.drop(columns="completion"))
+    table = {name: np.concatenate([of_block[name] for of_block in leakage]) for name in leakage[0]}
+    return pd.concat(scored, ignore_index=True), table
+
+
+def _model_tokenizer(args: EvaluateArguments, is_main_process: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. The main process prints what format it shows.
 
     Raises:
         UserError: there is no such model, or it has no mode tags.
     """
     tokenizer = tokenizer_of("model", args.model)
-    if line := settle_format(tokenizer, args.mode_format):
+    if (line := settle_format(tokenizer, args.mode_format)) and is_main_process:
         print(line, flush=True)
     try:
         mode_tokens(tokenizer)
@@ -276,7 +324,9 @@ def _model_tokenizer(args: EvaluateArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check(args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def _check(
+    args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, is_main_process: bool
+) -> Dataset:
     """Drop faulty prompts if `drop_faulty_rows` is set; else raise UserError if there are any."""
     return check_prompts(
         f"data={args.data!r}",
@@ -285,6 +335,7 @@ def _check(args: EvaluateArguments, dataset: Dataset, tokenizer: PreTrainedToken
         positions=model_positions(args.model),
         max_new_tokens=args.max_new_tokens,
         dropped=dropped_rows_file(args.output_dir, "data") if args.drop_faulty_rows else None,
+        is_main_process=is_main_process,
     )
 
 
@@ -299,16 +350,23 @@ def main(argv: Sequence[str]) -> None:
     args, reward_args = parser.parse_recipe(argv)
     if args.backend == "vllm" and not args.rescore:
         check_vllm_installed("backend=vllm")
+    processes = join_processes()
     rewards = [_load_function(name) for name in reward_args.reward_funcs]
     check_weights(args.reward_weights, len(rewards) + (reward_args.reward_model is not None))
     dataset = _load(args)
     if args.rescore:
+        if not processes.is_main:
+            return
         tokenizer = None
         if args.drop_faulty_rows:
             dataset = without_dropped(dataset, dropped_rows_file(args.output_dir, "data"))
     else:
-        tokenizer = _model_tokenizer(args)
-        dataset = _check(args, dataset, tokenizer)
+        tokenizer = _model_tokenizer(args, processes.is_main)
+        dataset = _check(args, dataset, tokenizer, processes.is_main)
+        if not processes.is_main:
+            parts = processes.agree(list[Part])  # the main process's
+            _draw(args, tokenizer, dataset["prompt"], parts, processes)
+            return
     settings = _settings(args, dataset)
     check_answers_are_there("data", dataset, rewards, reward_args)
     groups: dict[str, list[Label | None]] = {
@@ -320,14 +378,17 @@ def main(argv: Sequence[str]) -> None:
     if reward_model is not None:
         rewards.append(reward_model)  # its weights are loaded once sampling has freed the memory
     output_dir = Path(args.output_dir)
-    if (output_dir / SAMPLES).is_file():
-        print(f"All samples are there: {output_dir / SAMPLES}", flush=True)
-        samples = read_samples(output_dir / SAMPLES)
+    files, parts = [output_dir / SAMPLES], []
+    if files[0].is_file():
+        print(f"All samples are there: {files[0]}", flush=True)
     else:
         assert tokenizer is not None  # rescoring without samples was refused
-        samples = _sample(args, tokenizer, list(dataset["prompt"]))
-    samples = score_samples(samples, dataset, rewards, args.reward_weights, mode_format)
-    write_samples(output_dir / SAMPLES, samples)
+        parts = _parts(args, tokenizer, dataset["prompt"], processes.count)
+        files = [part.path for part in parts]
+    if tokenizer is not None:
+        parts = processes.agree(lambda: parts)
+        _draw(args, tokenizer, dataset["prompt"], parts, processes)
+    samples, leakage = _score(files, output_dir, dataset, rewards, args.reward_weights, mode_format)
     report = report_on(
         samples,
         args.margin,
@@ -337,9 +398,12 @@ def main(argv: Sequence[str]) -> None:
         domains=groups.get("domain"),
         price_per_million_tokens=args.price_per_million_tokens,
         mode_format=mode_format,
+        leakage=leakage,
     )
     bias = 0.0 if args.decision_bias == SWEEP else float(args.decision_bias)
-    examples = examples_of(samples, dataset, groups, args.margin, bias, mode_format)
+    chosen = chosen_prompts(samples, dataset, groups, args.margin, bias)
+    shown = samples_of_prompts(output_dir / SAMPLES, [prompt for prompt, _ in chosen])
+    examples = examples_of(chosen, shown, dataset, groups, args.margin, bias, mode_format)
     write_json(output_dir / EXAMPLES, nan_to_null(examples))
     heading: dict[str, Any] = {"model": args.model, "dataset": args.data, "settings": settings}
     if mode_format != LHRM:
