@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from hgpo_trl import HGPOConfig, HGPOTrainer
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import LHRM, format_response, mode_tokens
-from hgpo_trl.training.think_budget import ThinkBudget
+from hgpo_trl.inference.limits import ThinkBudget
 
 END, END_THINK, BLANK, THINK = 0, 1, 2, 3  # tokens of a made-up model; 4 to 9 are words
 
