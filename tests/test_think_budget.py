@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.modes import LHRM, format_response, mode_tokens
 from hgpo_trl.inference.limits import ThinkBudget
+from hgpo_trl.modes import LHRM, format_response, mode_tokens
 
 END, END_THINK, BLANK, THINK = 0, 1, 2, 3  # tokens of a made-up model; 4 to 9 are words
 

@@ -21,6 +21,9 @@ from hgpo_trl.modes.hybrid_accuracy import THINK
 
 PER_MODE = ("max_think_tokens", "max_no_think_tokens")  # fields of `Limits`, in the order of `MODES`
 LIMITS = ("think_budget", *PER_MODE)  # those that are none by default
+MAX_THINK_HELP = "Tokens per think response; null: max_new_tokens."
+MAX_NO_THINK_HELP = "Tokens per no-think response; null: max_new_tokens."
+THINK_BUDGET_HELP = "Close the reasoning by force after so many tokens, and let the model answer; null: no budget."
 
 Sampled = tuple[list[list[int]], list[list[float]] | None]
 Sample = Callable[[list[list[int]], int, int], Sampled]
