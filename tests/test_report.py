@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from hgpo_trl.common.files import write_json
 from hgpo_trl.reporting.report import load_training_log, write_report
+from hgpo_trl.scripts.report import main
 
 NO_BREAK = "\u00a0"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -406,6 +408,21 @@ def test_accuracy_over_budgets(tmp_path: Path) -> None:
 def test_budgets_that_do_not_belong_together(tmp_path: Path, budgets: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_report({"hgpo": evaluation()}, tmp_path, budget_sweep=budgets)
+
+
+def test_folders_of_budgets(tmp_path: Path) -> None:
+    def write(folder: str, found: Evaluation) -> None:
+        write_json(tmp_path / folder / "report.json", found)
+
+    write("hgpo", limited(None))
+    words = [f"--evaluations=hgpo={tmp_path}/hgpo", f"--budget_sweep=hgpo={tmp_path}/budgets", "--output_dir"]
+    with pytest.raises(ValueError, match=r"budgets' has no folder with a report\.json.*--think_budget K"):
+        main([*words, str(tmp_path / "report")])
+    write("budgets/16", limited(16))
+    write("budgets/8", limited(8))
+    main([*words, str(tmp_path / "report")])
+    data = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert [entry["settings"]["think_budget"] for entry in data["budget_sweep"]["hgpo"]] == [8, 16]
 
 
 def test_evaluations_under_another_budget_are_noted(tmp_path: Path) -> None:
