@@ -14,6 +14,7 @@ DEVICE := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/n
 ACCELERATE ?= $(DEVICE)
 ARGS ?=                                 # more fields: ARGS="--max_steps 20 --report_to wandb"
 MARGINS ?= 0 0.2 0.6                    # of `make sweep`
+BUDGETS ?= 8 16 24 32                   # of `make budgets`
 JOBS ?= 2                               # runs at a time of `make reproduce`
 RECIPE := $(strip $(RECIPE))
 RUN := runs/$(RECIPE)
@@ -25,7 +26,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(AC
 export OMP_NUM_THREADS ?= $(if $(wildcard $(CONFIG)/data.yaml),1,$(shell getconf _NPROCESSORS_ONLN))
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install install-all model data train-hft train-hgpo evaluate baselines report demo sweep reproduce test test-fast lint clean
+.PHONY: help install install-all model data train-hft train-hgpo evaluate baselines report demo sweep budgets reproduce test test-fast lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -106,6 +107,13 @@ sweep: $(INSTALLED)  ## one HGPO model per margin in MARGINS, evaluated, and all
 		$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model "$(RUN)/sweep/margin-$$margin" --output_dir "$(RUN)/sweep/margin-$$margin/eval"; \
 	done
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml --margin_sweep $(foreach m,$(MARGINS),$(m)=$(RUN)/sweep/margin-$(m)/eval)
+
+budgets: $(INSTALLED_RECIPE)  ## the HGPO model's accuracy under each budget of reasoning in BUDGETS, in the report
+	@for budget in $(BUDGETS); do \
+		$(BIN)/hgpo-trl evaluate --config $(CONFIG)/evaluate.yaml --model $(RUN)/hgpo --think_budget "$$budget" \
+			--output_dir "$(RUN)/eval/budgets/$$budget" $(ARGS); \
+	done
+	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml --budget_sweep hgpo=$(RUN)/eval/budgets
 
 reproduce: $(INSTALLED)  ## the paper's Table 1 and figures on the embedded tasks, three seeds: about an hour
 	$(MAKE) --no-print-directory -j $(JOBS) -f benchmarks/reproduce.mk BIN=$(BIN)

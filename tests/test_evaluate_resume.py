@@ -149,6 +149,10 @@ def test_other_settings_are_refused_with_what_differs(
         ({"samples_per_mode": 2}, r"Changed: samples_per_mode: 3 -> 2\. "),
         ({"batch_size": 64}, r"Changed: batch_size: 7 -> 64\. "),
         ({"max_new_tokens": 13}, r"Changed: max_new_tokens: 12 -> 13\. "),
+        (
+            {"max_think_tokens": 8, "think_budget": 4},
+            r"Changed: max_think_tokens: None -> 8, think_budget: None -> 4\. ",
+        ),
         ({"dtype": "bfloat16", "top_p": 0.5}, r"Changed: dtype: 'float32' -> 'bfloat16', top_p: 0\.95 -> 0\.5\. "),
     ):
         with pytest.raises(ValueError, match=rf"another run's results\. {listed}.*Choose another output_dir, remove"):

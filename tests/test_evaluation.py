@@ -23,6 +23,7 @@ from hgpo_trl.evaluation.metrics import report_on
 from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.evaluation.transformers_backend import sample_both_modes
 from hgpo_trl.inference import vllm_support
+from hgpo_trl.inference.generate import generate
 from hgpo_trl.modes import MODES, Fault, ModeTokens, mode_tokens, split_response
 from hgpo_trl.modes.decision import OFF_MODE, Decision, read_decision
 from hgpo_trl.rewards.model import RewardModel
@@ -146,6 +147,24 @@ def test_responses_end_or_are_truncated(samples: pd.DataFrame) -> None:
     assert (samples["completion"].groupby([samples["prompt_id"], samples["mode"]]).nunique() > 1).any()
 
 
+def test_limits_are_those_of_generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset, sample: Callable[..., pd.DataFrame]
+) -> None:
+    limits: dict[str, Any] = {"max_think_tokens": 16, "max_no_think_tokens": 6, "think_budget": 5}
+    found = sample(temperature=0, samples_per_mode=1, **limits).set_index(["mode", "prompt_id"])
+    closed = 0
+    for mode in MODE_NAMES:
+        expected = generate(model, tokenizer, few["prompt"], mode=mode, temperature=0, max_new_tokens=24, **limits)
+        part = found.loc[mode]
+        assert part["completion"].tolist() == [generation.text for generation in expected]
+        assert part["num_tokens"].tolist() == [generation.num_tokens for generation in expected]
+        assert part["truncated"].tolist() == [generation.truncated for generation in expected]
+        closed += sum(generation.reasoning_tokens == 5 for generation in expected)
+    assert closed
+    assert found.loc["think", "num_tokens"].max() == 16
+    assert found.loc["no_think", "num_tokens"].max() == 6
+
+
 def test_what_is_counted(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -159,7 +178,7 @@ def test_what_is_counted(
     generated = [[four, tokens.end_no_think, eos, pad], [eos, pad, pad, pad], [four, four, four, four]]
     seen = []
 
-    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
+    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **kwargs: Any) -> Tensor:
         assert generation_config.max_new_tokens == 4
         seen.extend(zip(input_ids.tolist(), attention_mask.tolist(), strict=True))
         return torch.cat([input_ids, torch.tensor(generated * (len(input_ids) // 3))], dim=1)

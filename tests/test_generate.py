@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from hgpo_trl.inference.generate import DecisionBias, Generation, HybridModel, generate, stream
-from hgpo_trl.modes import MODES, Mode, ModeTokens, add_mode_tokens, mode_tokens, split_response
+from hgpo_trl.modes import LHRM, MODES, Mode, ModeTokens, add_mode_tokens, mode_tokens, split_response
 from hgpo_trl.modes.chat_template import set_chat_template
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12}
@@ -99,6 +99,50 @@ def test_greedy_responses_are_plain_generates(
             response.reasoning,
             response.answer,
         )
+
+
+def with_budget(model: Any, tokenizer: Any, conversation: list, mode: str, budget: int, length: int = 12) -> list[int]:
+    """What `plain` makes of it, with the reasoning closed after so many tokens: up to there, and on from there."""
+    begun = plain(model, tokenizer, conversation, mode, length=budget + 1)
+    tokens = mode_tokens(tokenizer)
+    if begun[0] != tokens.think or tokenizer.eos_token_id in begun:
+        return plain(model, tokenizer, conversation, mode, length)
+    if tokens.end_think not in begun:
+        begun += tokenizer(LHRM.end_reasoning, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[*prompt_ids(tokenizer, conversation), *begun]])
+    output = model.generate(ids, do_sample=False, max_new_tokens=length - len(begun), pad_token_id=0)
+    return [*begun, *output[0, ids.shape[1] :].tolist()]
+
+
+@pytest.mark.parametrize("mode", ["auto", "think", "no_think"])
+@pytest.mark.parametrize("budget", [1, 4, 8])
+def test_reasoning_is_closed_at_its_budget(
+    mode: str, budget: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, conversations: list
+) -> None:
+    found = generate(model, tokenizer, conversations, mode=mode, think_budget=budget, batch_size=5, **GREEDY)
+    expected = [with_budget(model, tokenizer, conversation, mode, budget) for conversation in conversations]
+    assert [generation.text for generation in found] == [
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in expected
+    ]
+    assert [generation.num_tokens for generation in found] == [len(ids) for ids in expected]
+    assert all(generation.reasoning_tokens <= budget for generation in found if generation.mode is Mode.THINK)
+    for conversation, generation in zip(conversations[:4], found, strict=False):
+        assert "".join(stream(model, tokenizer, conversation, mode=mode, think_budget=budget, **GREEDY)) == (
+            generation.text
+        )
+
+
+def test_each_mode_has_its_limit(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, conversations: list
+) -> None:
+    limits = {"max_think_tokens": 7, "max_no_think_tokens": 4}
+    most = {Mode.THINK: 7, Mode.NO_THINK: 4, None: 12}
+    found = generate(model, tokenizer, conversations, **limits, **GREEDY)
+    free = generate(model, tokenizer, conversations, **GREEDY)
+    for one, other in zip(found, free, strict=True):
+        assert one.num_tokens == min(other.num_tokens, most[one.mode])
+        assert one.truncated == (other.truncated or other.num_tokens > most[one.mode])
+    assert {generation.mode for generation in found if generation.truncated} >= {*MODES}
 
 
 def test_the_batch_size_changes_nothing(
@@ -285,6 +329,17 @@ def test_a_response_ends_with_the_models_positions(model: LlamaForCausalLM, toke
         ({"decision_bias": math.inf}, "decision_bias must be a finite number; got inf. Force a mode"),
         ({"decision_bias": math.nan}, "decision_bias must be a finite number; got nan"),
         ({"max_new_tokens": 1}, "max_new_tokens must be at least 2"),
+        (
+            {"max_new_tokens": 8, "max_think_tokens": 9},
+            "max_think_tokens must lie between 2, the decision token and one",
+        ),
+        ({"max_no_think_tokens": 1}, "and max_new_tokens=35000, or be null for no limit of the mode's own; got 1"),
+        ({"think_budget": 0}, "think_budget must be at least 1 token, or null for no budget; got 0"),
+        ({"think_budget": 8, "max_new_tokens": 10}, "think_budget=8 leaves no token for the answer within max_new_tok"),
+        (
+            {"think_budget": 8, "max_think_tokens": 9},
+            "within max_think_tokens=9. Lower think_budget, or raise max_think_",
+        ),
         ({"temperature": -1}, "temperature must be a finite number of at least 0"),
         ({"top_p": 0}, "top_p must lie in"),
     ],

@@ -721,6 +721,7 @@ def test_value_that_hgpo_refuses(text: str, words: str, recipe: Callable, refuse
         ("evaluate", ("--reward_model_center", "nan"), "reward_model_center must be a finite number; got nan"),
         ("evaluate", ("--samples_per_mode", "0"), "samples_per_mode must be at least 1; got 0"),
         ("evaluate", ("--max_new_tokens", "1"), "max_new_tokens must be at least 2"),
+        ("evaluate", ("--max_new_tokens", "9", "--think_budget", "7"), "think_budget=7 leaves no token for the answer"),
         ("evaluate", ("--margin", "nan"), "margin must be a finite number of at least 0; got nan"),
         ("evaluate", ("--temperature", "-1"), "temperature must be a finite number of at least 0"),
         ("evaluate", ("--top_p", "0"), "top_p must lie in (0, 1]; got 0.0"),

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from hgpo_trl.common.files import write_json
 from hgpo_trl.reporting.report import load_training_log, write_report
+from hgpo_trl.scripts.report import main
 
 NO_BREAK = "\u00a0"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -364,6 +366,70 @@ def test_notes_say_where_evaluations_differ(tmp_path: Path) -> None:
     assert "margin of hybrid accuracy (`hft` 0.2, `hgpo` 0.05)" in notes[1]
 
 
+def limited(budget: int | None, accuracy: float = 0.5, **changes: Any) -> Evaluation:
+    """An evaluation under a budget of reasoning."""
+    found = evaluation(**changes)
+    found["accuracy"] = found["accuracy"] | {"think": accuracy}
+    return found | {"settings": {"temperature": 0.6, "think_budget": budget}}
+
+
+def test_accuracy_over_budgets(tmp_path: Path) -> None:
+    evaluations = {"hft": evaluation("hft"), "hgpo": limited(None, 0.9812)}
+    budgets = {"hgpo": [limited(24, 0.8765), limited(8, 0.4321)]}
+    path = write_report(evaluations, tmp_path, budget_sweep=budgets)
+    text, page = read(path)
+    assert (tmp_path / "accuracy_over_budgets.png").read_bytes().startswith(PNG)
+    assert 'alt="Accuracy under a budget of reasoning"' in page
+    assert table(text, "Model")["Model"][:2] == ["Budget", "Accuracy: always thinking"]
+    rows = [line.replace(NO_BREAK, " ").split(" | ")[:3] for line in text.splitlines() if line.startswith("| hgpo")]
+    assert [[budget, accuracy.partition(" [")[0]] for _, budget, accuracy in rows] == [
+        ["8", "43.2 %"],
+        ["24", "87.6 %"],
+        ["none", "98.1 %"],
+    ]
+    assert "margin 0.05, budget of reasoning 24 tokens." in text
+    assert "Note: the evaluations differ" not in text
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert [entry["settings"]["think_budget"] for entry in data["budget_sweep"]["hgpo"]] == [8, 24]
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({"hft": [limited(8)]}, r"'hft' is none of the evaluations \(hgpo\)"),
+        ({"hgpo": [limited(8), limited(None)]}, "'hgpo' has an evaluation without think_budget"),
+        ({"hgpo": [limited(8), limited(8)]}, "'hgpo' has an evaluation too many with think_budget=8"),
+        (
+            {"hgpo": [limited(8, name="other")]},
+            "'hgpo' is the model 'runs/chain-sum/hgpo', but .* of 'runs/chain-sum/o",
+        ),
+    ],
+)
+def test_budgets_that_do_not_belong_together(tmp_path: Path, budgets: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_report({"hgpo": evaluation()}, tmp_path, budget_sweep=budgets)
+
+
+def test_folders_of_budgets(tmp_path: Path) -> None:
+    def write(folder: str, found: Evaluation) -> None:
+        write_json(tmp_path / folder / "report.json", found)
+
+    write("hgpo", limited(None))
+    words = [f"--evaluations=hgpo={tmp_path}/hgpo", f"--budget_sweep=hgpo={tmp_path}/budgets", "--output_dir"]
+    with pytest.raises(ValueError, match=r"budgets' has no folder with a report\.json.*--think_budget K"):
+        main([*words, str(tmp_path / "report")])
+    write("budgets/16", limited(16))
+    write("budgets/8", limited(8))
+    main([*words, str(tmp_path / "report")])
+    data = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert [entry["settings"]["think_budget"] for entry in data["budget_sweep"]["hgpo"]] == [8, 16]
+
+
+def test_evaluations_under_another_budget_are_noted(tmp_path: Path) -> None:
+    text, _ = read(write_report({"free": limited(None), "hgpo": limited(8)}, tmp_path))
+    assert "Note: the evaluations differ in the budget of reasoning (`free` none, `hgpo` 8)." in text
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     text, page = read(write_report({"a|b<i>$x_1$": evaluation()}, tmp_path, title="<b> & *c*"))
     assert r"|  | a\|b\<i>$x_1$ |" in text
@@ -390,9 +456,10 @@ def test_no_evaluations(tmp_path: Path) -> None:
         write_report({}, tmp_path)
 
 
-def test_reserved_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'margin_sweep' is taken.*Choose another"):
-        write_report({"margin_sweep": evaluation()}, tmp_path)
+@pytest.mark.parametrize("name", ["margin_sweep", "budget_sweep"])
+def test_reserved_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' is taken.*Choose another"):
+        write_report({name: evaluation()}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A budget of reasoning: against a loop over tokens, in rollouts, in the loss and in evaluation."""
+"""Limits of responses, and a budget of reasoning: against a loop, in rollouts, in the loss and in evaluation."""
 
 import random
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hgpo_trl import HGPOConfig, HGPOTrainer
 from hgpo_trl.common.errors import UserError
+from hgpo_trl.inference.limits import ThinkBudget
 from hgpo_trl.modes import LHRM, format_response, mode_tokens
-from hgpo_trl.training.think_budget import ThinkBudget
 
 END, END_THINK, BLANK, THINK = 0, 1, 2, 3  # tokens of a made-up model; 4 to 9 are words
 
@@ -222,6 +222,19 @@ def test_the_answer_is_read_after_a_forced_end(tokenizer: PreTrainedTokenizerFas
             "think_budget needs to know which responses think before they are sampled, but mode_rule=grpo",
         ),
         (
+            {"max_completion_length": 9, "max_think_tokens": 10},
+            "max_think_tokens must lie .* max_completion_length=9, or",
+        ),
+        (
+            {"think_budget": 4, "max_think_tokens": 6},
+            "think_budget=4 leaves no token for the answer within max_think_t",
+        ),
+        ({"max_no_think_tokens": 4, "mode_rule": "grpo"}, "max_no_think_tokens needs to know which responses think"),
+        (
+            {"max_no_think_tokens": 4, "use_vllm": True, "vllm_mode": "server"},
+            "max_no_think_tokens needs processes .* set max_no_think_tokens=null",
+        ),
+        (
             {"think_budget": 4, "use_vllm": True, "vllm_mode": "server"},
             "think_budget needs processes .* set think_budget=null",
         ),
@@ -234,6 +247,20 @@ def test_the_answer_is_read_after_a_forced_end(tokenizer: PreTrainedTokenizerFas
 def test_settings_that_do_not_go_together(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         HGPOConfig("unused", **ON_CPU, **fields)
+
+
+@pytest.mark.parametrize("continuous_batching", [False, True])
+def test_each_mode_has_its_limit(make: Callable, prompts: Dataset, continuous_batching: bool) -> None:
+    settings = CONTINUOUS_BATCHING if continuous_batching else {}
+    trainer = make(think_budget=None, max_think_tokens=9, max_no_think_tokens=4, **settings)
+    output = rollout(trainer, prompts)
+    lengths = output["completion_mask"].sum(dim=1).view(2, 2, 2)
+    assert lengths[:, 0].max() == 9
+    assert lengths[:, 1].max() == 4
+    assert "tool_mask" not in output
+    found = trainer.evaluate()
+    assert 4 < found["eval_hgpo/mean_tokens/think"] <= 9
+    assert found["eval_hgpo/mean_tokens/no_think"] <= 4
 
 
 @pytest.mark.parametrize("budget", [LENGTH - 2, LENGTH, 100])

@@ -98,6 +98,16 @@ def test_greedy_is_what_transformers_gives(sample: Callable[..., pd.DataFrame], 
     pd.testing.assert_frame_equal(found, greedy_reference, rtol=1e-4, atol=1e-6)
 
 
+def test_greedy_within_limits_is_what_transformers_gives(
+    sample: Callable[..., pd.DataFrame], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, few: Dataset
+) -> None:
+    limits: dict[str, Any] = {"max_think_tokens": MAX_NEW_TOKENS - 2, "max_no_think_tokens": 5, "think_budget": 4}
+    limits |= {"max_new_tokens": MAX_NEW_TOKENS, "samples_per_mode": 2, "temperature": 0}
+    expected = sample_both_modes(model, tokenizer, few["prompt"], **limits)
+    assert (expected["mode"].eq("think") & expected["completion"].str.contains("</think>")).any()
+    pd.testing.assert_frame_equal(sample(**limits), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_samples_have_the_same_shape(samples: pd.DataFrame, greedy_reference: pd.DataFrame) -> None:
     pd.testing.assert_series_equal(samples.dtypes, greedy_reference.dtypes)
     keys = list(samples[["prompt_id", "mode", "sample"]].itertuples(index=False, name=None))

@@ -1,7 +1,7 @@
 """Samples of both modes by vLLM."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.evaluation.processes import own_share
 from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
 from hgpo_trl.inference.generate import end_tokens, render
+from hgpo_trl.inference.limits import Limits, ThinkBudget
 from hgpo_trl.modes import MODES, OTHER, ModeTokens, mode_tokens
 from hgpo_trl.modes.decision import OFF_MODE
+from hgpo_trl.modes.hybrid_accuracy import THINK
 
 if TYPE_CHECKING:
     from vllm import LLM  # importing it takes seconds, and it is optional
@@ -117,6 +119,9 @@ def sample_both_modes(
     *,
     samples_per_mode: int,
     max_new_tokens: int,
+    max_think_tokens: int | None = None,
+    max_no_think_tokens: int | None = None,
+    think_budget: int | None = None,
     temperature: float = 0.6,
     top_p: float = 0.95,
     seed: int = 0,
@@ -136,9 +141,11 @@ def sample_both_modes(
     generation_config = engine.llm_engine.model_config.try_get_generation_config()
     ends = end_tokens(tokenizer, generation_config.get("eos_token_id"))
     decisions = _read_decisions(engine, ids, tokens)
+    limits = Limits(max_new_tokens, max_think_tokens, max_no_think_tokens, think_budget)
+    rooms, budget = limits.rooms(tokens), limits.budget(tokenizer, tokens)
     seeds = [derived_seed(seed, number) for number in numbers or range(len(ids))]
     shown = progress is None or not progress.disable
-    responses = _generate(engine, ids, tokens, ends, samples_per_mode, max_new_tokens, temperature, top_p, seeds, shown)
+    responses = _generate(engine, ids, tokens, ends, samples_per_mode, rooms, budget, temperature, top_p, seeds, shown)
     samples = samples_table(tokenizer, decisions, responses, ends)
     if progress is not None:
         progress.update(len(samples))
@@ -177,13 +184,16 @@ def _generate(
     tokens: ModeTokens,
     ends: list[int],
     samples_per_mode: int,
-    max_new_tokens: int,
+    rooms: Sequence[int],
+    budget: ThinkBudget | None,
     temperature: float,
     top_p: float,
     seeds: Sequence[int],
     show_progress: bool,
 ) -> Iterator[Generated]:
     """One call for all, if it can be: vLLM forms its batches, and a prompt's samples and modes share their prefix.
+
+    Responses of a mode that is OTHER, and think responses with a budget, go on in a call of their own.
 
     Args:
         seeds: of the prompts.
@@ -192,10 +202,13 @@ def _generate(
 
     greedy = temperature == 0
     keys = [(prompt, mode) for prompt in range(len(ids)) for mode in range(len(MODES))]
+    other = tokens.decision.index(OTHER) if OTHER in tokens.decision else None
+    drawn_opening = int(other == THINK)  # tokens of the opening that are drawn
 
-    def params(prompt: int, request: str, **settings: Any) -> SamplingParams:
+    def params(prompt: int, request: str, num_samples: int, max_tokens: int, **settings: Any) -> SamplingParams:
         return SamplingParams(
-            n=1 if greedy else samples_per_mode,  # vLLM takes n = 1 only where all would be the same
+            n=1 if greedy else num_samples,  # vLLM takes n = 1 only where all would be the same
+            max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             stop_token_ids=ends,
@@ -205,37 +218,49 @@ def _generate(
             **settings,
         )
 
-    def sample(prompts: list[list[int]], settings: list[SamplingParams]) -> Iterator[list[list[int]]]:
-        requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        for result in engine.generate(requests, settings, use_tqdm=show_progress):
-            outputs = [list(output.token_ids) for output in result.outputs]
-            yield outputs * samples_per_mode if greedy else outputs
+    def sample(responses: Sequence[tuple[int, int, list[int]]], settings: list[SamplingParams]) -> Any:
+        requests = [
+            TokensPrompt(prompt_token_ids=[*ids[prompt], *tokens.openings[mode], *begun])
+            for prompt, mode, begun in responses
+        ]
+        return engine.generate(requests, settings, use_tqdm=show_progress) if requests else []
 
-    room = max_new_tokens - max(tokens.forced)
-    forced = [[*ids[prompt], *tokens.openings[mode]] for prompt, mode in keys]
-    if OTHER not in tokens.decision:
-        found = sample(forced, [params(prompt, MODES[mode], max_tokens=room) for prompt, mode in keys])
-        for (prompt, mode), responses in zip(keys, found, strict=True):
-            yield from (Generated(prompt, mode, number, response) for number, response in enumerate(responses))
-        return
+    def first(prompt: int, mode: int) -> SamplingParams:
+        if mode == other:  # any token but the other mode's
+            ban = {tokens.decision[1 - mode]: -100.0}
+            return params(prompt, MODES[mode], samples_per_mode, 1, logit_bias=ban)
+        return params(prompt, MODES[mode], samples_per_mode, behind_opening(mode))
 
-    # The first token of the mode that is OTHER is any but the other mode's.
-    other = tokens.decision.index(OTHER)
-    ban = {tokens.decision[1 - other]: -100.0}
-    first = [
-        params(prompt, MODES[mode], **({"max_tokens": 1, "logit_bias": ban} if mode == other else {"max_tokens": room}))
-        for prompt, mode in keys
-    ]
-    begun: list[tuple[Generated, list[int]]] = []
-    for (prompt, mode), context, responses in zip(keys, forced, sample(forced, first), strict=True):
-        for number, response in enumerate(responses):
-            generated = Generated(prompt, mode, number, response)
-            if mode == other and response[-1] not in ends:
-                begun.append((generated, [*context, *response]))
-            else:
-                yield generated
-    rest = [params(generated.prompt, f"rest of {generated.sample}", max_tokens=room) for generated, _ in begun]
-    for settings in rest:
-        settings.n = 1
-    for (generated, _), responses in zip(begun, sample([context for _, context in begun], rest), strict=True):
-        yield generated._replace(tokens=[*generated.tokens, *responses[0]])
+    def behind_opening(mode: int) -> int:
+        return budget.tokens if budget is not None and mode == THINK else rooms[mode]
+
+    results = sample([(prompt, mode, []) for prompt, mode in keys], [first(prompt, mode) for prompt, mode in keys])
+    responses = []
+    for (prompt, mode), result in zip(keys, results, strict=True):
+        outputs = [list(output.token_ids) for output in result.outputs] * (samples_per_mode if greedy else 1)
+        responses += [Generated(prompt, mode, number, output) for number, output in enumerate(outputs)]
+
+    def extend(places: list[int], what: str, most: Callable[[Generated], int]) -> None:
+        begun = [responses[place] for place in places]
+        results = sample(
+            [(response.prompt, response.mode, response.tokens) for response in begun],
+            [params(response.prompt, f"{what} of {response.sample}", 1, most(response)) for response in begun],
+        )
+        for place, response, result in zip(places, begun, results, strict=True):
+            responses[place] = response._replace(tokens=[*response.tokens, *result.outputs[0].token_ids])
+
+    if other is not None:
+        begun = [place for place, response in enumerate(responses) if response.mode == other]
+        begun = [place for place in begun if responses[place].tokens[-1] not in ends]
+        extend(begun, "rest", lambda _: behind_opening(other))
+    if budget is not None:
+        cut = [
+            place
+            for place, response in enumerate(responses)
+            if response.mode == THINK and budget.goes_on(response.tokens[drawn_opening:], ends)
+        ]
+        for place in cut:
+            opened, reasoning = responses[place].tokens[:drawn_opening], responses[place].tokens[drawn_opening:]
+            responses[place] = responses[place]._replace(tokens=[*opened, *budget.closed(reasoning)])
+        extend(cut, "answer", lambda response: rooms[THINK] + drawn_opening - len(response.tokens))
+    yield from responses

@@ -36,6 +36,7 @@ from transformers import (
 
 from hgpo_trl.common.compat import prepend_to_stream
 from hgpo_trl.common.errors import UserError
+from hgpo_trl.inference.limits import Limits, ThinkBudget
 from hgpo_trl.modes import (
     LHRM,
     MODES,
@@ -154,14 +155,49 @@ def complete(
     config: GenerationConfig,
     batch_size: int,
     progress: tqdm,
+    budget: ThinkBudget | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Continue rows of token ids, in batches of like length: (row number, the tokens that follow, padding included)."""
+    """Continue rows of token ids, in batches of like length: (row number, the tokens that follow, padding included).
+
+    Args:
+        budget: of the reasoning that begins behind the rows; None: there is no reasoning, or no budget.
+    """
     for batch in batches(rows, batch_size):
         inputs = padded(model, tokenizer, [rows[row] for row in batch])
+        length = inputs["input_ids"].shape[1]
         with torch.inference_mode(), own_settings_ignored(model):
-            sequences = model.generate(**inputs, generation_config=config)
-        yield from zip(batch, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True)
+            sequences = model.generate(
+                **inputs, generation_config=config, logits_processor=closing_processors(budget, length)
+            )
+        yield from zip(batch, sequences[:, length:].tolist(), strict=True)
         progress.update(len(batch))
+
+
+class CloseReasoning(LogitsProcessor):
+    """Closes a reasoning that is still open at its budget: the closing tokens are the only ones from there on.
+
+    Args:
+        start: place of the reasoning's first token: tokens of the prompt, padding and opening included.
+    """
+
+    def __init__(self, budget: ThinkBudget, start: int) -> None:
+        self.budget = budget
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first = self.start + self.budget.tokens  # where the closing tokens go
+        place = input_ids.shape[1] - first
+        if not 0 <= place < len(self.budget.closing):
+            return scores
+        closed = (input_ids[:, self.start : first] == self.budget.end_think).any(dim=1, keepdim=True)
+        alone = torch.full_like(scores, -math.inf)
+        alone[:, self.budget.closing[place]] = 0.0
+        return torch.where(closed, scores, alone)
+
+
+def closing_processors(budget: ThinkBudget | None, start: int) -> LogitsProcessorList:
+    """`CloseReasoning` of a budget, if there is one, for `model.generate`."""
+    return LogitsProcessorList([] if budget is None else [CloseReasoning(budget, start)])
 
 
 # --- the decision ---------------------------------------------------------------------------------------------
@@ -323,21 +359,16 @@ class TooLongError(UserError):
     """A conversation leaves the model no positions for a response."""
 
 
-def _budget(model: Any, longest_prompt: int, max_new_tokens: int, tokens: ModeTokens) -> int:
-    """`max_new_tokens`, or as many as the model has positions for; TooLongError if it has none left."""
-    needed = max(tokens.forced) + 1
-    if max_new_tokens < needed:
-        raise UserError(
-            f"max_new_tokens must be at least {needed}, the opening of a mode and one more; got {max_new_tokens}."
-        )
+def _room(model: Any, longest_prompt: int, tokens: ModeTokens) -> float:
+    """Positions that the model has for a response; TooLongError if there are none."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = max_new_tokens if positions is None else positions - longest_prompt
-    if room < needed:
+    room = math.inf if positions is None else positions - longest_prompt
+    if room <= max(tokens.forced):
         raise TooLongError(
             f"The longest prompt has {longest_prompt} tokens and the model {positions} positions "
             "(max_position_embeddings): nothing is left for a response. Shorten the conversation."
         )
-    return min(max_new_tokens, room)
+    return room
 
 
 def _conversation(prompt: str | Conversation) -> Conversation:
@@ -352,6 +383,9 @@ def generate(
     mode: str = AUTO,
     decision_bias: float = 0.0,
     max_new_tokens: int = 35_000,
+    max_think_tokens: int | None = None,
+    max_no_think_tokens: int | None = None,
+    think_budget: int | None = None,
     temperature: float = 0.6,
     top_p: float = 0.95,
     batch_size: int = 64,
@@ -367,6 +401,8 @@ def generate(
             separately, so that short ones do not wait for long ones.
         decision_bias: moves the log-odds of thinking (see `DecisionBias`); without effect where the mode is forced.
         max_new_tokens: per response, the decision token included; fewer where the model runs out of positions.
+        max_think_tokens, max_no_think_tokens: the same for one mode, where it is to be less.
+        think_budget: tokens of reasoning after which it is closed by force, and the model answers; None: no budget.
         temperature, top_p: of the sampling (paper: 0.6 and 0.95); temperature 0 is greedy.
         batch_size: responses generated at a time.
         seed: of torch's random number generator; None leaves its state alone.
@@ -379,26 +415,18 @@ def generate(
         TooLongError: a conversation, or the longest one, is too long for the model. (A UserError, too.)
     """
     check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
+    limits = Limits(max_new_tokens, max_think_tokens, max_no_think_tokens, think_budget)
     tokens = check_model(model, tokenizer)
     if not conversations:
         return []
     ids = render(tokenizer, [_conversation(conversation) for conversation in conversations])
-    budget = _budget(model, max(map(len, ids)), max_new_tokens, tokens)
+    lengths = _Lengths.of(limits, tokenizer, tokens, _room(model, max(map(len, ids)), tokens))
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
     model.eval()
     if seed is not None:
         torch.manual_seed(seed)
 
-    probs: list[float | None] = [None] * len(ids)
-    if mode == AUTO:
-        config = sampling_config(tokenizer, ends, len(tokens.prefix) + 1, temperature, top_p)
-        config.update(output_logits=True, return_dict_in_generate=True)
-        decided = _decide(model, tokenizer, ids, tokens, decision_bias, config, batch_size)
-        first, probs = [until_end(drawn, ends)[0] for drawn, _ in decided], [prob for _, prob in decided]
-    else:
-        first = openings(model, tokenizer, ids, tokens, Mode(mode), temperature, batch_size)
-
-    config = sampling_config(tokenizer, ends, budget - max(map(len, first)), temperature, top_p)
+    first, probs = _begin(model, tokenizer, ids, tokens, mode, decision_bias, ends, temperature, top_p, batch_size)
     responses = {row: list(begun) for row, begun in enumerate(first)}
     groups: dict[Mode | None, list[int]] = defaultdict(list)  # None: neither
     for row, begun in enumerate(first):
@@ -407,11 +435,55 @@ def generate(
     with tqdm(
         total=sum(map(len, groups.values())), desc="generating", unit="response", disable=len(ids) <= batch_size
     ) as progress:
-        for group in groups.values():
+        for chosen, group in groups.items():
             prompts = [[*ids[row], *first[row]] for row in group]
-            for place, rest in complete(model, tokenizer, prompts, config, batch_size, progress):
+            most, budget = lengths.rest(chosen, len(first[group[0]]))
+            config = sampling_config(tokenizer, ends, most, temperature, top_p)
+            for place, rest in complete(model, tokenizer, prompts, config, batch_size, progress, budget):
                 responses[group[place]] += rest
     return [_as_generation(tokenizer, tokens, responses[row], ends, probs[row]) for row in range(len(ids))]
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Lengths of the responses of one call of `generate` or `stream`."""
+
+    limits: Limits
+    budget: ThinkBudget | None
+    room: float  # positions that are left for a response
+
+    @classmethod
+    def of(cls, limits: Limits, tokenizer: PreTrainedTokenizerBase, tokens: ModeTokens, room: float) -> "_Lengths":
+        """UserError if the limits leave no room behind an opening, or for an answer."""
+        limits.rooms(tokens)
+        return cls(limits, limits.budget(tokenizer, tokens), room)
+
+    def rest(self, chosen: Mode | None, begun: int) -> tuple[int, ThinkBudget | None]:
+        """The most tokens behind the first `begun` tokens of a response, and the budget of its reasoning."""
+        place = None if chosen is None else MODES.index(chosen)
+        budget = None if self.budget is None or chosen is not Mode.THINK else self.budget.after(begun)
+        return int(min(self.limits.most(place), self.room)) - begun, budget
+
+
+def _begin(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    tokens: ModeTokens,
+    mode: str,
+    bias: float,
+    ends: list[int],
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+) -> tuple[list[list[int]], list[float | None]]:
+    """Each response up to the decision, drawn or forced, and π(think | q) where it is drawn; else None."""
+    if mode != AUTO:
+        return openings(model, tokenizer, ids, tokens, Mode(mode), temperature, batch_size), [None] * len(ids)
+    config = sampling_config(tokenizer, ends, len(tokens.prefix) + 1, temperature, top_p)
+    config.update(output_logits=True, return_dict_in_generate=True)
+    decided = _decide(model, tokenizer, ids, tokens, bias, config, batch_size)
+    return [until_end(drawn, ends)[0] for drawn, _ in decided], [prob for _, prob in decided]
 
 
 def stream(
@@ -422,6 +494,9 @@ def stream(
     mode: str = AUTO,
     decision_bias: float = 0.0,
     max_new_tokens: int = 35_000,
+    max_think_tokens: int | None = None,
+    max_no_think_tokens: int | None = None,
+    think_budget: int | None = None,
     temperature: float = 0.6,
     top_p: float = 0.95,
     seed: int | None = None,
@@ -431,21 +506,25 @@ def stream(
     Arguments and errors are those of `generate`.
     """
     check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
+    limits = Limits(max_new_tokens, max_think_tokens, max_no_think_tokens, think_budget)
     tokens = check_model(model, tokenizer)
     (ids,) = render(tokenizer, [_conversation(conversation)])
-    budget = _budget(model, len(ids), max_new_tokens, tokens)
+    lengths = _Lengths.of(limits, tokenizer, tokens, _room(model, len(ids), tokens))
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
     model.eval()
     if seed is not None:
         torch.manual_seed(seed)
-    forced = [] if mode == AUTO else openings(model, tokenizer, [ids], tokens, Mode(mode), temperature, 1)[0]
-    prompt = [*ids, *forced]
-    config = sampling_config(tokenizer, ends, budget - len(forced), temperature, top_p)
-    processors = LogitsProcessorList([] if forced else [DecisionBias(tokens, decision_bias, len(prompt))])
+    (begun,), _ = _begin(model, tokenizer, [ids], tokens, mode, decision_bias, ends, temperature, top_p, 1)
+    if begun[-1] in ends:
+        yield str(tokenizer.decode(begun, skip_special_tokens=True))
+        return
+    prompt = [*ids, *begun]
+    most, budget = lengths.rest(tokens.chosen(begun), len(begun))
+    config = sampling_config(tokenizer, ends, most, temperature, top_p)
 
     stopped = threading.Event()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    prepend_to_stream(streamer, forced)
+    prepend_to_stream(streamer, begun)
 
     def run() -> None:
         try:
@@ -453,7 +532,7 @@ def stream(
                 model.generate(
                     **padded(model, tokenizer, [prompt]),
                     generation_config=config,
-                    logits_processor=processors,
+                    logits_processor=closing_processors(budget, len(prompt)),
                     stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: _all(rows, stopped.is_set())]),
                     streamer=streamer,
                 )

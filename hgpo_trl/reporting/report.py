@@ -41,6 +41,7 @@ from hgpo_trl.reporting.figures import INK, NEITHER, NO_THINK, PERCENT_TICKS, ST
 Array = NDArray[np.float64]
 Evaluation = Mapping[str, Any]  # report.json of `hgpo-trl evaluate`
 TrainingLog = Sequence[Mapping[str, Any]]  # `log_history` of a Trainer
+Budgets = Mapping[str, Sequence[Evaluation]]  # name of an evaluation -> others of its model, by rising `think_budget`
 Draw = Callable[[SubFigure, TrainingLog], None]
 
 # ----------------------------------------------------------------------------------------------------
@@ -76,6 +77,11 @@ def _found(evaluation: Evaluation, path: str) -> Any:
         if path.removeprefix("intervals.") in ADDED:
             return None
         raise
+
+
+def _budget(evaluation: Evaluation) -> int | None:
+    """Its `think_budget`; reports of earlier versions have none."""
+    return evaluation.get("settings", {}).get("think_budget")
 
 
 def _percent(value: float, decimals: int = 1) -> str:
@@ -136,12 +142,16 @@ FAULTS = (
     ("Truncated, not thinking", "truncated.no_think", _percent),
 )
 GROUPS = {"level": "Results by difficulty level", "domain": "Results by domain"}  # each a table of its own
+THINK_BUDGET = "settings.think_budget"  # None where the reasoning may take as many tokens as the response
 SETTINGS = {"dataset": "data set", "num_prompts": "number of prompts", "margin": "margin of hybrid accuracy"}
 SAMPLING = {  # settings of the sampling; reports of earlier versions lack them
     "settings.split": "split",
     "settings.temperature": "temperature",
     "settings.top_p": "top-p",
     "settings.max_new_tokens": "most tokens of a response",
+    "settings.max_think_tokens": "most tokens of a think response",
+    "settings.max_no_think_tokens": "most tokens of a no-think response",
+    THINK_BUDGET: "budget of reasoning",
 }
 
 
@@ -328,6 +338,27 @@ def _decision_bias(evaluations: Mapping[str, Evaluation]) -> Figure | None:
     last = list(drawn.values())[-1]
     _mark_fixed_policies(axes, last)
     _accuracy_over_tokens(figure, axes)
+    return figure
+
+
+def _accuracy_over_budgets(evaluations: Mapping[str, Evaluation], budgets: Budgets) -> Figure | None:
+    if not budgets:
+        return None
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, entries in budgets.items():
+        look: dict[str, Any] = _look(list(evaluations).index(name))
+        x = np.array([float(_budget(entry) or 0) for entry in entries])
+        for policy, label, style in (("think", "always thinking", "-"), ("auto", "own choice", "--")):
+            _draw_with_interval(
+                axes, x, entries, f"accuracy.{policy}", label=f"{name}, {label}", linestyle=style, **look
+            )
+        unlimited = _value(evaluations[name], "accuracy.think")
+        axes.axhline(unlimited, color=look["color"], linewidth=1.2, linestyle=":", label=f"{name}, no budget")
+    axes.set(xlabel="budget of reasoning (tokens)")
+    axes.set_xlim(left=0)
+    _accuracy_axis(axes, "accuracy")
+    figure.legend(loc="outside right upper", labelspacing=0.9)
     return figure
 
 
@@ -571,17 +602,18 @@ def setting_notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
         except KeyError:
             continue
         if len(set(found.values())) > 1:
-            values = ", ".join(f"`{name}` {value}" for name, value in found.items())
+            values = ", ".join(f"`{name}` {'none' if value is None else value}" for name, value in found.items())
             notes.append(f"Note: the evaluations differ in the {label} ({values}). Compare their numbers with care.")
     return notes
 
 
 def _measured(name: str, evaluation: Evaluation) -> str:
-    bias = evaluation.get("decision_bias", 0.0)
+    bias, budget = evaluation.get("decision_bias", 0.0), _budget(evaluation)
     return (
         f"`{name}`: model `{evaluation['model']}` on `{evaluation['dataset']}`, "
         f"{evaluation['num_prompts']:,} prompts, {evaluation['samples_per_mode']} responses in each mode, "
-        f"margin {evaluation['margin']:g}{f', decision bias {bias:g}' if bias else ''}."
+        f"margin {evaluation['margin']:g}{f', decision bias {bias:g}' if bias else ''}"
+        f"{'' if budget is None else f', budget of reasoning {budget} tokens'}."
     )
 
 
@@ -626,6 +658,41 @@ def _sweep_table(sweep: Mapping[float, Evaluation]) -> Table:
     return Table(["Training margin δ", *(label for label, _, _ in shown)], rows)
 
 
+def _budget_table(evaluations: Mapping[str, Evaluation], budgets: Budgets) -> Table:
+    """A row for each budget and model, and one without a budget."""
+    shown = _select("accuracy.think", "accuracy.auto", "accuracy.no_think", "mean_tokens.think", "mean_tokens.auto")
+    rows = []
+    for name, entries in budgets.items():
+        for entry in (*entries, evaluations[name]):
+            numbers = [_with_interval(entry, path, form) for _, path, form in shown]
+            budget = "none" if _budget(entry) is None else str(_budget(entry))
+            rows.append([name, budget, *numbers, _percent(_value(entry, "truncated.think"))])
+    return Table(["Model", "Budget", *(label for label, _, _ in shown), "Truncated, thinking"], rows, labels=2)
+
+
+def _check_budgets(evaluations: Mapping[str, Evaluation], budgets: Budgets) -> None:
+    """Raise UserError unless all are evaluations of a model that is shown, each under another budget."""
+    for name, entries in budgets.items():
+        if name not in evaluations:
+            raise UserError(
+                f"budget_sweep: {name!r} is none of the evaluations ({', '.join(evaluations)}). Name the one of the "
+                "same model without a budget."
+            )
+        found = [_budget(entry) for entry in entries]
+        for budget, entry in zip(found, entries, strict=True):
+            _check(f"budget_sweep {name}, budget {budget}", entry)
+            if budget is None or found.count(budget) > 1:
+                raise UserError(
+                    f"budget_sweep: {name!r} has an evaluation {'without' if budget is None else 'too many with'} "
+                    f"think_budget{'' if budget is None else f'={budget}'}. Give one evaluation for each budget."
+                )
+            if entry["model"] != evaluations[name]["model"]:
+                raise UserError(
+                    f"budget_sweep: {name!r} is the model {evaluations[name]['model']!r}, but its evaluation with "
+                    f"think_budget={budget} is of {entry['model']!r}. Give evaluations of one model under one name."
+                )
+
+
 CAPTIONS = {
     "thinking_ratio_by_level": (
         "Thinking by difficulty",
@@ -657,6 +724,16 @@ CAPTIONS = {
             "random."
         ),
     ),
+    "accuracy_over_budgets": (
+        "Accuracy under a budget of reasoning",
+        (
+            "The accuracy of each model when its reasoning is closed by force after so many tokens and it answers from "
+            "what it has: thinking on every prompt, and by its own choice. Dotted: always thinking without a budget. "
+            "Bars are 95 % intervals. How to read it: the shortest budget at which a solid line is close to the dotted "
+            "one is what the model's reasoning needs; the own choice holds out longer if the model answers the prompts "
+            "that it knows without thinking."
+        ),
+    ),
     "training_curves": (
         "Training",
         (
@@ -683,32 +760,42 @@ def _pictures(
     evaluations: Mapping[str, Evaluation],
     training_logs: Mapping[str, TrainingLog],
     sweep: Mapping[float, Evaluation],
+    budgets: Budgets,
 ) -> list[Picture]:
     with matplotlib.rc_context(STYLE):
         figures = {
             "thinking_ratio_by_level": _thinking_ratio_by_level(evaluations),
             "accuracy_vs_tokens": _accuracy_vs_tokens(evaluations),
             "decision_bias": _decision_bias(evaluations),
+            "accuracy_over_budgets": _accuracy_over_budgets(evaluations, budgets),
             "training_curves": _training_curves(training_logs),
             "margin_sweep": _margin_sweep(sweep),
         }
         return [Picture(f"{name}.png", to_png(figure), *CAPTIONS[name]) for name, figure in figures.items() if figure]
 
 
+def _unlimited(evaluation: Evaluation) -> Evaluation:
+    """The same, as if it had no `think_budget`."""
+    return {**evaluation, "settings": {**evaluation["settings"], "think_budget": None}}
+
+
 def _blocks(
     title: str,
     evaluations: Mapping[str, Evaluation],
     sweep: Mapping[float, Evaluation],
+    budgets: Budgets,
     pictures: Sequence[Picture],
     examples: Mapping[str, Sequence[Example]],
 ) -> list[Block]:
     name, last = list(evaluations.items())[-1]
     everything = {**evaluations, **{f"δ = {margin:g}": evaluation for margin, evaluation in sweep.items()}}
+    limited = {f"{name}, budget {_budget(entry)}": entry for name, entries in budgets.items() for entry in entries}
     blocks: list[Block] = [
         Heading(title, level=1),
         Lead(_headline(name, last)),
         *(Bullets(items) for items in [_comparisons(evaluations)] if items),
         *(Paragraph(note) for note in setting_notes(everything)),
+        *(Paragraph(note) for note in setting_notes({name: _unlimited(entry) for name, entry in limited.items()})),
         Heading("What was measured"),
         Paragraph(
             "With its first token, each model chooses for each prompt whether it thinks (`<think>`) or "
@@ -716,7 +803,7 @@ def _blocks(
             "both modes and every response was scored. The model's own choice is then compared with always "
             "thinking, with never thinking and with an oracle that knows the better mode of each prompt."
         ),
-        Bullets([_measured(name, evaluation) for name, evaluation in everything.items()]),
+        Bullets([_measured(name, evaluation) for name, evaluation in (everything | limited).items()]),
         Heading("Results"),
         Paragraph(
             "Tokens are means per response. Brackets are 95 % intervals; a dash means that there is no valid number."
@@ -728,6 +815,8 @@ def _blocks(
             blocks += [Heading(heading), _group_table(evaluations, group)]
     if sweep:
         blocks += [Heading("Results by training margin"), _sweep_table(sweep)]
+    if budgets:
+        blocks += [Heading("Results by budget of reasoning"), _budget_table(evaluations, budgets)]
     glossary = Bullets([f"{term}: {meaning}" for term, meaning in GLOSSARY.items()])
     return [*blocks, Heading("Figures"), *pictures, *example_blocks(examples), Heading("Glossary"), glossary]
 
@@ -738,6 +827,7 @@ def write_report(
     *,
     training_logs: Mapping[str, TrainingLog] | None = None,
     margin_sweep: Mapping[float, Evaluation] | None = None,
+    budget_sweep: Mapping[str, Sequence[Evaluation]] | None = None,
     examples: Mapping[str, Sequence[Example]] | None = None,
     title: str = "Hybrid reasoning report",
 ) -> Path:
@@ -749,6 +839,7 @@ def write_report(
         output_dir: created if missing. An evaluation's own folder would lose its report.json.
         training_logs: name -> `load_training_log(...)`; drawn by optimizer step.
         margin_sweep: training margin δ -> evaluation of the model trained with it.
+        budget_sweep: name of one of `evaluations` -> evaluations of the same model, each under another `think_budget`.
         examples: name -> examples.json of `hgpo-trl evaluate`, in the order of `evaluations`; those of the last one
             are shown, with the choices of the others.
         title: heading of the report.
@@ -757,23 +848,30 @@ def write_report(
         Path of report.md. Identical input gives identical bytes in every file.
 
     Raises:
-        UserError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep".
+        UserError: `evaluations` is empty, one lacks a key, or one is named "margin_sweep" or "budget_sweep"; or an
+            evaluation in `budget_sweep` is of another model or has no budget of its own.
     """
     if not evaluations:
         raise UserError("evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written.")
-    if "margin_sweep" in evaluations:
-        raise UserError("evaluations: the name 'margin_sweep' is taken by a key of report.json. Choose another one.")
+    for name in ("margin_sweep", "budget_sweep"):
+        if name in evaluations:
+            raise UserError(f"evaluations: the name {name!r} is taken by a key of report.json. Choose another one.")
     sweep = dict(sorted((margin_sweep or {}).items()))
     for name, evaluation in evaluations.items():
         _check(name, evaluation)
     for margin, evaluation in sweep.items():
         _check(f"margin_sweep[{margin:g}]", evaluation)
+    _check_budgets(evaluations, budget_sweep or {})
+    budgets = {name: sorted(entries, key=lambda e: _budget(e) or 0) for name, entries in (budget_sweep or {}).items()}
 
-    pictures = _pictures(evaluations, training_logs or {}, sweep)
-    blocks = _blocks(title, evaluations, sweep, pictures, examples or {})
+    pictures = _pictures(evaluations, training_logs or {}, sweep, budgets)
+    blocks = _blocks(title, evaluations, sweep, budgets, pictures, examples or {})
     data: dict[str, Any] = dict(evaluations)
     if sweep:
         data["margin_sweep"] = [{"train_margin": margin, **evaluation} for margin, evaluation in sweep.items()]
+
+    if budgets:
+        data["budget_sweep"] = budgets
 
     output = Path(output_dir)
     make_folder(output)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from hgpo_trl.common.errors import run_stage
 from hgpo_trl.inference.generate import AUTO, CHOICES, HybridModel, TooLongError, check_settings
+from hgpo_trl.inference.limits import LIMITS, MAX_NO_THINK_HELP, MAX_THINK_HELP, THINK_BUDGET_HELP, Limits
 from hgpo_trl.modes import Mode
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.serving.splitter import Field, ResponseSplitter
@@ -38,11 +39,15 @@ class ChatArguments:
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature (paper: 0.6); 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling (paper: 0.95)."})
     max_new_tokens: int = field(default=35_000, metadata={"help": "Tokens per response (paper: 35,000)."})
+    max_think_tokens: int | None = field(default=None, metadata={"help": MAX_THINK_HELP})
+    max_no_think_tokens: int | None = field(default=None, metadata={"help": MAX_NO_THINK_HELP})
+    think_budget: int | None = field(default=None, metadata={"help": THINK_BUDGET_HELP})
     seed: int | None = field(default=None, metadata={"help": "Seed of the sampling; null draws another one each time."})
     dtype: str = field(default="auto", metadata={"help": "Weights' type: auto, float32, bfloat16."})
 
     def __post_init__(self) -> None:
         check_settings(self.mode, self.decision_bias, self.max_new_tokens, self.temperature, self.top_p)
+        Limits(self.max_new_tokens, self.max_think_tokens, self.max_no_think_tokens, self.think_budget)
 
 
 class Chat:
@@ -57,6 +62,7 @@ class Chat:
             "temperature": args.temperature,
             "top_p": args.top_p,
             "max_new_tokens": args.max_new_tokens,
+            **{name: getattr(args, name) for name in LIMITS},
         }
         self.system = [{"role": "system", "content": args.system}] if args.system else []
         self.turns: list[dict[str, str]] = []

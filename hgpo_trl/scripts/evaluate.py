@@ -49,6 +49,7 @@ from hgpo_trl.evaluation.samples import (
 from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
 from hgpo_trl.inference.generate import AUTO, check_settings, prompt_lengths
+from hgpo_trl.inference.limits import LIMITS, MAX_NO_THINK_HELP, MAX_THINK_HELP, THINK_BUDGET_HELP, Limits
 from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, as_format, format_of, format_response, mode_tokens
 from hgpo_trl.modes.chat_template import FORMAT_HELP, settle_format
@@ -100,6 +101,9 @@ class EvaluateArguments:
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature (paper: 0.6); 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling (paper: 0.95)."})
     max_new_tokens: int = field(default=35_000, metadata={"help": "Tokens per response (paper: 35,000)."})
+    max_think_tokens: int | None = field(default=None, metadata={"help": MAX_THINK_HELP})
+    max_no_think_tokens: int | None = field(default=None, metadata={"help": MAX_NO_THINK_HELP})
+    think_budget: int | None = field(default=None, metadata={"help": THINK_BUDGET_HELP})
     batch_size: int = field(default=64, metadata={"help": "transformers: responses generated at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     backend: str = field(
@@ -116,6 +120,7 @@ class EvaluateArguments:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1; got {value}.")
         check_settings(AUTO, 0.0, self.max_new_tokens, self.temperature, self.top_p)
+        _ = self.limits  # which refuses those that contradict each other
         if not 0.0 <= self.margin < math.inf:
             raise UserError(f"margin must be a finite number of at least 0; got {self.margin}.")
         price = self.price_per_million_tokens
@@ -143,6 +148,11 @@ class EvaluateArguments:
                 f"tensor_parallel_size={self.tensor_parallel_size} needs vLLM, but backend is {self.backend}. "
                 "Set backend to vllm, or tensor_parallel_size to 1."
             )
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of a response's length."""
+        return Limits(self.max_new_tokens, self.max_think_tokens, self.max_no_think_tokens, self.think_budget)
 
 
 def _load_function(name: str) -> Callable:
@@ -183,6 +193,7 @@ def _settings(args: EvaluateArguments, dataset: Dataset) -> dict[str, Any]:
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
+        **{name: getattr(args, name) for name in LIMITS},
         "seed": args.seed,
         "backend": args.backend,
     }
@@ -277,6 +288,7 @@ def _draw(
         processes=processes,
         temperature=args.temperature,
         top_p=args.top_p,
+        **{name: getattr(args, name) for name in LIMITS},
     )
 
 
@@ -310,17 +322,19 @@ def _model_tokenizer(args: EvaluateArguments, is_main_process: bool) -> PreTrain
     """The model's tokenizer. The main process prints what format it shows.
 
     Raises:
-        UserError: there is no such model, or it has no mode tags.
+        UserError: there is no such model, it has no mode tags, or its openings leave no room within the limits.
     """
     tokenizer = tokenizer_of("model", args.model)
     if (line := settle_format(tokenizer, args.mode_format)) and is_main_process:
         print(line, flush=True)
     try:
-        mode_tokens(tokenizer)
+        tokens = mode_tokens(tokenizer)
     except ValueError as error:
         raise UserError(
             f"model={args.model!r} is no hybrid model: {error} Evaluate one that went through `hgpo-trl hft`."
         ) from None
+    args.limits.rooms(tokens)
+    args.limits.budget(tokenizer, tokens)
     return tokenizer
 
 

@@ -30,13 +30,17 @@ class ReportArguments:
     margin_sweep: list[str] = field(
         default_factory=list, metadata={"help": "DELTA=FOLDER: evaluations of models trained with that margin."}
     )
+    budget_sweep: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=FOLDER: of the evaluation NAME's model, under a think_budget each: FOLDER/*."},
+    )
     title: str = field(default="Hybrid reasoning report", metadata={"help": "Heading of the report."})
     report_to: str = field(default="none", metadata={"help": "wandb: log the report there too; none."})
 
     def __post_init__(self) -> None:
         if self.report_to not in ("none", "wandb"):
             raise UserError(f"report_to must be none or wandb; got {self.report_to!r}.")
-        for name in ("evaluations", "training_runs"):
+        for name in ("evaluations", "training_runs", "budget_sweep"):
             named_folders(name, getattr(self, name))
         _sweep(self.margin_sweep)
 
@@ -67,6 +71,20 @@ def load_evaluation(name: str, folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{name}: there is no {path}. Run `hgpo-trl evaluate --output_dir {folder}` first.")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _budgets(entries: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """All evaluations in a folder for each name."""
+    found = {
+        name: sorted(folder.glob("*/report.json")) for name, folder in named_folders("budget_sweep", entries).items()
+    }
+    for entry, paths in zip(entries, found.values(), strict=True):
+        if not paths:
+            raise UserError(
+                f"budget_sweep: {entry!r} has no folder with a report.json. Run `hgpo-trl evaluate` with "
+                "--think_budget K --output_dir FOLDER/K for each budget K first."
+            )
+    return {name: [load_evaluation("budget_sweep", path.parent) for path in paths] for name, paths in found.items()}
 
 
 def _examples(folders: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
@@ -109,6 +127,7 @@ def main(argv: Sequence[str]) -> None:
         args.output_dir,
         training_logs=logs,
         margin_sweep=sweep,
+        budget_sweep=_budgets(args.budget_sweep),
         examples=_examples(folders),
         title=args.title,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import SchedulerType
 from trl import GRPOConfig
 
+from hgpo_trl.inference.limits import Limits
 from hgpo_trl.training.advantages import DECISION_WEIGHTINGS, ESTIMATORS, INTRA_SCOPES, TIES
 from hgpo_trl.training.rules import RULES
 from hgpo_trl.training.validate import (
@@ -55,8 +56,10 @@ class HGPOConfig(GRPOConfig):
         lazy_thinking: sample and score the no-think responses of a rollout first, then think responses of the queries
             that are still undecided (`advantages.decided_without_think`). The think responses of the other queries are
             the decision token alone. Rewards and their weighted sum must lie between 0 and 1. Training only.
-        think_budget: tokens of reasoning after which a think response is closed by force (`think_budget.ThinkBudget`)
-            and answers within what is left of `max_completion_length`; in evaluation too. None: no budget.
+        max_think_tokens, max_no_think_tokens: the most tokens of a response of that mode, in evaluation too, where it
+            is to be less than `max_completion_length` (`hgpo_trl.inference.limits`). None: that.
+        think_budget: tokens of reasoning after which a think response is closed by force (`limits.ThinkBudget`) and
+            answers within what is left of its limit; in evaluation too. None: no budget.
         eval_margin: margin of Eq. 13 for hybrid accuracy in evaluation: mode means closer than this count as equal.
             None: `margin`.
         eval_token_budget: mean tokens per response that `hgpo/accuracy_at_budget` keeps to
@@ -144,6 +147,12 @@ class HGPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Sample no think responses of queries that no-think wins already (rewards between 0 and 1)."},
     )
+    max_think_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a think response; null: max_completion_length."}
+    )
+    max_no_think_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a no-think response; null: max_completion_length."}
+    )
     think_budget: int | None = field(
         default=None,
         metadata={"help": "Close the reasoning by force after so many tokens; null: no budget."},
@@ -155,6 +164,18 @@ class HGPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Mean tokens per response of the evaluation's accuracy_at_budget; null: not computed."},
     )
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of a response's length. UserError if they contradict each other."""
+        assert self.max_completion_length is not None  # `check_fields` refuses it
+        return Limits(
+            self.max_completion_length,
+            self.max_think_tokens,
+            self.max_no_think_tokens,
+            self.think_budget,
+            total="max_completion_length",
+        )
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -19,6 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from hgpo_trl.common import paper
 from hgpo_trl.inference.generate import set_generation_config
+from hgpo_trl.inference.limits import ThinkBudget
 from hgpo_trl.modes import MODES, OTHER, Fault, Response, check_embeddings
 from hgpo_trl.modes.decision import OFF_MODE, Decision, draw_other, read_decision
 from hgpo_trl.modes.hybrid_accuracy import THINK
@@ -33,7 +34,6 @@ from hgpo_trl.training.micro_batches import MicroBatchTrainer
 from hgpo_trl.training.resume import ResumableTrainer
 from hgpo_trl.training.rollout import OwnTokens, Rollout, inspect_responses, response_modes, row_modes, unsampled_rows
 from hgpo_trl.training.rules import Groups, Rule, build_rule
-from hgpo_trl.training.think_budget import ThinkBudget
 from hgpo_trl.training.validate import as_list, check_advantages, check_text_only, model_name, validate
 from hgpo_trl.training.vllm import naming_a_failing_server, prepare_generation
 
@@ -131,9 +131,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             )
         rule = build_rule(args, **({} if estimator is None else {"estimator": estimator}))
         self.mode_tokens = validate(args, model, processing_class, reward_funcs, train_dataset, eval_dataset, kwargs)
-        # The opening counts towards max_completion_length.
-        self._max_new_tokens = cast(int, args.max_completion_length) - max(self.mode_tokens.forced)
-        self._budget = ThinkBudget.of(args.think_budget, processing_class, self.mode_tokens, self._max_new_tokens)
+        self._rooms = args.limits.rooms(self.mode_tokens)
+        self._budget = args.limits.budget(processing_class, self.mode_tokens)
         if reward_funcs is not None:
             reward_funcs = [checked(reward_func) for reward_func in as_list(reward_funcs)]
         super().__init__(
@@ -145,7 +144,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             prepare_wrapped(self.model)
         if self.use_vllm:
             prepare_generation(self.vllm_generation, is_peft_model(self.model))
-        self._limit_new_tokens(self._max_new_tokens)
+        self._limit_new_tokens(max(self._rooms))
         self._rule = rule
         self._evaluation = EvaluationMetrics()
         self._warned: set[str] = set()  # messages that have been logged
@@ -276,8 +275,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
 
         def sample(prompts: list[list[int]], same: int, max_new_tokens: int) -> tuple[list[list[int]], Any]:
             is_training = self.model.training
-            if self._budget is not None:  # else the limit never changes
-                self._limit_new_tokens(max_new_tokens)
+            self._limit_new_tokens(max_new_tokens)
             with naming_a_failing_server(self.args, self.state.global_step):
                 generated = generate(prompts, None, {}, same, has_tool_images)
             if self.model.training != is_training:  # continuous batching leaves the model in training mode
@@ -286,9 +284,10 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
 
         def draw(rows: list[int]) -> tuple[list[list[int]], Any]:
             forced = [[*prompt_ids[row], *openings[row]] for row in rows]
-            if self._budget is not None and modes[rows[0]] == THINK:
+            mode = modes[rows[0]]  # rows of both modes have the same limit
+            if self._budget is not None and mode == THINK:
                 return self._budget.sample(forced, per_mode, sample, self.eos_token_ids)
-            return sample(forced, per_mode, self._max_new_tokens)
+            return sample(forced, per_mode, self._rooms[mode])
 
         def extend(rows: list[int]) -> None:
             ids, sampled_log_probs = draw(rows)
@@ -305,7 +304,7 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         # Plain generation runs until its longest row ends, so the short no-think rows do not wait for the long ones.
         # More than half a group holds both modes wherever it begins, so every process makes the same two calls, which
         # ZeRO-3 and FSDP need.
-        elif self._budget is not None or (
+        elif self.args.limits.of_both is None or (
             not (self.use_vllm or self.use_transformers_continuous_batching) and len(modes) > per_mode
         ):
             extend(think)

@@ -17,6 +17,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import IntervalStrategy
 
 from hgpo_trl.common.errors import UnsupportedError, UserError
+from hgpo_trl.inference.limits import LIMITS
 from hgpo_trl.modes import LHRM, OTHER, ModeTokens, mode_tokens
 from hgpo_trl.modes.hybrid_accuracy import GREATER_IS_BETTER
 from hgpo_trl.rewards.functions import check_weights, is_model
@@ -267,8 +268,7 @@ def check_fields(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
-    if args.think_budget is not None and args.think_budget < 1:
-        raise UserError(f"think_budget must be at least 1 token, or null for no budget; got {args.think_budget}.")
+    _ = args.limits  # which refuses those that contradict each other
     if args.eval_margin is not None and not 0.0 <= args.eval_margin < float("inf"):
         raise UserError(
             f"eval_margin must be a finite number of at least 0, or null for margin; got {args.eval_margin}."
@@ -327,8 +327,8 @@ def check_resolved_fields(args: Args) -> None:
         )
     if args.lazy_thinking:
         _check_lazy_thinking(args)
-    if args.think_budget is not None:
-        _check_two_calls("think_budget", "null", args)
+    if args.limits.of_both is None:
+        _check_two_calls(next(name for name in LIMITS if getattr(args, name) is not None), "null", args)
     check_rule(args)
 
 
@@ -354,11 +354,12 @@ def check_rule(args: Args) -> None:
             f"estimator={args.estimator} is of HGPO alone; mode_rule={args.mode_rule} has its own advantages. Leave "
             "estimator out, or set mode_rule=hgpo."
         )
-    if rule.samples_modes and args.think_budget is not None:
-        raise UserError(
-            f"think_budget needs to know which responses think before they are sampled, but mode_rule={args.mode_rule} "
-            "lets the policy sample the mode. Set think_budget to null, or choose a rule that forces the modes."
-        )
+    for name in LIMITS:
+        if rule.samples_modes and getattr(args, name) is not None:
+            raise UserError(
+                f"{name} needs to know which responses think before they are sampled, but mode_rule={args.mode_rule} "
+                f"lets the policy sample the mode. Set {name} to null, or choose a rule that forces the modes."
+            )
     for name in ("no_think_cap", "no_think_max_tokens"):
         if rule.samples_modes and getattr(args, name) is not None:
             raise UserError(
