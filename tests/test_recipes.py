@@ -162,14 +162,21 @@ def test_data_runs_the_kind_that_its_recipes_name_tells(tmp_path: Path, parse: P
 
 
 @pytest.mark.processes
-def test_make_reproduce_runs_what_there_is(parse: Parse) -> None:
-    """Every command of `make reproduce` parses, and reads only what an earlier one writes."""
+@pytest.mark.parametrize(
+    ("file", "variables", "number"),
+    [
+        ("reproduce.mk", ["BIN=bin", "SEEDS=3"], 32),  # data, HFT, samples, baselines, HGPO, evaluations
+        ("formats.mk", ["HGPO_TRL=bin/hgpo-trl", "FORMATS=qwen3 r1", "SEEDS=3 4"], 16),  # data, HFT, HGPO, evaluation
+    ],
+)
+def test_makefiles_run_what_there_is(file: str, variables: list[str], number: int, parse: Parse) -> None:
+    """Every command parses, and reads only what an earlier one writes."""
     listing = subprocess.run(
-        ["make", "-n", "-f", "benchmarks/reproduce.mk", "BIN=bin", "R=nowhere", "SEEDS=3"],
+        ["make", "-n", "-f", f"benchmarks/{file}", "R=nowhere", *variables],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    commands = [line.split() for line in re.findall(r"bin/hgpo-trl (.*?) > ", listing)]
-    assert len(commands) == 32  # data, HFT, samples, baselines, HGPO, evaluations
+    commands = [line.split() for line in re.findall(r"bin/hgpo-trl (.*?) >>? ", listing)]
+    assert len(commands) == number
     written: list[str] = []
     for stage, *argv in commands:
         kind = argv.pop(0) if stage == "baselines" else ""
