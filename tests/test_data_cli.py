@@ -12,13 +12,15 @@ import pandas as pd
 import pytest
 import yaml
 from refusals import refused
-from tokenizers_zoo import qwen2
+from tokenizers_zoo import qwen2, save_thinker
+from transformers import AutoTokenizer
 
 from hgpo_trl.cli import main
 from hgpo_trl.common.data_files import load_data
-from hgpo_trl.modes import Mode, split_response
+from hgpo_trl.modes import PRESETS, Mode, split_response
 from hgpo_trl.scripts.data import KINDS
-from hgpo_trl.training.rows import as_trained
+from hgpo_trl.training.checks import inspect_rows
+from hgpo_trl.training.rows import EXAMPLES, Renderer, as_trained
 
 ROOT = Path(__file__).parents[1]
 TOPICS = "rivers bread chess glaciers violins bees castles comets tea maps".split()
@@ -220,6 +222,51 @@ def test_content_that_is_not_read_is_told(tmp_path: Path, capsys: pytest.Capture
     assert "not read" not in (out / "README.md").read_text()
     prompts = {prompt[0]["content"] for prompt in load_data("train_data", str(out))["prompt"]}
     assert prompts == {f"Sort by {topic}:\n\nall the {topic}" for topic in TOPICS}
+
+
+def test_responses_in_the_marks_of_a_model_that_thinks(recipes: dict[str, Path], tmp_path: Path) -> None:
+    """Built for Qwen3, the rows are those of the chat template itself, and Stage I in that format opens all of them."""
+    save_thinker("qwen3", str(tmp_path / "model"))
+    fields = ["--mode_format", "qwen3", "--tokenizer", str(tmp_path / "model")]
+    data("hft", "--config", str(recipes["hft"]), *fields)
+    dataset = load_data("train_data", str(tmp_path / "hft"))
+    assert set(dataset["mode"]) == set(Mode)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    for row in dataset:
+        (message,) = row["completion"]
+        response = split_response(message["content"], PRESETS["qwen3"])
+        assert (response.mode, response.faults) == (row["mode"], ())
+        parts = {"role": "assistant", "content": response.answer, "reasoning_content": response.reasoning}
+        by_template = [
+            tokenizer.apply_chat_template([*row["prompt"], answer], tokenize=False) for answer in (parts, message)
+        ]
+        assert by_template[0] == by_template[1]
+        assert f"<|im_start|>assistant\n{message['content']}<|im_end|>" in by_template[0]
+    renderer = Renderer(as_trained(tokenizer, "qwen3"))
+    faults, _ = inspect_rows(dataset, renderer, EXAMPLES)
+    assert faults == []
+    (message,) = next(row["completion"] for row in dataset if row["mode"] == Mode.NO_THINK)
+    answer = split_response(message["content"], PRESETS["qwen3"]).answer
+    own = {"prompt": dataset[0]["prompt"], "completion": [message | {"content": f"<no_think>{answer}</no_think>"}]}
+    (fault,), _ = inspect_rows(datasets.Dataset.from_list([own]), renderer, EXAMPLES)
+    assert fault.kind == "no_mode"
+    assert "in the marks of lhrm, but mode_format is qwen3. Set mode_format: lhrm, or write" in fault.detail
+    card = (tmp_path / "hft" / "README.md").read_text(encoding="utf-8")
+    assert "in the marks of the format qwen3" in card
+    with refused(r"Changed: mode_format: 'qwen3' -> None"):
+        data("hft", "--config", str(recipes["hft"]), *fields[2:])
+
+
+def test_a_response_that_holds_the_marks_of_its_format_is_left_out(tmp_path: Path) -> None:
+    rows = [{"q": f"Tell me of {topic}.", "a": f"I like {topic}."} for topic in TOPICS]
+    rows[2]["a"] = "At once: yes."
+    spoken = {"think": "Let me think.", "no_think": "At once:", "end_reasoning": "So"}
+    out = build_from(tmp_path, "hft", rows, {"prompt": "q", "answer": "a"}, mode_format=spoken)
+    removed = pd.read_parquet(out / "removed.parquet")
+    assert removed[["step", "reason"]].to_numpy().tolist() == [["schema", "not_in_format"]]
+    assert "At once:" in removed["detail"][0]
+    (written,) = load_data("train_data", str(out))[0]["completion"]
+    assert written["content"].startswith("At once:I like ")
 
 
 @pytest.mark.parametrize("kind", ["hft", "hgpo"])

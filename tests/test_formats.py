@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
-from tokenizers_zoo import llama3, qwen2, tiny_qwen2, word_level
+from tokenizers_zoo import DEEPSEEK, SMOLLM3, llama3, qwen2, thinking, tiny_qwen2, word_level
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -182,29 +181,6 @@ def test_a_response_that_arrives_in_pieces_is_split_as_a_whole(
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------
-
-
-def thinking(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer with the two tags of a model that thinks, and a chat template that TRL ships."""
-    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in ("<think>", "</think>")])
-    if template is not None:
-        folder = resources.files("trl").joinpath("chat_templates")
-        tokenizer.chat_template = folder.joinpath(f"{template}.jinja").read_text(encoding="utf-8")
-    return tokenizer
-
-
-DEEPSEEK = (
-    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
-    "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{{ '<think>' if thinking else '</think>' }}{% endif %}"
-)  # as DeepSeek V3.1 ends its prompts
-SMOLLM3 = (
-    "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
-    "{{ '<|im_start|>system\nReasoning Mode: ' + ('/think' if enable_thinking else '/no_think') + '<|im_end|>\n' }}"
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|im_start|>assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n') }}{% endif %}"
-)  # as SmolLM3 begins and ends its prompts
 
 
 def test_openings_part_where_the_tokenizer_splits_them() -> None:

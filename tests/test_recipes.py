@@ -11,18 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import settings
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers_zoo import save_thinker
 from transformers import Trainer
 
 from hgpo_trl.cli import STAGES
 from hgpo_trl.common.environment import set_env
+from hgpo_trl.modes import PRESETS, split_response
 from hgpo_trl.scripts import data, data_hgpo
 from hgpo_trl.scripts.recipe import RecipeParser, _Loader, _of_type
 from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
@@ -30,6 +34,7 @@ from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
 TRAINING = [path for path in RECIPES if path.stem.startswith(("hft", "hgpo"))]
+THINKERS = [path.parent for path in ROOT.glob("recipes/*/hgpo.yaml") if "mode_format" in path.read_text("utf-8")]
 ACCELERATE = sorted(ROOT.glob("recipes/accelerate/*.yaml"))
 BASE = {"model_name_or_path": "m", "train_data": "d.parquet", "output_dir": "out", "bf16": False}
 
@@ -157,14 +162,21 @@ def test_data_runs_the_kind_that_its_recipes_name_tells(tmp_path: Path, parse: P
 
 
 @pytest.mark.processes
-def test_make_reproduce_runs_what_there_is(parse: Parse) -> None:
-    """Every command of `make reproduce` parses, and reads only what an earlier one writes."""
+@pytest.mark.parametrize(
+    ("file", "variables", "number"),
+    [
+        ("reproduce.mk", ["BIN=bin", "SEEDS=3"], 32),  # data, HFT, samples, baselines, HGPO, evaluations
+        ("formats.mk", ["HGPO_TRL=bin/hgpo-trl", "FORMATS=qwen3 r1", "SEEDS=3 4"], 16),  # data, HFT, HGPO, evaluation
+    ],
+)
+def test_makefiles_run_what_there_is(file: str, variables: list[str], number: int, parse: Parse) -> None:
+    """Every command parses, and reads only what an earlier one writes."""
     listing = subprocess.run(
-        ["make", "-n", "-f", "benchmarks/reproduce.mk", "BIN=bin", "R=nowhere", "SEEDS=3"],
+        ["make", "-n", "-f", f"benchmarks/{file}", "R=nowhere", *variables],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    commands = [line.split() for line in re.findall(r"bin/hgpo-trl (.*?) > ", listing)]
-    assert len(commands) == 32  # data, HFT, samples, baselines, HGPO, evaluations
+    commands = [line.split() for line in re.findall(r"bin/hgpo-trl (.*?) >>? ", listing)]
+    assert len(commands) == number
     written: list[str] = []
     for stage, *argv in commands:
         kind = argv.pop(0) if stage == "baselines" else ""
@@ -275,6 +287,7 @@ def learning_rates(trainer: Trainer, steps: int) -> list[float]:
 def test_recipe_trains(
     path: Path,
     model_dir: str,
+    thinkers: dict[str, str],
     reward_model_dir: str,
     examples: dict[str, str],
     tmp_path: Path,
@@ -292,7 +305,8 @@ def test_recipe_trains(
         train_and_save(trainer, checkpoint)
 
     monkeypatch.setattr(module, "train_and_save", look_and_train)
-    paths = {"model_name_or_path": model_dir, "train_data": examples[stage], "output_dir": str(tmp_path / "run")}
+    model = thinkers[recipe["mode_format"]] if "mode_format" in recipe else model_dir
+    paths = {"model_name_or_path": model, "train_data": examples[stage], "output_dir": str(tmp_path / "run")}
     if "reward_model" in recipe:
         paths |= {"reward_model": reward_model_dir, "train_data": examples["mixed"]}
     overrides = {**SMALL, **SMALL_STAGE[stage], **paths}
@@ -341,6 +355,70 @@ def test_recipe_trains(
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     for key, value in recipe.get("model_init_kwargs", {}).items():
         assert config[key] == value, "saved with the model, for Stage II, evaluation and vLLM"
+
+
+@pytest.fixture(scope="session")
+def thinkers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An untrained model of the architecture and with a tokenizer of the kind of each recipe of a model that thinks."""
+    folders = {read(folder / "hgpo.yaml")["mode_format"]: tmp_path_factory.mktemp("thinker") for folder in THINKERS}
+    for mode_format, folder in folders.items():
+        save_thinker(mode_format, str(folder))
+    return {mode_format: str(folder) for mode_format, folder in folders.items()}
+
+
+@pytest.mark.parametrize("folder", THINKERS, ids=lambda folder: folder.name)
+def test_recipes_of_a_model_that_thinks(
+    folder: Path, thinkers: dict[str, str], prompts: Dataset, tmp_path: Path
+) -> None:
+    """From the model as it is to the evaluation of the trained one, with the batch and the precision of the recipe."""
+    mode_format = PRESETS[read(folder / "hgpo.yaml")["mode_format"]]
+
+    def run(stage: str, fields: dict[str, Any]) -> None:
+        config = ["--config", str(folder / f"{stage}.yaml")]
+        importlib.import_module(f"hgpo_trl.scripts.{stage}").main([*config, *settings.argv(fields)])
+
+    concatenate_datasets([prompts] * 2).to_parquet(tmp_path / "train.parquet")
+    training = {
+        "model_name_or_path": thinkers[mode_format.name], "train_data": tmp_path / "train.parquet",
+        "output_dir": tmp_path / "hgpo", "use_cpu": True, "use_vllm": False, "max_steps": 1, "max_completion_length": 9,
+    }  # fmt: skip
+    run("hgpo", training)
+    log = json.loads((tmp_path / "hgpo" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert 0 <= log[0]["hgpo/off_mode_mass"] <= 1
+
+    problems = [
+        {"problem": prompt[0]["content"], "answer": answer}
+        for prompt, answer in zip(prompts["prompt"][:4], prompts["answer"][:4], strict=True)
+    ]
+    (tmp_path / "math500.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in problems), encoding="utf-8")
+    own = {"model": tmp_path / "hgpo", "output_dir": tmp_path / "eval", "data_dir": tmp_path, "max_new_tokens": 9}
+    run("evaluate", own)
+    report = json.loads((tmp_path / "eval" / "report.json").read_text(encoding="utf-8"))
+    assert report["mode_format"] == mode_format.name
+    samples = pd.read_parquet(tmp_path / "eval" / "samples.parquet")
+    assert len(samples) == 2 * 4 * read(folder / "evaluate.yaml")["samples_per_mode"]
+    for text, mode in zip(samples["completion"], samples["mode"], strict=True):
+        assert split_response(text, mode_format).mode == mode
+
+
+@pytest.mark.parametrize("folder", THINKERS, ids=lambda folder: folder.name)
+def test_the_batch_that_a_recipe_states(folder: Path) -> None:
+    recipe, text = read(folder / "hgpo.yaml"), (folder / "hgpo.yaml").read_text(encoding="utf-8")
+    launch = re.search(r"--config_file (\S+)", text)
+    sides = r"(\d+) rows (?:per process x (\d+) processes )?x (\d+) micro-batches = (\d+) rows = (\d+) prompts x (\d+) "
+    stated = re.search(f"Batch: {sides}responses a step", text)
+    assert launch
+    assert stated
+    rows, processes, micro_batches, batch, queries, group = (int(number or 1) for number in stated.groups())
+    assert processes == read(ROOT / launch[1])["num_processes"]
+    assert rows == recipe["per_device_train_batch_size"]
+    assert micro_batches == recipe["gradient_accumulation_steps"]
+    assert group == recipe["num_generations"]
+    assert batch == rows * processes * micro_batches == queries * group
+    assert recipe["vllm_max_model_length"] == 2048 + recipe["max_completion_length"]
+    assert read(folder / "evaluate.yaml")["model"] == recipe["output_dir"]
+    assert read(folder / "evaluate.yaml")["mode_format"] == recipe["mode_format"]
+    assert read(folder / "evaluate.yaml")["margin"] == recipe["margin"]
 
 
 # --- values ---------------------------------------------------------------------------------------------------

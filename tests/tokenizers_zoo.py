@@ -10,6 +10,7 @@ from importlib import resources
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
@@ -18,6 +19,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    Qwen3Config,
+    SmolLM3Config,
     set_seed,
 )
 
@@ -144,3 +147,46 @@ def instruct(template: str, *more: str) -> PreTrainedTokenizerBase:
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
     tokenizer.chat_template = template
     return tokenizer
+
+
+# --- models that already think --------------------------------------------------------------------------------
+
+DEEPSEEK = (
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)  # as DeepSeek V3.1 ends its prompts
+SMOLLM3 = (
+    "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{{ '<|im_start|>system\nReasoning Mode: ' + ('/think' if enable_thinking else '/no_think') + '<|im_end|>\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n') }}{% endif %}"
+)  # as SmolLM3 begins and ends its prompts
+
+
+def thinking(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer with the two tags of a model that thinks, and a chat template that TRL ships."""
+    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in ("<think>", "</think>")])
+    if template is not None:
+        tokenizer.chat_template = shipped_templates()[template]
+    return tokenizer
+
+
+def save_thinker(mode_format: str, folder: str, **sizes: int) -> None:
+    """Save an untrained model of the architecture that has a format, with a tokenizer and a chat template of its kind.
+
+    The model has spare rows, and two newlines are one token, as in the real ones.
+    """
+    template = {"qwen3": "qwen3", "smollm3": None, "r1": "deepseek_r1_distill"}[mode_format]
+    tokenizer = thinking(instruct(SMOLLM3 if template is None else shipped_templates()[template], "<|im_end|>"))
+    tokenizer.add_tokens([AddedToken("\n\n", special=False)])
+    tokenizer.eos_token = "<｜end▁of▁sentence｜>" if mode_format == "r1" else "<|im_end|>"
+    config = {"qwen3": Qwen3Config, "smollm3": SmolLM3Config, "r1": Qwen2Config}[mode_format]
+    sizes = _TINY | {"num_key_value_heads": 1, "pad_token_id": tokenizer.pad_token_id} | sizes
+    if mode_format == "qwen3":
+        sizes["head_dim"] = 32  # not hidden_size / num_attention_heads, as in Qwen3; the fewest for vLLM on a CPU
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(config(vocab_size=(len(tokenizer) // 64 + 1) * 64, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from hgpo_trl.common.files import looks_like_path, write_atomically
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
+from hgpo_trl.modes import LHRM, as_format
 from hgpo_trl.reporting.documents import (
     NO_BREAK,
     Block,
@@ -31,7 +32,7 @@ REMOVED = ("#C9C9C9", "#E8A0B8", "#D9C27A", "#BBA4DB", "#8FC3D6", "#E5AE8C", "#A
 MODE_COLORS = {"think": THINK, "no_think": NO_THINK}
 _SIZES = (("n<1K", 1e3), ("1K<n<10K", 1e4), ("10K<n<100K", 1e5), ("100K<n<1M", 1e6), ("1M<n<10M", 1e7))
 _COLUMNS = {
-    "hft": "`prompt` (messages), `completion` (one assistant message, tags included)",
+    "hft": "`prompt` (messages), `completion` (one assistant message, in the marks of the format {mode_format})",
     "hgpo": "`prompt` (messages), `answer` (reference answer, or null: to be scored by a reward model)",
 }
 _STAGES = {"hft": "Hybrid Fine-Tuning (Stage I)", "hgpo": "Hybrid Group Policy Optimization (Stage II)"}
@@ -255,13 +256,14 @@ def _not_read(sources: Mapping[str, SourceManifest]) -> list[Block]:
 def _blocks(manifest: Manifest, pictures: list[Picture], output_dir: Path) -> list[Block]:
     stage, sources, rows = manifest["stage"], manifest["sources"], manifest["rows"]
     read = sum(source["rows_read"] for source in sources.values())
+    mode_format = as_format(manifest["recipe"].get("mode_format") or LHRM).name
     blocks: list[Block] = [
         Heading(f"Data for {_STAGES[stage]}", level=1),
         Lead(f"{_rows(manifest):,} rows of {read:,} read from {len(sources)} sources."),
         _licence_note(manifest),
         Bullets(
             [f"By {key}: {_list(rows[key])}." for key in ("mode", "domain") if rows.get(key)]
-            + [f"Columns: {_COLUMNS[stage]}, and `source`, `domain`, `id` and more."]
+            + [f"Columns: {_COLUMNS[stage].format(mode_format=mode_format)}, and `source`, `domain`, `id` and more."]
         ),
         Heading("Load it"),
         Code(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hgpo_trl.modes import Mode
+from hgpo_trl.modes import LHRM, Mode, ModeFormat, format_response
 
 
 @dataclass(slots=True)
@@ -24,6 +24,7 @@ class Example:
         reasoning_gym: what the verifier of `hgpo_trl.rewards.reasoning_gym_reward` needs, as text; None: not of there.
         generated: from a template by a program, not written by a person or a model: another word is another question.
         num_tokens: of prompt and response; 0 until the token limit's step has counted them.
+        mode_format: the marks that the response is written with.
     """
 
     prompt: list[dict[str, str]]
@@ -38,11 +39,23 @@ class Example:
     reasoning_gym: str | None = None
     generated: bool = False
     num_tokens: int = 0
+    mode_format: ModeFormat = LHRM
 
     @property
     def query(self) -> str:
         """The text of the user's last message."""
         return self.prompt[-1]["content"]
+
+    def completion(self) -> list[dict[str, str]]:
+        """The assistant's message, in the marks of the format; no message for a prompt alone.
+
+        Raises:
+            UserError: the response cannot be written in the format (`format_response`).
+        """
+        if self.mode is None:
+            return []
+        content = format_response(self.mode, self.answer, self.reasoning, self.mode_format)
+        return [{"role": "assistant", "content": content}]
 
 
 @dataclass(frozen=True, slots=True)

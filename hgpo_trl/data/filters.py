@@ -5,7 +5,7 @@ Every step is picklable and gets an example without tags.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.data.example import Drop, Example, Step
-from hgpo_trl.modes import Mode, format_response
+from hgpo_trl.modes import LHRM, Mode, ModeFormat
 from hgpo_trl.training.rows import FaultyRow, Renderer, as_trained, open_row
 from hgpo_trl.verification import check_answers
 
@@ -210,7 +210,7 @@ def _token_limit(
 ) -> list[Drop | None]:
     if tokenizer is None or not examples:
         return [None] * len(examples)
-    texts = ["\n".join(_contents(example)) for example in examples]
+    texts = ["\n".join(message["content"] for message in (*e.prompt, *e.completion())) for e in examples]
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     verdicts: list[Drop | None] = []
     for example, ids in zip(examples, encoded, strict=True):
@@ -221,28 +221,19 @@ def _token_limit(
     return verdicts
 
 
-def _contents(example: Example) -> Iterator[str]:
-    for message in example.prompt:
-        yield message["content"]
-    if example.mode is Mode.THINK:
-        yield f"{example.mode.open_tag}\n{example.reasoning}\n{example.mode.close_tag}\n"
-        yield example.answer
-    elif example.mode is Mode.NO_THINK:
-        yield f"{example.mode.open_tag}\n{example.answer}\n{example.mode.close_tag}"
-
-
 # --- as the stage opens it -----------------------------------------------------------------------------------
 
 
-def opened(tokenizer: "PreTrainedTokenizerBase") -> Step:
+def opened(tokenizer: "PreTrainedTokenizerBase", mode_format: ModeFormat = LHRM) -> Step:
     """Drop examples that the stage could not open: the chat template refuses them, or rewrites their response.
 
     The reasons are those of `hgpo_trl.training.rows.KINDS`.
 
     Args:
         tokenizer: of the model to be trained; it gets tags and template as in Stage I.
+        mode_format: of the responses.
     """
-    return partial(_opened, Renderer(as_trained(tokenizer)))
+    return partial(_opened, Renderer(as_trained(tokenizer, mode_format)))
 
 
 def _opened(renderer: Renderer, examples: Sequence[Example]) -> list[Drop | None]:
@@ -252,8 +243,7 @@ def _opened(renderer: Renderer, examples: Sequence[Example]) -> list[Drop | None
 def _refusal(renderer: Renderer, example: Example) -> Drop | None:
     row: dict[str, Any] = {"prompt": example.prompt}
     if example.mode is not None:
-        content = format_response(example.mode, example.answer, example.reasoning)
-        row["completion"] = [{"role": "assistant", "content": content}]
+        row["completion"] = example.completion()
     try:
         open_row(row, renderer)
     except FaultyRow as fault:

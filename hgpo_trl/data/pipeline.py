@@ -45,7 +45,7 @@ from hgpo_trl.data.generators import ReasoningGymGenerator, rows_of
 from hgpo_trl.data.manifest import Manifest, SourceManifest, TokenStatistics
 from hgpo_trl.data.mixing import AXES, Cell, quotas, smallest
 from hgpo_trl.data.sources import Source, Unit
-from hgpo_trl.modes import format_response
+from hgpo_trl.modes import LHRM, ModeFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,6 +99,7 @@ class Build:
         max_row_bytes: longer rows are dropped unread.
         seed: decides which rows a cap keeps, and their order.
         not_read: source -> columns that look like content and are not read, for the manifest.
+        mode_format: the marks that Stage I's responses are written with.
     """
 
     stage: str
@@ -111,6 +112,7 @@ class Build:
     max_row_bytes: int = 4 * 2**20
     seed: int = 0
     not_read: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    mode_format: ModeFormat = LHRM
 
     @property
     def schema(self) -> pa.Schema:
@@ -128,12 +130,22 @@ def _row(stage: str, example: Example) -> dict[str, Any]:
     if stage == "hgpo":
         return row | {"answer": example.reference, "level": example.level, "reasoning_gym": example.reasoning_gym}
     assert example.mode is not None  # or it would have been dropped
-    content = format_response(example.mode, example.answer, example.reasoning)
-    return row | {"mode": str(example.mode), "completion": [{"role": "assistant", "content": content}]}
+    return row | {"mode": str(example.mode), "completion": example.completion()}
 
 
-def _fits_stage(stage: str, example: Example) -> Drop | None:
-    return Drop("no_response") if stage == "hft" and example.mode is None else None
+def _for_stage(build: Build, example: Example) -> Example | Drop:
+    """The example as its stage has it: a prompt alone, or with a response in the format of the build."""
+    if build.stage == "hgpo":
+        example.mode, example.reasoning, example.answer = None, "", ""
+        return example
+    if example.mode is None:
+        return Drop("no_response")
+    example.mode_format = build.mode_format
+    try:
+        example.completion()
+    except UserError as error:
+        return Drop("not_in_format", {"detail": str(error)})
+    return example
 
 
 def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str, Any]]) -> Iterator[list[Example]]:
@@ -146,9 +158,7 @@ def _examples(build: Build, unit: Unit, counts: Counter, removed: list[dict[str,
             counts["", "read"] += 1
             found = row if isinstance(row, Drop) else adapt(adapter, row, source.label)
             if isinstance(found, Example):
-                if build.stage == "hgpo":  # prompts alone
-                    found.mode, found.reasoning, found.answer = None, "", ""
-                found = _fits_stage(build.stage, found) or found
+                found = _for_stage(build, found)
             if isinstance(found, Drop):
                 counts["schema", found.reason] += 1
                 removed.append(_removed_row(place, source.label, "schema", found))

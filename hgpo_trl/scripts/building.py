@@ -29,6 +29,7 @@ from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
 from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_unit, split_into_units
+from hgpo_trl.modes import LHRM, ModeFormat
 
 DEDUPLICATIONS = ("near", "exact", "none")
 _SAMPLE_ROWS = 20  # of each source, looked at before any long work
@@ -330,7 +331,7 @@ def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
         raise UserError(f"tokenizer={name!r} cannot be loaded: {error}") from error
 
 
-def common_steps(args: BuilderArguments) -> list[tuple[str, Step]]:
+def common_steps(args: BuilderArguments, mode_format: ModeFormat = LHRM) -> list[tuple[str, Step]]:
     """The steps of both builders up to decontamination, cheap ones first."""
     steps: list[tuple[str, Step]] = []
     if args.quality_filter:
@@ -340,7 +341,7 @@ def common_steps(args: BuilderArguments) -> list[tuple[str, Step]]:
     tokenizer = _tokenizer(args.tokenizer)
     steps.append(("length", token_limit(tokenizer, args.max_tokens)))
     if tokenizer is not None:
-        steps.append(("rendering", opened(tokenizer)))
+        steps.append(("rendering", opened(tokenizer, mode_format)))
     if (step := decontaminator(args)) is not None:
         steps.append((DECONTAMINATION, step))
     return steps
@@ -354,6 +355,7 @@ def run(
     across_modes: bool = True,
     shares: dict[str, dict[str, float]] | None = None,
     finish: Finish | None = None,
+    mode_format: ModeFormat = LHRM,
 ) -> Manifest:
     """Plan, claim the folder, build, upload if asked, and print a summary."""
     sources = resolve(args.sources, stage, args.seed)
@@ -380,6 +382,7 @@ def run(
             max_row_bytes=args.max_row_bytes,
             seed=args.seed,
             not_read=not_read,
+            mode_format=mode_format,
         )
         manifest = build_dataset(build, units, output_dir, recipe, args.num_processes, finish)
     else:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import verified_answers
-from hgpo_trl.modes import Mode
+from hgpo_trl.modes import LHRM, Mode, as_format
+from hgpo_trl.modes.chat_template import FORMATS
 from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
 from hgpo_trl.scripts.recipe import RecipeParser
 
@@ -40,9 +41,13 @@ class HFTDataArguments(BuilderArguments):
     mode_shares: dict[str, float] | None = field(
         default=None, metadata={"help": "think, no_think -> share (paper: 0.60, 0.40); they sum to 1."}
     )
+    mode_format: dict | str | None = field(
+        default=None, metadata={"help": f"Marks to write responses with: {FORMATS}; null: lhrm."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        as_format(self.mode_format or LHRM)  # or a message that says what is wrong
         if unknown := [mode for mode in self.mode_shares or () if mode not in list(Mode)]:
             raise UserError(f"mode_shares names {unknown[0]!r}; the modes are {', '.join(Mode)}.")
         if self.reasoning_threshold is not None and not 0.0 < self.reasoning_threshold < 1.0:
@@ -54,13 +59,14 @@ class HFTDataArguments(BuilderArguments):
 
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(HFTDataArguments, prog="hgpo-trl data hft").parse_recipe(argv)
-    steps = common_steps(args)
+    mode_format = as_format(args.mode_format or LHRM)
+    steps = common_steps(args, mode_format)
     if args.remove_reasoning_queries:
         classifier = ReasoningQueryClassifier.load(args.reasoning_classifier)
         steps.append(("reasoning_queries", no_reasoning_queries(classifier, args.reasoning_threshold)))
     if args.verify_answers:
         steps.append(("verification", verified_answers()))
-    run("hft", args, steps, across_modes=args.dedup_across_modes)
+    run("hft", args, steps, across_modes=args.dedup_across_modes, mode_format=mode_format)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.modes import (
     LHRM,
     MODES,
+    PRESETS,
     TRACE_FIELDS,
     Fault,
     Mode,
@@ -56,7 +57,7 @@ KINDS = {
     "completion_roles": "the completion has to be one message of the assistant's",
     "lost_trace": "a trace in a field of the message that the chat template leaves out: write it into the content, "
     "<think> trace </think> answer",
-    Fault.NO_MODE: "the completion does not begin with <think> or <no_think>",
+    Fault.NO_MODE: "the completion does not begin with the opening of a mode",
     Fault.UNCLOSED: "the completion's mode is never closed",
     Fault.NESTED: "a mode tag inside the completion, where none belongs",
     Fault.THINK_IN_NO_THINK: "a reasoning trace in a completion that says <no_think>",
@@ -413,13 +414,27 @@ def _traces(message: Mapping[str, Any]) -> dict[str, str]:
     return {name: message[name] for name in TRACE_FIELDS if isinstance(message.get(name), str) and message[name]}
 
 
-def _check_response(completion: Any, response: Response) -> None:
+def _check_response(completion: Any, response: Response, mode_format: ModeFormat) -> None:
     traces = {} if isinstance(completion, str) else _traces(completion[0])
     for name, trace in traces.items():
         if trace.strip() not in response.reasoning:
             raise FaultyRow("lost_trace", f"{name}: {excerpt(trace)}")
     if response.faults:
-        raise FaultyRow(response.faults[0], excerpt(completion))
+        remark = _other_format(completion, mode_format) if response.mode is None else ""
+        raise FaultyRow(response.faults[0], f"{excerpt(completion)}{remark}")
+
+
+def _other_format(completion: Any, mode_format: ModeFormat) -> str:
+    """A remark on a completion in the marks of another format; empty if it is in those of none."""
+    text = completion if isinstance(completion, str) else "".join(_texts(completion))
+    written = [preset for preset in PRESETS.values() if preset.think]  # r1 would take any text before a </think>
+    name = next((other.name for other in written if split_response(text, other).well_formed), None)
+    if name is None:
+        return ""
+    return (
+        f", in the marks of {name}, but mode_format is {mode_format.name}. Set mode_format: {name}, or write the "
+        f"examples with mode_format: {mode_format.name} (`hgpo-trl data hft`)"
+    )
 
 
 def open_row(row: Row, renderer: Renderer) -> tuple[int, bool]:
@@ -439,7 +454,7 @@ def open_row(row: Row, renderer: Renderer) -> tuple[int, bool]:
     if isinstance(row["prompt"], str) != isinstance(completion, str):
         raise FaultyRow("mixed_kinds", f"prompt: {excerpt(row['prompt'])}, completion: {excerpt(completion)}")
     most, response = renderer.example(row)
-    _check_response(completion, response)
+    _check_response(completion, response, renderer.mode_format)
     return most + _SPECIAL_TOKENS, response.mode is Mode.THINK
 
 
