@@ -17,6 +17,7 @@ from settings import ON_CPU
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
 from hgpo_trl.training.trainer import HGPOTrainer
+from hgpo_trl.training.validate import ROW_MEAN_LOSSES, TOKEN_MEAN_LOSSES
 
 
 def rollout(prompt_lengths: list[int], completion_lengths: list[int]) -> Batch:
@@ -204,6 +205,16 @@ def test_gradient_is_that_of_the_padded_batch(gradient: Callable, loss_type: str
     assert any(value.abs().max() > 0 for value in stock.values())
     for name, value in stock.items():
         torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize("loss_type", [*ROW_MEAN_LOSSES, *TOKEN_MEAN_LOSSES])
+@pytest.mark.parametrize("max_tokens", [40, 1000])  # several micro-batches per step, and fewer than TRL's four
+def test_gradient_by_tokens_is_that_of_the_padded_batch(gradient: Callable, loss_type: str, max_tokens: int) -> None:
+    stock = gradient(False, loss_type=loss_type)
+    by_tokens = gradient(True, loss_type=loss_type, micro_batch_tokens=max_tokens)
+    assert any(value.abs().max() > 0 for value in stock.values())
+    for name, value in stock.items():
+        torch.testing.assert_close(by_tokens[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
 
 
 @pytest.mark.parametrize(
