@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from settings import ON_CPU
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
 from hgpo_trl.training.trainer import HGPOTrainer
@@ -207,14 +208,40 @@ def test_gradient_is_that_of_the_padded_batch(gradient: Callable, loss_type: str
         torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
 
 
-@pytest.mark.parametrize("loss_type", [*ROW_MEAN_LOSSES, *TOKEN_MEAN_LOSSES])
-@pytest.mark.parametrize("max_tokens", [40, 1000])  # several micro-batches per step, and fewer than TRL's four
-def test_gradient_by_tokens_is_that_of_the_padded_batch(gradient: Callable, loss_type: str, max_tokens: int) -> None:
-    stock = gradient(False, loss_type=loss_type)
-    by_tokens = gradient(True, loss_type=loss_type, micro_batch_tokens=max_tokens)
+@pytest.mark.parametrize(
+    ("max_tokens", "config"),
+    [
+        *((60, {"loss_type": loss_type}) for loss_type in (*ROW_MEAN_LOSSES, *TOKEN_MEAN_LOSSES)),
+        (1000, {"loss_type": "dr_grpo"}),  # all rows in one micro-batch, in place of four
+        (60, {"loss_type": "grpo", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}),
+        (60, {"loss_type": "dapo", "gradient_accumulation_steps": 2, "steps_per_generation": 4}),
+        (60, {"loss_type": "dr_grpo", "mask_truncated_completions": True, "pad_to_multiple_of": 8}),
+    ],
+)
+def test_gradient_by_tokens_is_that_of_the_padded_batch(
+    gradient: Callable, max_tokens: int, config: dict[str, Any]
+) -> None:
+    stock, by_tokens = gradient(False, **config), gradient(True, micro_batch_tokens=max_tokens, **config)
     assert any(value.abs().max() > 0 for value in stock.values())
     for name, value in stock.items():
         torch.testing.assert_close(by_tokens[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1 token, or null"),
+        ({"loss_type": "bnpo"}, "loss_type=bnpo depends on which rows share one. Set loss_type to grpo or dr_grpo"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0.01 depends on .* Set entropy_coef to 0.0, or micro_batch_tokens to"),
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5 depends on"),
+        ({"trim_micro_batches": False}, "Set trim_micro_batches to true"),
+    ],
+)
+def test_by_tokens_refuses_what_depends_on_the_micro_batch(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        HGPOConfig(str(tmp_path), **(ON_CPU | {"micro_batch_tokens": 100} | config))
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,15 @@ class _Parts(Trainer):
     It stands between GRPOTrainer and Trainer, so that TRL counts and times the parts as one micro-batch.
     """
 
+    args: Any  # with the field micro_batch_tokens
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's, for each part that `_prepare_inputs` returns; the sum of their losses."""
-        model.train()  # as Trainer does before it prepares the inputs
-        prepared = self._prepare_inputs(inputs)
-        parts = [prepared] if isinstance(prepared, dict) else prepared
+        if self.args.micro_batch_tokens is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()  # both as Trainer does before it prepares inputs
+        self.optimizer.train()
+        parts = self._prepare_inputs(inputs)
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
             with _unsynced(self.accelerator, model):
