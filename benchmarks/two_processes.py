@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     args = parser.parse_args()
     for lengths in ("log-normal", "equal"):
-        case = Case(lengths=lengths, rows=args.rows)
+        case = Case(lengths=lengths, rows=args.rows, hidden_size=64, layers=2)
         turns = []
         for turn in range(args.turns):
             order = list(KINDS)[:: -1 if turn % 2 else 1]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl.training.partition import Plan, balanced_partition
+from hgpo_trl.training.partition import balanced_partition
 
 
 def tokens(rows: list[int], prompts: list[int], completions: list[int], multiple: int = 1) -> int:
