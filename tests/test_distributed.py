@@ -149,36 +149,54 @@ def test_two_processes_take_the_steps_of_one(
 NORMALISERS = ("dr_grpo", "grpo", "bnpo", "dapo", "luspo")  # the others divide as one of these does
 
 
-@pytest.mark.parametrize("config", ["cpu_ddp", "zero3"])
-def test_gradient_of_trimmed_micro_batches(
-    config: str, launch: Launch, model_dir: str, data: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("config", "words", "loss_types"),
+    [("cpu_ddp", ["cpu"], NORMALISERS), ("zero3", [], NORMALISERS), ("fsdp2", ["fsdp"], ("dr_grpo", "dapo"))],
+    ids=["cpu_ddp", "zero3", "fsdp2"],
+)
+def test_gradient_of_regrouped_micro_batches(
+    config: str,
+    words: list[str],
+    loss_types: tuple[str, ...],
+    launch: Launch,
+    model_dir: str,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     """As in tests/test_micro_batches.py for one process: the gradient is that of TRL's padded micro-batches.
 
-    And in every micro-batch the two processes have the one that is as long among their own as the other's.
+    Trimmed, the two processes have in every micro-batch the one that is as long among their own as the other's. By
+    tokens, rows move between them, and they have as many micro-batches as each other.
     """
-    words = ["cpu"] if config == "cpu_ddp" else []
-    launch(config, "tests/gradient_worker.py", model_dir, data, tmp_path / "out.pt", *words, *NORMALISERS)
+    launch(config, "tests/gradient_worker.py", model_dir, data, tmp_path / "out.pt", *words, *loss_types)
     before = load_file(Path(model_dir) / "model.safetensors")
     result = torch.load(tmp_path / "out.pt")
-    assert result.keys() == set(NORMALISERS)
+    assert result.keys() == set(loss_types)
     for loss_type, steps in result.items():
-        padded, trimmed = steps["padded"], steps["trimmed"]
+        padded = steps.pop("padded")
         assert padded["engine"] == ENGINES[config][0]
-        tokens = {
-            name: sum(tokens for process in of["computed"] for tokens, _ in process) for name, of in steps.items()
-        }
-        assert tokens["trimmed"] < tokens["padded"]
         if loss_type != "bnpo":  # rows stay in the micro-batches that TRL has put them in
-            first, second = ([longest for _, longest in process] for process in trimmed["computed"])
+            first, second = ([longest for _, longest, _ in process] for process in steps["trimmed"]["computed"])
             assert len(set(first)) > 1 < len(set(second))
             assert sorted(zip(first, second, strict=True)) == [*zip(sorted(first), sorted(second), strict=True)]
+            first, second = steps["by tokens"]["computed"]
+            assert len(first) == len(second) > 4, "more than TRL's"
+            assert all(tokens <= 40 or rows == 1 for tokens, _, rows in first + second)
+            assert [rows for _, _, rows in first] != [rows for _, _, rows in second]
         moved = 0.0
-        for name, weight in before.items():
-            gradient, expected = weight - trimmed["weights"][name], weight - padded["weights"][name]
-            tolerance = 1e-7 + 1e-5 * expected.abs().max().item()
-            assert torch.allclose(gradient, expected, rtol=1e-4, atol=tolerance), (loss_type, name)
-            moved = max(moved, expected.abs().max().item())
+        for way, step in steps.items():
+            tokens, all_tokens = (
+                sum(tokens for process in of["computed"] for tokens, _, _ in process) for of in (step, padded)
+            )
+            assert tokens < all_tokens
+            assert sum(rows for process in step["computed"] for _, _, rows in process) == 16
+            assert step["log"]["loss"] == pytest.approx(padded["log"]["loss"], rel=1e-5, abs=1e-7)
+            assert step["log"].keys() == padded["log"].keys()
+            for name, weight in before.items():
+                gradient, expected = weight - step["weights"][name], weight - padded["weights"][name]
+                tolerance = 1e-7 + 1e-5 * expected.abs().max().item()
+                assert torch.allclose(gradient, expected, rtol=1e-4, atol=tolerance), (loss_type, way, name)
+                moved = max(moved, expected.abs().max().item())
         assert moved > 1e-3, loss_type
 
 

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from settings import ON_CPU
 
+from hgpo_trl.common.errors import UserError
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.idle_tokens import mask_idle
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
 from hgpo_trl.training.trainer import HGPOTrainer
+from hgpo_trl.training.validate import ROW_MEAN_LOSSES, TOKEN_MEAN_LOSSES
 
 
 def rollout(prompt_lengths: list[int], completion_lengths: list[int]) -> Batch:
@@ -153,8 +155,8 @@ def test_idle_tokens_are_those_behind_the_last_advantage(data: st.DataObject) ->
     values = st.lists(st.sampled_from([0.0, 0.0, -1.0, 2.0]), min_size=shape.numel(), max_size=shape.numel())
     batch["advantages"] = torch.tensor(data.draw(values)).view(shape)
     batch["tool_mask"] = torch.tensor(data.draw(values)).view(shape).ne(-1.0).long()
-    losses = data.draw(st.sampled_from([True, False]))
-    found = mask_idle(batch, row_means=losses)
+    divided = data.draw(st.booleans())
+    found = mask_idle(batch, divided_by_length=divided)
     for row, length in enumerate(lengths):
         told = [
             column for column in range(length) if batch["advantages"][row, column] and batch["tool_mask"][row, column]
@@ -163,14 +165,14 @@ def test_idle_tokens_are_those_behind_the_last_advantage(data: st.DataObject) ->
         assert found["completion_mask"][row].tolist() == [1] * kept + [0] * (shape[1] - kept)
         counted = batch["tool_mask"][row, :length].sum().item()
         left = batch["tool_mask"][row, :kept].sum().item()
-        share = left / max(counted, 1) if losses else 1.0
+        share = left / max(counted, 1) if divided else 1.0
         torch.testing.assert_close(found["advantages"][row, :kept], batch["advantages"][row, :kept] * share)
 
 
 def test_a_response_has_one_advantage_under_other_rules() -> None:
     batch = rollout([1, 1], [3, 2])
     batch["advantages"] = torch.tensor([0.0, 2.0])
-    found = mask_idle(batch, row_means=True)
+    found = mask_idle(batch, divided_by_length=True)
     assert found["completion_mask"].tolist() == [[0, 0, 0], [1, 1, 0]]
     assert found["advantages"][1].tolist() == [2.0] * 3
 
@@ -239,6 +241,42 @@ def test_gradient_is_that_of_the_padded_batch(gradient: Callable, loss_type: str
     assert any(value.abs().max() > 0 for value in stock.values())
     for name, value in stock.items():
         torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "config"),
+    [
+        *((60, {"loss_type": loss_type}) for loss_type in (*ROW_MEAN_LOSSES, *TOKEN_MEAN_LOSSES)),
+        (1000, {"loss_type": "dr_grpo"}),  # all rows in one micro-batch, in place of four
+        (60, {"loss_type": "grpo", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}),
+        (60, {"loss_type": "dapo", "gradient_accumulation_steps": 2, "steps_per_generation": 4}),
+        (60, {"loss_type": "dr_grpo", "mask_truncated_completions": True, "pad_to_multiple_of": 8}),
+    ],
+)
+def test_gradient_by_tokens_is_that_of_the_padded_batch(
+    gradient: Callable, max_tokens: int, config: dict[str, Any]
+) -> None:
+    stock, by_tokens = gradient(False, **config), gradient(True, micro_batch_tokens=max_tokens, **config)
+    assert any(value.abs().max() > 0 for value in stock.values())
+    for name, value in stock.items():
+        torch.testing.assert_close(by_tokens[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1 token, or null"),
+        ({"loss_type": "bnpo"}, "loss_type=bnpo depends on which rows share one. Set loss_type to grpo or dr_grpo"),
+        ({"entropy_coef": 0.01}, "entropy_coef=0.01 depends on .* Set entropy_coef to 0.0, or micro_batch_tokens to"),
+        ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5 depends on"),
+        ({"trim_micro_batches": False}, "Set trim_micro_batches to true"),
+    ],
+)
+def test_by_tokens_refuses_what_depends_on_the_micro_batch(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        HGPOConfig(str(tmp_path), **(ON_CPU | {"micro_batch_tokens": 100} | config))
 
 
 @pytest.mark.parametrize(

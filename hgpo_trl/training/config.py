@@ -50,6 +50,12 @@ class HGPOConfig(GRPOConfig):
             longest row; with beta 0, leave out the tokens behind a response's last one with an advantage
             (`idle_tokens.mask_idle`). The gradient is the same; TRL's entropy and clip ratios are means over the tokens
             that are computed.
+        micro_batch_tokens: tokens of a micro-batch on each process, padding included. The rows that all processes hold
+            for an optimizer step are divided anew (`partition.balanced_partition`): as many rows as fit, the same
+            number of micro-batches and about the same tokens on every process; a row that is longer is a micro-batch
+            of its own. Also for the passes of old and reference log-probabilities and of the decision. Rows per step
+            remain `per_device_train_batch_size` x `gradient_accumulation_steps` x processes, and the gradient is the
+            same. None: `per_device_train_batch_size` rows.
         no_think_cap: a no-think response whose answer has more tokens than this multiple of the longest answer part
             among the query's well-formed think responses counts as malformed (`rewards.overlong`). None: no such limit.
         no_think_max_tokens: the same for a fixed number of tokens.
@@ -135,6 +141,13 @@ class HGPOConfig(GRPOConfig):
     trim_micro_batches: bool = field(
         default=True,
         metadata={"help": "Less padding and no idle tokens in micro-batches; same gradient."},
+    )
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a micro-batch, padding included, with as many rows of all processes as fit; same "
+            "gradient. null: per_device_train_batch_size rows."
+        },
     )
     no_think_cap: float | None = field(
         default=None,

@@ -18,6 +18,7 @@ def read_group_decisions(
     micro_batch_rows: int,
     completion_length: int,
     accelerator: Accelerator,
+    max_tokens: int | None = None,
 ) -> Decision:
     """Read the first-token distribution for every query of the global batch.
 
@@ -30,6 +31,7 @@ def read_group_decisions(
         group_size: N.
         micro_batch_rows, completion_length: rows of a micro-batch, and its longest response. A pass has no more tokens
             than such a micro-batch.
+        max_tokens: of a pass, padding included, in place of these (`micro_batch_tokens`).
 
     Returns:
         `[Q]` per field, on every process.
@@ -37,7 +39,8 @@ def read_group_decisions(
     stride = math.gcd(len(prompt_ids), group_size)
     # All processes take the chunk of the widest prompts: ZeRO-3 and FSDP need the same number of passes on each.
     width = int(accelerator.gather(torch.tensor([prompt_ids.shape[1]], device=prompt_ids.device)).amax())
-    chunk = micro_batch_rows * (width + completion_length) // width
+    tokens = micro_batch_rows * (width + completion_length) if max_tokens is None else max_tokens
+    chunk = max(1, tokens // width)
     chunks = zip(prompt_ids[::stride].split(chunk), prompt_mask[::stride].split(chunk), strict=True)
     parts = [read(ids, mask) for ids, mask in chunks]
     local = Decision(*(torch.cat(field) for field in zip(*parts, strict=True)))

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUMS = ("dapo", "dr_grpo", "cispo", "luspo")  # losses divided by what does not depend on a micro-batch's mask
-ROW_MEANS = ("grpo", "sapo")  # the mean over a row's tokens
+DIVIDED_BY_LENGTH = ("grpo", "sapo")  # losses whose sum over a row is divided by its number of tokens
+NOT_DIVIDED = ("dapo", "dr_grpo", "cispo", "luspo")  # nor by anything else that depends on a micro-batch's mask
 
 
-def mask_idle(batch: dict[str, Any], *, row_means: bool) -> dict[str, Any]:
+def mask_idle(batch: dict[str, Any], *, divided_by_length: bool) -> dict[str, Any]:
     """Mask what follows each response's last token with an advantage. The loss and its gradient stay the same.
 
     Args:
         batch: TRL's rollout dict, `[B, T]` along the completion; `advantages` `[B, T]` or `[B]`.
-        row_means: the loss divides a row's sum by its number of tokens. The advantages make up for the tokens that are
-            gone: the loss is linear in them as long as their sign stays.
+        divided_by_length: the loss divides a row's sum by its number of tokens. The advantages make up for the tokens
+            that are gone: the loss is linear in them as long as their sign stays.
     """
     mask, advantages = batch["completion_mask"], batch["advantages"]
     if advantages.dim() == 1:
@@ -29,7 +29,7 @@ def mask_idle(batch: dict[str, Any], *, row_means: bool) -> dict[str, Any]:
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     kept = ((advantages != 0) & (counted != 0)).mul(places).amax(dim=1, keepdim=True)  # [B, 1], tokens up to the last
     within = (places <= kept).to(mask.dtype)
-    if row_means:
+    if divided_by_length:
         advantages = advantages * _share(counted * within, counted)
     return {**batch, "completion_mask": mask * within, "advantages": advantages}
 

@@ -76,7 +76,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
     - `_log_completion_extra`: puts columns of reward functions into their rows under `lazy_thinking`.
     - `evaluation_loop`, `prediction_step`: compute hybrid accuracy and its companions in place of a loss.
     - `_determine_best_metric`, `log_metrics`: accept metrics without a value.
-    - `_prepare_inputs`, `_get_per_token_logps_and_entropies` (`MicroBatchTrainer`): compute less padding.
+    - `_prepare_inputs`, `training_step`, `compute_loss`, `_get_per_token_logps_and_entropies` (`MicroBatchTrainer`):
+      compute less padding.
     - `_get_train_sampler`, `_save_checkpoint`, `_load_optimizer_and_scheduler` (`ResumableTrainer`): let a resumed run
       go on where it stopped.
 
@@ -424,10 +425,18 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         """Read the old policy's first-token distribution for every query of the global batch, `[Q]` per field."""
         training = self.model.training
         rows = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        max_tokens = self.args.micro_batch_tokens if training else None
         read = partial(read_decision, self.model, tokens=self.mode_tokens, temperature=self.temperature)
         with self._without_checkpointing(), self.accelerator.autocast():
             return read_group_decisions(
-                read, prompt_ids, prompt_mask, self._group_size, rows, self.max_completion_length, self.accelerator
+                read,
+                prompt_ids,
+                prompt_mask,
+                self._group_size,
+                rows,
+                self.max_completion_length,
+                self.accelerator,
+                max_tokens,
             )
 
     # ------------------------------------------------------------------------------------------------ evaluation

@@ -37,6 +37,9 @@ from hgpo_trl.training.vllm import prepare_vllm
 logger = logging.getLogger(__name__)
 
 Args = Any  # `HGPOConfig`, whose module imports this one
+# How TRL divides the loss of a micro-batch: by its rows, or by the tokens of the whole step (bnpo: by its own tokens).
+ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
+TOKEN_MEAN_LOSSES = ("dapo", "cispo", "vespo")
 BEST_METRIC = "eval_hgpo/hybrid_accuracy"  # by which the best checkpoint is chosen, unless another one is named
 
 
@@ -269,6 +272,11 @@ def check_fields(args: Args) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name} must be a finite number above 0, or null for no cap; got {value}.")
     _ = args.limits  # which refuses those that contradict each other
+    if args.micro_batch_tokens is not None and args.micro_batch_tokens < 1:
+        raise UserError(
+            f"micro_batch_tokens must be at least 1 token, or null for per_device_train_batch_size rows; got "
+            f"{args.micro_batch_tokens}."
+        )
     if args.eval_margin is not None and not 0.0 <= args.eval_margin < float("inf"):
         raise UserError(
             f"eval_margin must be a finite number of at least 0, or null for margin; got {args.eval_margin}."
@@ -329,7 +337,34 @@ def check_resolved_fields(args: Args) -> None:
         _check_lazy_thinking(args)
     if args.limits.of_both is None:
         _check_two_calls(next(name for name in LIMITS if getattr(args, name) is not None), "null", args)
+    if args.micro_batch_tokens is not None:
+        _check_micro_batch_tokens(args)
     check_rule(args)
+
+
+def _check_micro_batch_tokens(args: Args) -> None:
+    """Check that the loss does not depend on which rows share a micro-batch.
+
+    Raises:
+        UserError: it does.
+    """
+    needed = {
+        "trim_micro_batches": (args.trim_micro_batches, "true"),
+        "loss_type": (
+            args.loss_type in ROW_MEAN_LOSSES + TOKEN_MEAN_LOSSES,
+            " or ".join(ROW_MEAN_LOSSES + TOKEN_MEAN_LOSSES),
+        ),
+        "top_entropy_quantile": (args.top_entropy_quantile == 1.0, "1.0"),
+        "entropy_coef": (args.entropy_coef == 0.0, "0.0"),
+        "use_adaptive_entropy": (not args.use_adaptive_entropy, "false"),
+    }
+    for name, (fits, remedy) in needed.items():
+        if not fits:
+            raise UserError(
+                f"micro_batch_tokens={args.micro_batch_tokens} moves rows between micro-batches, and "
+                f"{name}={getattr(args, name)} depends on which rows share one. Set {name} to {remedy}, or "
+                "micro_batch_tokens to null."
+            )
 
 
 def check_rule(args: Args) -> None:
