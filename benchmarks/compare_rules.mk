@@ -12,7 +12,7 @@ include benchmarks/stages.mk
 
 ONE := recipes/chain-sum
 RUN := python benchmarks/rule_run.py
-CANDIDATES := $(foreach rate,$(LEARNING_RATES),$(rate)-low $(rate)-high)
+CANDIDATES := $(foreach rate,$(LEARNING_RATES),$(rate)-high $(rate)-low)
 
 # $(call reference,SEED,RULE): what AdaptThink compares with
 reference = $(if $(filter adaptthink,$(2)),$(R)/$(1)/samples/report.json)
@@ -39,10 +39,10 @@ $(foreach s,$(SEARCH_SEED) $(SEEDS),$(eval $(call seed,$(s))))
 $(foreach r,$(RULES),$(foreach l,$(LEARNING_RATES),$(foreach w,low high,$(eval $(call candidate,$(r),$(l),$(w))))))
 $(foreach s,$(SEEDS),$(foreach r,$(RULES),$(eval $(call rule,$(s),$(r)))))
 
-SEARCHED := $(foreach r,$(RULES),$(CANDIDATES:%=$(R)/search/$(r)/%/model.safetensors))
+SEARCHED := $(foreach c,$(CANDIDATES),$(RULES:%=$(R)/search/%/$(c)/model.safetensors))
 REPORTS := $(foreach s,$(SEEDS),$(foreach m,$(RULES) hft,$(R)/$(s)/eval/$(m)/report.json))
 
-# One seed of all rules comes after the other, so that an interrupted comparison has whole seeds.
+# All rules get on together in the search, and then on one seed after the other: an interrupted comparison is fair.
 .PHONY: all
 all: $(SEARCHED) $(REPORTS)
 	$(BIN)/python benchmarks/rule_comparison.py --runs $(R) --seeds $(SEEDS) --rules $(RULES) --output_dir $(R)
