@@ -15,7 +15,7 @@ ACCELERATE ?= $(DEVICE)
 ARGS ?=                                 # more fields: ARGS="--max_steps 20 --report_to wandb"
 MARGINS ?= 0 0.2 0.6                    # of `make sweep`
 BUDGETS ?= 8 16 24 32                   # of `make budgets`
-JOBS ?= 2                               # runs at a time of `make reproduce`
+JOBS ?= 2                               # runs at a time of `make reproduce` and `make compare-rules`
 RECIPE := $(strip $(RECIPE))
 RUN := runs/$(RECIPE)
 CONFIG := recipes/$(RECIPE)
@@ -26,7 +26,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/$(strip $(AC
 export OMP_NUM_THREADS ?= $(if $(wildcard $(CONFIG)/data.yaml),1,$(shell getconf _NPROCESSORS_ONLN))
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install install-all model data train-hft train-hgpo evaluate baselines report demo sweep budgets reproduce test test-fast lint clean
+.PHONY: help install install-all model data train-hft train-hgpo evaluate baselines report demo sweep budgets reproduce compare-rules test test-fast lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -117,6 +117,9 @@ budgets: $(INSTALLED_RECIPE)  ## the HGPO model's accuracy under each budget of 
 
 reproduce: $(INSTALLED)  ## the paper's Table 1 and figures on the embedded tasks, three seeds: about an hour
 	$(MAKE) --no-print-directory -j $(JOBS) -f benchmarks/reproduce.mk BIN=$(BIN)
+
+compare-rules: $(INSTALLED)  ## the rules for learning when to think, tuned alike, at equal rollout tokens; SEEDS=... RULES=...
+	$(MAKE) --no-print-directory -j $(JOBS) -f benchmarks/compare_rules.mk BIN=$(BIN)
 
 # Whole files go to a worker, since their tests share models and engines; an engine takes a whole GPU.
 PYTEST := $(BIN)/python -m pytest --dist loadfile -n $(if $(filter gpu,$(DEVICE)),0,2)

@@ -1,15 +1,11 @@
 # `make reproduce`: the paper's Table 1 and Figures 3 to 6 on the embedded tasks, three seeds (data, initial weights,
 # sampling). Two runs at a time; an interrupted one goes on with what is missing. The page: runs/reproduce/reproduction.md
-BIN ?= .venv/bin
 R ?= runs/reproduce
 SEEDS ?= 0 1 2
 MARGINS ?= 0.45 0.7# beside 0.2 of the recipe; at N = 8 a mode's mean is a multiple of 1/4
 HGPO ?=# fields of every HGPO run, beside the recipe's: --decision_weighting saturating
 SMALL ?= 32# width of the smaller model; the recipe's is 64
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
-.DELETE_ON_ERROR:
-.DEFAULT_GOAL := all
+include benchmarks/stages.mk
 
 ESTIMATORS := grpo rloo reinforce_plus_plus
 BASELINES := rft dpo rft-margin dpo-margin# the last two with the margin of hgpo.yaml
@@ -17,37 +13,17 @@ MODELS := hft $(BASELINES) $(ESTIMATORS) $(MARGINS:%=margin-%)
 ONE := recipes/chain-sum
 TWO := recipes/two-domains
 
-# $(call run,NAME,COMMAND): the output goes to logs/NAME.log, the time to the terminal.
-run = @mkdir -p $(R)/logs; begin=$$SECONDS; \
-	if ! $(BIN)/hgpo-trl $(2) > $(R)/logs/$(1).log 2>&1; then tail -n 20 $(R)/logs/$(1).log; exit 1; fi; \
-	printf '%s  %4d s  %s\n' "$$(date +%T)" $$((SECONDS - begin)) $(1)
-
-# $(call evaluation,SEED,FOLDER,MODEL,RECIPES,DATA)
-define evaluation
-$(R)/$(1)/eval/$(2)/report.json: $(R)/$(1)/$(3)/model.safetensors
-	$$(call run,$(1)-$(2)-evaluate,evaluate --config $(4)/evaluate.yaml --model $$(<D) --data $(5) --output_dir $$(@D))
-endef
-
-# $(call stages,SEED,PREFIX,RECIPES,DATA FIELDS): data, HFT and HGPO under SEED/PREFIX*
-define stages
-$(R)/$(1)/$(2)data/base/model.safetensors:
-	$$(call run,$(1)-$(2)data,data --config $(3)/data.yaml --seed $(1) --output_dir $(R)/$(1)/$(2)data $(4))
-$(R)/$(1)/$(2)hft/model.safetensors: $(R)/$(1)/$(2)data/base/model.safetensors
-	$$(call run,$(1)-$(2)hft,hft --config $(3)/hft.yaml --seed $(1) --model_name_or_path $$(<D) --train_data $(R)/$(1)/$(2)data/hft.parquet --output_dir $$(@D))
-$(call evaluation,$(1),$(2)hft,$(2)hft,$(3),$(R)/$(1)/$(2)data/eval.parquet)
-endef
-
 # $(call hgpo,SEED,PREFIX,NAME,RECIPES,FIELDS)
 define hgpo
 $(R)/$(1)/$(2)$(3)/model.safetensors: $(R)/$(1)/$(2)hft/model.safetensors
-	$$(call run,$(1)-$(2)$(3),hgpo --config $(4)/hgpo.yaml --seed $(1) --model_name_or_path $$(<D) --train_data $(R)/$(1)/$(2)data/hgpo.parquet --output_dir $$(@D) $(5) $(HGPO))
+	$$(call run,$(1)-$(2)$(3),hgpo-trl hgpo --config $(4)/hgpo.yaml --seed $(1) --model_name_or_path $$(<D) --train_data $(R)/$(1)/$(2)data/hgpo.parquet --output_dir $$(@D) $(5) $(HGPO))
 $(call evaluation,$(1),$(2)$(3),$(2)$(3),$(4),$(R)/$(1)/$(2)data/eval.parquet)
 endef
 
 # $(call baseline,SEED,NAME,KIND,FIELDS)
 define baseline
 $(R)/$(1)/$(2)/model.safetensors: $(R)/$(1)/samples/report.json
-	$$(call run,$(1)-$(2),baselines $(3) --config $(ONE)/baselines_$(3).yaml $(4) --seed $(1) --model_name_or_path $(R)/$(1)/hft --samples $$(<D) --train_data $(R)/$(1)/data/hgpo.parquet --output_dir $$(@D))
+	$$(call run,$(1)-$(2),hgpo-trl baselines $(3) --config $(ONE)/baselines_$(3).yaml $(4) --seed $(1) --model_name_or_path $(R)/$(1)/hft --samples $$(<D) --train_data $(R)/$(1)/data/hgpo.parquet --output_dir $$(@D))
 $(call evaluation,$(1),$(2),$(2),$(ONE),$(R)/$(1)/data/eval.parquet)
 endef
 
@@ -55,8 +31,7 @@ define seed
 $(call stages,$(1),,$(ONE),)
 $(call stages,$(1),small-,$(ONE),--hidden_size $(SMALL) --num_heads 1)
 $(call stages,$(1),two-,$(TWO),)
-$(R)/$(1)/samples/report.json: $(R)/$(1)/hft/model.safetensors
-	$$(call run,$(1)-samples,evaluate --config $(ONE)/evaluate_baselines.yaml --model $$(<D) --data $(R)/$(1)/data/hgpo.parquet --output_dir $$(@D) --seed $(1))
+$(call samples,$(1),$(ONE))
 $(foreach kind,rft dpo,$(eval $(call baseline,$(1),$(kind),$(kind),)))
 $(foreach kind,rft dpo,$(eval $(call baseline,$(1),$(kind)-margin,$(kind),--margin 0.2)))
 $(foreach name,$(ESTIMATORS),$(eval $(call hgpo,$(1),,$(name),$(ONE),--estimator $(name))))

@@ -2,39 +2,39 @@
 
     python benchmarks/reproduction.py --runs runs/reproduce --seeds 0 1 2 --margins 0.45 0.7 --output_dir runs/reproduce
 
-Reads SEED/eval/MODEL/samples.parquet of every seed, and writes reproduction.md and its pictures. A figure is the mean
-over the prompts of all seeds; its 95 % interval resamples the queries, so it says how much the queries matter, and the
-column "seeds" how much everything else does. Short queries are few, so that the held-out prompts hold some of them many
-times: within each level whole queries of a seed are resampled, with all their copies.
+Reads SEED/eval/MODEL/samples.parquet of every seed, and writes reproduction.md and its pictures. The intervals of
+`pages.py` say how much the queries matter, and the column "seeds" how much everything else does.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from fixed_rollouts import machine
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from pages import (
+    COLOURS,
+    MARGIN,
+    Evaluation,
+    Runs,
+    at,
+    holds,
+    panels,
+    percent,
+    picture,
+    rises,
+    seeds,
+    with_interval,
+    write_page,
+)
 
-from hgpo_trl.common.files import write_atomically
-from hgpo_trl.evaluation.metrics import prompt_table, report_on
-from hgpo_trl.evaluation.samples import PROMPT_ID
-from hgpo_trl.modes.hybrid_accuracy import PromptTable
-from hgpo_trl.reporting.documents import Block, Bullets, Heading, Paragraph, Picture, Table, to_markdown
-from hgpo_trl.reporting.figures import INK, PERCENT_TICKS, STYLE, WIDTH, to_png
+from hgpo_trl.reporting.documents import Block, Bullets, Heading, Paragraph, Table
+from hgpo_trl.reporting.figures import INK, PERCENT_TICKS
 from hgpo_trl.reporting.report import load_training_log
 
-Evaluation = dict[str, Any]
-
-COLOURS = ("#7B4FB5", "#12866A", "#C2255C", "#8A6A00", "#0B7FA3")
-MARGIN = 0.2  # δ of the recipes
 HELD_OUT = "shell_game"
 ESTIMATORS = {"grpo": "HGPO, GRPO", "rloo": "HGPO, RLOO", "reinforce_plus_plus": "HGPO, REINFORCE++"}
 TABLE = {
@@ -54,129 +54,7 @@ PAPER = {
 }
 
 
-class Runs:
-    """The evaluations of all seeds."""
-
-    def __init__(self, folder: Path, seeds: Sequence[int]) -> None:
-        self.folder, self.seeds = folder, seeds
-
-    def samples(self, model: str, seed: int) -> pd.DataFrame:
-        """Scored samples with the columns `query`, `level` and `domain` of their prompts."""
-        folder = self.folder / str(seed) / "eval" / model
-        samples = pd.read_parquet(folder / "samples.parquet")
-        dataset = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dataset"]
-        queries = pd.read_parquet(dataset, columns=["prompt", "level", "domain"])
-        queries["query"] = queries.pop("prompt").map(lambda turns: turns[-1]["content"])
-        return samples.join(queries, on=PROMPT_ID)
-
-    def of_seed(self, model: str, seed: int, domain: str | None = None) -> Evaluation:
-        return _evaluate([self.samples(model, seed)], domain)
-
-    def pooled(self, model: str, domain: str | None = None) -> Evaluation:
-        return _evaluate([self.samples(model, seed) for seed in self.seeds], domain)
-
-    def per_seed(self, model: str, *path: str) -> list[float]:
-        return [_at(self.of_seed(model, seed), *path) for seed in self.seeds]
-
-
-def _evaluate(parts: Sequence[pd.DataFrame], domain: str | None) -> Evaluation:
-    """`report_on` for the prompts of several seeds together, numbered on; of one domain alone if one is named.
-
-    The intervals are those of `_intervals`, by the names of `prompt_table`.
-    """
-    pooled = pd.concat(parts, keys=range(len(parts)), names=["seed"]).reset_index("seed")
-    if domain is not None:
-        pooled = pooled[pooled["domain"] == domain]
-    pooled[PROMPT_ID] = pooled.groupby(["seed", PROMPT_ID]).ngroup()
-    prompts = pooled.drop_duplicates(PROMPT_ID).sort_values(PROMPT_ID)
-    levels = prompts["level"].to_numpy()
-    queries = prompts.groupby(["seed", "query"]).ngroup().to_numpy()
-    table = prompt_table(pooled, MARGIN)
-    evaluation = report_on(pooled, MARGIN, levels.tolist())
-    evaluation["intervals"] = _intervals(table, levels, queries)
-    for entry in evaluation["by_level"]:
-        rows = levels == entry["level"]
-        entry["intervals"] = _intervals({n: column[rows] for n, column in table.items()}, levels[rows], queries[rows])
-    return evaluation
-
-
-def _intervals(
-    table: PromptTable, levels: NDArray[Any], queries: NDArray[np.int64], resamples: int = 2000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of every column's mean.
-
-    Args:
-        table: of `prompt_table`, one row per prompt.
-        levels: of each prompt. How many queries a level has is not resampled: the data set has exact shares of levels.
-        queries: number of the query that each prompt is a copy of. A query is drawn with all its copies.
-    """
-    rng = np.random.default_rng(seed)
-    distinct, first, codes = np.unique(queries, return_index=True, return_inverse=True)
-    counts = np.zeros((resamples, len(distinct)))
-    for level in np.unique(levels):
-        members = np.flatnonzero(levels[first] == level)
-        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=resamples)
-    intervals = {}
-    for name, column in table.items():
-        valid = ~np.isnan(column)
-        totals = counts @ np.bincount(codes, np.where(valid, column, 0.0))
-        weights = counts @ np.bincount(codes, valid)
-        means = totals[weights > 0] / weights[weights > 0]
-        low, high = np.quantile(means, [0.025, 0.975]) if len(means) else (np.nan, np.nan)
-        intervals[name] = (float(low), float(high))
-    return intervals
-
-
-def _at(evaluation: Evaluation, *path: str) -> Any:
-    value: Any = evaluation
-    for key in path:
-        value = value[key]
-    return value
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _with_interval(evaluation: Evaluation, *path: str) -> str:
-    low, high = evaluation["intervals"]["/".join(path)]
-    return f"{_percent(_at(evaluation, *path))} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _seeds(values: Sequence[float]) -> str:
-    return " / ".join(f"{100 * value:.1f}" for value in values)
-
-
-def _holds(verdict: bool) -> str:
-    return "holds" if verdict else "does not hold"
-
-
-def _rises(values: Sequence[float]) -> bool:
-    """Whether every value is above the one before."""
-    return all(low < high for low, high in pairwise(values))
-
-
 # --- figures --------------------------------------------------------------------------------------------------
-
-
-def _by_level(axes: Axes, evaluations: dict[str, Evaluation], colours: Sequence[str] = COLOURS) -> None:
-    """Thinking ratio over the level, with intervals."""
-    for index, (name, evaluation) in enumerate(evaluations.items()):
-        entries = evaluation["by_level"]
-        low, high = np.array([entry["intervals"]["thinking_ratio"] for entry in entries]).T
-        x = np.arange(len(entries)) + 0.05 * (index - (len(evaluations) - 1) / 2)
-        axes.vlines(x, low, high, color=colours[index], alpha=0.5)
-        axes.plot(x, [entry["thinking_ratio"] for entry in entries], marker="o", color=colours[index], label=name)
-        axes.set_xticks(range(len(entries)), [str(entry["level"]) for entry in entries])
-    axes.set(xlabel="level", ylim=(-0.03, 1.03))
-    axes.yaxis.set_major_formatter(PERCENT_TICKS)
-
-
-def _picture(file: str, title: str, caption: str, draw: Callable[[Figure], None], height: float = 3.6) -> Picture:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure)
-        return Picture(f"images/{file}.png", to_png(figure), title, caption)
 
 
 def _bars(figure: Figure, evaluations: dict[str, Evaluation], points: dict[str, list[float]]) -> None:
@@ -191,17 +69,6 @@ def _bars(figure: Figure, evaluations: dict[str, Evaluation], points: dict[str, 
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.02), xlabel="hybrid accuracy: mean, its interval, single seeds")
     axes.xaxis.set_major_formatter(PERCENT_TICKS)
-
-
-def _panels(figure: Figure, panels: dict[str, dict[str, Evaluation]]) -> None:
-    """Thinking ratio by level, one panel per title."""
-    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, evaluations) in zip(row, panels.items(), strict=True):
-        _by_level(axes, evaluations)
-        axes.set_title(title, fontsize=10)
-    row[0].set_ylabel("probability of thinking")
-    handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=4)
 
 
 def _training(axes: Axes, runs: Runs, models: dict[str, str]) -> None:
@@ -229,13 +96,13 @@ def _table_1(runs: Runs) -> list[Block]:
     rows = [
         [
             name,
-            _with_interval(pooled[model], "hybrid_accuracy"),
-            _seeds(points[name]),
-            _with_interval(pooled[model], "accuracy", "auto"),
-            _with_interval(pooled[model], "accuracy", "sampled"),
-            f"{_at(pooled[model], 'mean_tokens', 'auto'):.1f}",
-            _percent(pooled[model]["thinking_ratio"]),
-            _percent(pooled[model]["off_mode_mass"]),
+            with_interval(pooled[model], "hybrid_accuracy"),
+            seeds(points[name]),
+            with_interval(pooled[model], "accuracy", "auto"),
+            with_interval(pooled[model], "accuracy", "sampled"),
+            f"{at(pooled[model], 'mean_tokens', 'auto'):.1f}",
+            percent(pooled[model]["thinking_ratio"]),
+            percent(pooled[model]["off_mode_mass"]),
             *PAPER.get(model, ("–", "–")),
         ]
         for model, name in TABLE.items()
@@ -245,7 +112,7 @@ def _table_1(runs: Runs) -> list[Block]:
     estimators = {ESTIMATORS[m]: pooled[m]["hybrid_accuracy"] for m in ESTIMATORS}
     spread = max(estimators.values()) - min(estimators.values())
     always, own = pooled["grpo"]["accuracy"]["think"], pooled["grpo"]["accuracy"]["auto"]
-    saved = 1 - _at(pooled["grpo"], "mean_tokens", "auto") / _at(pooled["grpo"], "mean_tokens", "think")
+    saved = 1 - at(pooled["grpo"], "mean_tokens", "auto") / at(pooled["grpo"], "mean_tokens", "think")
     return [
         Heading("Table 1: HGPO against HFT, HFT-RFT and HFT-DPO"),
         Table(
@@ -263,7 +130,7 @@ def _table_1(runs: Runs) -> list[Block]:
             ],
             rows,
         ),
-        _picture(
+        picture(
             "table_1",
             "Hybrid accuracy",
             "All prompts of all seeds.",
@@ -273,17 +140,17 @@ def _table_1(runs: Runs) -> list[Block]:
             [
                 "The paper: HGPO's hybrid accuracy is far above that of HFT, RFT and DPO. Here, intervals that do not "
                 "overlap: "
-                + "; ".join(f"against {TABLE[m]} {_holds(verdict)}" for m, verdict in apart.items())
-                + f"; against HFT {_holds(best[0] > pooled['hft']['intervals']['hybrid_accuracy'][1])}.",
-                f"What it saves: {_percent(saved)} of the tokens of always thinking, at {_percent(own)} accuracy for "
-                f"{_percent(always)}.",
+                + "; ".join(f"against {TABLE[m]} {holds(verdict)}" for m, verdict in apart.items())
+                + f"; against HFT {holds(best[0] > pooled['hft']['intervals']['hybrid_accuracy'][1])}.",
+                f"What it saves: {percent(saved)} of the tokens of always thinking, at {percent(own)} accuracy for "
+                f"{percent(always)}.",
             ]
         ),
         Heading("Figure 3(a): the estimators"),
         Paragraph(
             "The paper: GRPO, RLOO and REINFORCE++ all work. Here: hybrid accuracy "
-            + ", ".join(f"{name} {_percent(value)}" for name, value in estimators.items())
-            + f"; the spread is {spread:.3f}, so that all are within 0.05 of each other {_holds(spread <= 0.05)}."
+            + ", ".join(f"{name} {percent(value)}" for name, value in estimators.items())
+            + f"; the spread is {spread:.3f}, so that all are within 0.05 of each other {holds(spread <= 0.05)}."
         ),
     ]
 
@@ -295,20 +162,20 @@ def _margins(runs: Runs, margins: Sequence[str]) -> list[Block]:
     rows = [
         [
             f"{margin:g}",
-            _with_interval(evaluation, "thinking_ratio"),
-            _seeds(runs.per_seed(models[margin], "thinking_ratio")),
-            _with_interval(evaluation, "accuracy", "auto"),
-            f"{_at(evaluation, 'mean_tokens', 'auto'):.1f}",
+            with_interval(evaluation, "thinking_ratio"),
+            seeds(runs.per_seed(models[margin], "thinking_ratio")),
+            with_interval(evaluation, "accuracy", "auto"),
+            f"{at(evaluation, 'mean_tokens', 'auto'):.1f}",
         ]
         for margin, evaluation in pooled.items()
     ]
     names = {f"δ = {margin:g}": evaluation for margin, evaluation in pooled.items()}
     return [
         Heading("Figure 3(b): the margin δ"),
-        Paragraph(f"The paper: a larger δ gives less thinking. Here this {_holds(_rises(ratios[::-1]))}."),
+        Paragraph(f"The paper: a larger δ gives less thinking. Here this {holds(rises(ratios[::-1]))}."),
         Table(["δ", "P(think)", "seeds", "accuracy, own choice", "tokens, own choice"], rows),
-        _picture("figure_3b", "Probability of thinking by level and margin", "All prompts of all seeds.",
-                 lambda figure: _panels(figure, {"": names})),
+        picture("figure_3b", "Probability of thinking by level and margin", "All prompts of all seeds.",
+                 lambda figure: panels(figure, {"": names})),
     ]  # fmt: skip
 
 
@@ -320,12 +187,12 @@ def _difficulty(runs: Runs) -> list[Block]:
         Heading("Figure 4: thinking by difficulty"),
         Paragraph(
             "The paper: after HGPO the thinking ratio rises with the difficulty, before it is flat. Here it goes "
-            f"from {_percent(ratios[0])} to {_percent(ratios[-1])} over the levels; at every step up it rises: "
-            f"{_holds(_rises(ratios))}; before, it lies between {_percent(min(before))} and "
-            f"{_percent(max(before))}."
+            f"from {percent(ratios[0])} to {percent(ratios[-1])} over the levels; at every step up it rises: "
+            f"{holds(rises(ratios))}; before, it lies between {percent(min(before))} and "
+            f"{percent(max(before))}."
         ),
-        _picture("figure_4", "Probability of thinking by level", "All prompts of all seeds.",
-                 lambda figure: _panels(figure, {"": {"HFT": hft, "HGPO": hgpo}})),
+        picture("figure_4", "Probability of thinking by level", "All prompts of all seeds.",
+                 lambda figure: panels(figure, {"": {"HFT": hft, "HGPO": hgpo}})),
     ]  # fmt: skip
 
 
@@ -339,9 +206,9 @@ def _domains(runs: Runs) -> list[Block]:
         [
             title,
             name,
-            _with_interval(evaluation, "hybrid_accuracy"),
-            _with_interval(evaluation, "accuracy", "auto"),
-            *[_percent(evaluation["by_level"][i]["thinking_ratio"]) for i in (0, -1)],
+            with_interval(evaluation, "hybrid_accuracy"),
+            with_interval(evaluation, "accuracy", "auto"),
+            *[percent(evaluation["by_level"][i]["thinking_ratio"]) for i in (0, -1)],
         ]
         for title, evaluations in panels.items()
         for name, evaluation in evaluations.items()
@@ -353,16 +220,16 @@ def _domains(runs: Runs) -> list[Block]:
             "The paper: trained on maths and general queries, the model thinks more on harder problems of code, too. "
             "Here Stage I sees chain sums and the shell game, Stage II chain sums alone; in the shell game the "
             "thinking ratio "
-            f"goes from {_percent(held_out[0])} at the easiest to {_percent(held_out[-1])} at the hardest level: more "
-            f"thinking at the hardest {_holds(held_out[-1] > held_out[0])}, a rise at every step "
-            f"{_holds(_rises(held_out))}."
+            f"goes from {percent(held_out[0])} at the easiest to {percent(held_out[-1])} at the hardest level: more "
+            f"thinking at the hardest {holds(held_out[-1] > held_out[0])}, a rise at every step "
+            f"{holds(rises(held_out))}."
         ),
         Table(
             ["domain", "model", "hybrid accuracy", "accuracy, own choice", "P(think), easiest", "P(think), hardest"],
             rows, labels=2,
         ),
-        _picture("figure_5", "Probability of thinking by level and domain", "All prompts of all seeds.",
-                 lambda figure: _panels(figure, panels)),
+        picture("figure_5", "Probability of thinking by level and domain", "All prompts of all seeds.",
+                 lambda figure: panels(figure, panels)),
     ]  # fmt: skip
 
 
@@ -372,12 +239,12 @@ def _sizes(runs: Runs) -> list[Block]:
     rows = [
         [
             f"{name}, {_parameters(runs, hgpo):,} parameters",
-            _with_interval(after, "thinking_ratio"),
-            _seeds(runs.per_seed(hgpo, "thinking_ratio")),
-            _with_interval(after, "hybrid_accuracy"),
-            _percent(_at(after, "accuracy", "auto")),
-            _percent(_at(before, "accuracy", "no_think")),
-            _percent(_at(before, "accuracy", "think")),
+            with_interval(after, "thinking_ratio"),
+            seeds(runs.per_seed(hgpo, "thinking_ratio")),
+            with_interval(after, "hybrid_accuracy"),
+            percent(at(after, "accuracy", "auto")),
+            percent(at(before, "accuracy", "no_think")),
+            percent(at(before, "accuracy", "think")),
         ]
         for (name, (_, hgpo)), (before, after) in zip(names.items(), pooled.values(), strict=True)
     ]
@@ -385,13 +252,13 @@ def _sizes(runs: Runs) -> list[Block]:
     return [
         Heading("Figure 6: two model sizes"),
         Paragraph(f"The paper: in Stage II the smaller model learns to think more, the larger one less. Here the "
-                  f"smaller one thinks more in the end: {_holds(more)}."),
+                  f"smaller one thinks more in the end: {holds(more)}."),
         Table(
             ["model", "P(think)", "seeds", "hybrid accuracy", "accuracy, own choice", "HFT, never thinking",
              "HFT, always thinking"],
             rows,
         ),
-        _picture("figure_6", "Probability of thinking during Stage II", "Training queries; thin lines are seeds.",
+        picture("figure_6", "Probability of thinking during Stage II", "Training queries; thin lines are seeds.",
                  lambda figure: _training(figure.add_subplot(), runs, {n: m for n, (_, m) in names.items()})),
     ]  # fmt: skip
 
@@ -425,11 +292,7 @@ def main() -> None:
         *_domains(runs),
         *_sizes(runs),
     ]
-    for block in blocks:
-        if isinstance(block, Picture):
-            write_atomically(args.output_dir / block.file, block.png)
-    write_atomically(args.output_dir / "reproduction.md", to_markdown(blocks).encode())
-    print(f"Read {args.output_dir / 'reproduction.md'}")
+    write_page(args.output_dir / "reproduction.md", blocks)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ from hgpo_trl.scripts import data, data_hgpo
 from hgpo_trl.scripts.recipe import RecipeParser, _Loader, _of_type
 from hgpo_trl.tasks.embedded import draw, hft_dataset, load_task
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import rule_run
+
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate")
 TRAINING = [path for path in RECIPES if path.stem.startswith(("hft", "hgpo"))]
@@ -161,35 +165,74 @@ def test_data_runs_the_kind_that_its_recipes_name_tells(tmp_path: Path, parse: P
         assert args.max_rows == 7
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    ("file", "variables", "number"),
-    [
-        ("reproduce.mk", ["BIN=bin", "SEEDS=3"], 32),  # data, HFT, samples, baselines, HGPO, evaluations
-        ("formats.mk", ["HGPO_TRL=bin/hgpo-trl", "FORMATS=qwen3 r1", "SEEDS=3 4"], 16),  # data, HFT, HGPO, evaluation
-    ],
-)
-def test_makefiles_run_what_there_is(file: str, variables: list[str], number: int, parse: Parse) -> None:
-    """Every command parses, and reads only what an earlier one writes."""
+def plan(makefile: str, *variables: str) -> list[list[str]]:
+    """The words of every command of a make file of benchmarks/, in order."""
     listing = subprocess.run(
-        ["make", "-n", "-f", f"benchmarks/{file}", "R=nowhere", *variables],
+        ["make", "-n", "-f", f"benchmarks/{makefile}", "BIN=bin", "R=nowhere", *variables],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    commands = [line.split() for line in re.findall(r"bin/hgpo-trl (.*?) >>? ", listing)]
-    assert len(commands) == number
+    return [line.split() for line in re.findall(r"bin/((?:hgpo-trl|python) .*?) >>? ", listing)]
+
+
+def check_stages(commands: list[list[str]], parse: Parse) -> None:
+    """Every command parses, and reads only what an earlier one writes."""
     written: list[str] = []
-    for stage, *argv in commands:
-        kind = argv.pop(0) if stage == "baselines" else ""
-        on_cpu = ["--use_cpu", "true"] if stage in ("hft", "hgpo", "baselines") else []
-        config = [str(ROOT / word) if word.startswith("recipes/") else word for word in argv]
-        parsed = parse(stage, *([kind] if kind else []), *config, *on_cpu)
-        for key, value in ((key, value) for part in parsed for key, value in vars(part).items()):
-            if isinstance(value, str) and value.startswith("nowhere/"):
+    for command in commands:
+        if command[0] == "python":
+            run = rule_run.read_arguments(command[2:])
+            reads = [run.runs / "data", run.runs / "hft", *([run.runs / "samples"] if run.rule == "adaptthink" else [])]
+            fields = [("output_dir", run.output_dir), *((path.name, path) for path in reads)]
+        else:
+            _, stage, *argv = command
+            kind = [argv.pop(0)] if stage == "baselines" else []
+            on_cpu = ["--use_cpu", "true"] if stage in ("hft", "hgpo", "baselines") else []
+            config = [str(ROOT / word) if word.startswith("recipes/") else word for word in argv]
+            fields = [pair for part in parse(stage, *kind, *config, *on_cpu) for pair in vars(part).items()]
+        for key, value in fields:
+            if str(value).startswith("nowhere/"):
                 if key == "output_dir":
-                    assert value not in written
-                    written.append(value)
+                    assert str(value) not in written
+                    written.append(str(value))
                 elif key != "logging_dir":
-                    assert any(value.startswith(folder) for folder in written), f"{stage}: {key}={value}"
+                    assert any(str(value).startswith(folder) for folder in written), f"{command}: {key}={value}"
+
+
+@pytest.mark.processes
+def test_make_reproduce_runs_what_there_is(parse: Parse) -> None:
+    commands = plan("reproduce.mk", "SEEDS=3")
+    assert len(commands) == 32  # data, HFT, samples, baselines, HGPO, evaluations
+    check_stages(commands, parse)
+
+
+@pytest.mark.processes
+def test_the_formats_run_what_there_is(parse: Parse) -> None:
+    commands = plan("formats.mk", "HGPO_TRL=bin/hgpo-trl", "FORMATS=qwen3 r1", "SEEDS=3 4")
+    assert len(commands) == 16  # data, HFT, HGPO, evaluation
+    check_stages(commands, parse)
+
+
+@pytest.mark.processes
+def test_make_compare_rules_has_all_runs(parse: Parse) -> None:
+    """The same search for every rule, before the rule's runs on every seed, which all have the same tokens."""
+    commands = plan("compare_rules.mk", "SEEDS=4 5", "SEARCH_SEED=7", "LEARNING_RATES=1e-3 5e-4")
+    check_stages(commands, parse)
+    runs = [rule_run.read_arguments(command[2:]) for command in commands if command[0] == "python"]
+    for rule in rule_run.RULES:
+        search = [run for run in runs if run.rule == rule and run.best_of is None]
+        assert sorted((run.learning_rate, run.weight) for run in search) == [
+            (rate, weight) for rate in (5e-4, 1e-3) for weight in ("high", "low")
+        ]
+        assert {(run.seed, run.runs.name) for run in search} == {(7, "7")}
+        final = [run for run in runs if run.rule == rule and run.best_of is not None]
+        assert [(run.seed, run.runs.name) for run in final] == [(4, "4"), (5, "5")]
+        assert {run.output_dir.parent for run in search} == {run.best_of for run in final}
+        places = [runs.index(run) for run in (*search, *final)]
+        assert places == sorted(places)
+        evaluated = [command for command in commands if f"nowhere/4/{rule}" in command]
+        assert len(evaluated) == 2  # the training writes it, the evaluation reads it
+    assert len(runs) == len(rule_run.RULES) * (4 + 2)
+    for tokens in ({run.tokens for run in runs if run.best_of is None}, {run.tokens for run in runs if run.best_of}):
+        assert len(tokens) == 1
 
 
 def test_every_folder_of_recipes_is_tested() -> None:

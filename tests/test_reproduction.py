@@ -1,47 +1,31 @@
 """The verdicts of `benchmarks/reproduction.py`, from evaluations that are made up."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
+from made_up import write_evaluation
 
-from hgpo_trl.evaluation.samples import write_samples
 from hgpo_trl.modes.hybrid_accuracy import bootstrap_intervals
 from hgpo_trl.reporting.documents import Bullets, Paragraph
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import pages
 import reproduction
-from reproduction import Runs
+from pages import Runs
 
 Write = Callable[[str, Sequence[float]], Runs]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Evaluations of two seeds with a given probability of thinking at each level, two prompts per level."""
+    """Write evaluations of two seeds."""
 
     def write(model: str, ratios: Sequence[float]) -> Runs:
-        levels = [level for level in range(1, len(ratios) + 1) for _ in range(2)]
-        prompts = [[{"role": "user", "content": f"query {row}"}] for row in range(len(levels))]
-        queries = pd.DataFrame({"prompt": prompts, "level": levels, "domain": "chain_sum"})
-        queries.to_parquet(tmp_path / "eval.parquet")
-        rows = [
-            {
-                "prompt_id": prompt, "mode": mode, "sample": sample, "completion": "", "num_tokens": 5,
-                "truncated": False, "faults": [], "prob_think": ratios[level - 1],
-                "prob_no_think": 1 - ratios[level - 1], "picked": 1, "reward": 1.0,
-            }
-            for prompt, level in enumerate(levels) for mode in ("no_think", "think") for sample in range(2)
-        ]  # fmt: skip
-        for seed in (0, 1):
-            folder = tmp_path / str(seed) / "eval" / model
-            write_samples(folder / "samples.parquet", pd.DataFrame(rows))
-            (folder / "report.json").write_text(json.dumps({"dataset": str(tmp_path / "eval.parquet")}))
+        write_evaluation(tmp_path, model, ratios)
         return Runs(tmp_path, [0, 1])
 
     return write
@@ -56,20 +40,20 @@ def test_copies_of_a_query_are_no_further_queries() -> None:
     x = np.random.default_rng(0).random(40)
     x[3] = np.nan
     once, level = np.arange(40), np.zeros(40)
-    alone = reproduction._intervals({"x": x}, level, once)["x"]
-    copies = reproduction._intervals({"x": np.tile(x, 10)}, np.tile(level, 10), np.tile(once, 10))["x"]
+    alone = pages.intervals({"x": x}, level, once)["x"]
+    copies = pages.intervals({"x": np.tile(x, 10)}, np.tile(level, 10), np.tile(once, 10))["x"]
     assert copies == pytest.approx(alone)
     assert alone == pytest.approx(bootstrap_intervals({"x": x})["x"], abs=0.01)
-    apart = reproduction._intervals({"x": np.tile(x, 10)}, np.tile(level, 10), np.arange(400))["x"]
+    apart = pages.intervals({"x": np.tile(x, 10)}, np.tile(level, 10), np.arange(400))["x"]
     assert apart[1] - apart[0] < 0.5 * (alone[1] - alone[0])
 
 
 def test_levels_keep_their_shares() -> None:
     """What depends on the level alone has no spread."""
     level = np.repeat([1, 2], [10, 30])
-    found = reproduction._intervals({"x": level.astype(float)}, level, np.arange(40))["x"]
+    found = pages.intervals({"x": level.astype(float)}, level, np.arange(40))["x"]
     assert found == pytest.approx((1.75, 1.75))
-    assert np.isnan(reproduction._intervals({"x": np.full(40, np.nan)}, level, np.arange(40))["x"]).all()
+    assert np.isnan(pages.intervals({"x": np.full(40, np.nan)}, level, np.arange(40))["x"]).all()
 
 
 def test_prompts_of_all_seeds_are_told_apart(write: Write) -> None:
