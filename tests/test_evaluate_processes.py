@@ -101,8 +101,8 @@ def test_memory_does_not_grow_with_the_texts() -> None:
         "--samples_per_mode",
         "1",
         "--prompts",
-        "600",
-        "2400",
+        "1000",
+        "3000",
     ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-3000:]
