@@ -17,19 +17,21 @@ pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 
 class Engine:
-    """An engine whose next token depends on the last one alone, with vLLM's requests and answers."""
+    """An engine whose next token depends on the last one alone, with vLLM's requests and answers.
+
+    Sample i of a request is drawn with the request's seed + i, as by vLLM.
+    """
 
     def __init__(self, probs: torch.Tensor) -> None:
         self.probs = probs
-        self.rng = random.Random(0)
 
-    def _draw(self, last: int, params: Any) -> int:
+    def _draw(self, last: int, params: Any, rng: random.Random) -> int:
         weights = self.probs[last].clone()
         for token, bias in (params.logit_bias or {}).items():
             weights[token] *= math.exp(bias)
         if params.temperature == 0:
             return int(weights.argmax())
-        return self.rng.choices(range(SIZE), weights.tolist())[0]
+        return rng.choices(range(SIZE), weights.tolist())[0]
 
     def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool = True) -> list[Any]:
         assert len(prompts) == len(params)
@@ -39,12 +41,13 @@ class Engine:
 
     def _answer(self, prompt: list[int], params: Any) -> Any:
         outputs = []
-        for _ in range(params.n):
+        for number in range(params.n):
+            rng = random.Random((params.seed or 0) + number)
             ids = list(prompt)
             while len(ids) < len(prompt) + params.max_tokens and ids[len(prompt) :][-1:] not in (
                 [token] for token in params.stop_token_ids
             ):
-                ids.append(self._draw(ids[-1], params))
+                ids.append(self._draw(ids[-1], params, rng))
             asked = params.logprob_token_ids or []
             found = {token: SimpleNamespace(logprob=math.log(self.probs[prompt[-1], token])) for token in asked}
             outputs.append(SimpleNamespace(token_ids=ids[len(prompt) :], logprobs=[found]))
@@ -83,7 +86,7 @@ def test_responses_begin_with_their_mode(
     found = list(
         _generate(
             Engine(probs), [[0], [6]], tokens, ends, samples_per_mode=3, max_new_tokens=longest,
-            temperature=temperature, top_p=1.0, seed=0,
+            temperature=temperature, top_p=1.0, seeds=[0, 1], show_progress=False,
         )  # type: ignore[arg-type]
     )  # fmt: skip
     keys = [(generated.prompt, generated.mode, generated.sample) for generated in found]
@@ -96,3 +99,21 @@ def test_responses_begin_with_their_mode(
         assert not set(generated.tokens[:-1]) & set(ends), "nothing follows the end"
         if tokens.decision[generated.mode] == OTHER:
             assert generated.tokens[0] != tokens.decision[1 - generated.mode]
+
+
+@pytest.mark.parametrize(("think", "no_think"), OPENINGS)
+def test_samples_of_a_prompt_depend_on_its_seed_alone(think: tuple, no_think: tuple, probs: torch.Tensor) -> None:
+    """Not on the prompts beside it, so that any number of processes draws the same."""
+    from hgpo_trl.evaluation.vllm_backend import _generate
+
+    def responses(ids: list[list[int]], seeds: list[int]) -> dict[Any, list[int]]:
+        found = _generate(
+            Engine(probs), ids, tokens_of(think, no_think), [2], samples_per_mode=3, max_new_tokens=12,
+            temperature=1.0, top_p=1.0, seeds=seeds, show_progress=False,
+        )  # type: ignore[arg-type]  # fmt: skip
+        return {(seeds[prompt], mode, sample): tokens for prompt, mode, sample, tokens in found}
+
+    together = responses([[0], [6], [6], [0]], [10, 11, 12, 13])
+    assert responses([[6]], [12]) | responses([[0], [0], [6]], [13, 10, 11]) == together
+    drawn = [[together[seed, mode, sample] for mode in range(2) for sample in range(3)] for seed in (11, 12)]
+    assert drawn[0] != drawn[1], "of the same prompt"
