@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_formats import OPENINGS, SIZE, Chain, tokens_of
 
+from hgpo_trl.inference.limits import Limits
 from hgpo_trl.modes import MODES, OTHER
 from hgpo_trl.modes.decision import OFF_MODE, read_decision
 
@@ -85,8 +86,8 @@ def test_responses_begin_with_their_mode(
     tokens, ends, longest = tokens_of(think, no_think), [2], 12
     found = list(
         _generate(
-            Engine(probs), [[0], [6]], tokens, ends, samples_per_mode=3, max_new_tokens=longest,
-            temperature=temperature, top_p=1.0, seeds=[0, 1], show_progress=False,
+            Engine(probs), [[0], [6]], tokens, ends, samples_per_mode=3, rooms=Limits(longest).rooms(tokens),
+            budget=None, temperature=temperature, top_p=1.0, seeds=[0, 1], show_progress=False,
         )  # type: ignore[arg-type]
     )  # fmt: skip
     keys = [(generated.prompt, generated.mode, generated.sample) for generated in found]
@@ -106,12 +107,14 @@ def test_samples_of_a_prompt_depend_on_its_seed_alone(think: tuple, no_think: tu
     """Not on the prompts beside it, so that any number of processes draws the same."""
     from hgpo_trl.evaluation.vllm_backend import _generate
 
+    tokens = tokens_of(think, no_think)
+
     def responses(ids: list[list[int]], seeds: list[int]) -> dict[Any, list[int]]:
         found = _generate(
-            Engine(probs), ids, tokens_of(think, no_think), [2], samples_per_mode=3, max_new_tokens=12,
+            Engine(probs), ids, tokens, [2], samples_per_mode=3, rooms=Limits(12).rooms(tokens), budget=None,
             temperature=1.0, top_p=1.0, seeds=seeds, show_progress=False,
         )  # type: ignore[arg-type]  # fmt: skip
-        return {(seeds[prompt], mode, sample): tokens for prompt, mode, sample, tokens in found}
+        return {(seeds[prompt], mode, sample): response for prompt, mode, sample, response in found}
 
     together = responses([[0], [6], [6], [0]], [10, 11, 12, 13])
     assert responses([[6]], [12]) | responses([[0], [0], [6]], [13, 10, 11]) == together

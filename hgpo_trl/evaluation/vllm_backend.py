@@ -240,19 +240,21 @@ def _generate(
         outputs = [list(output.token_ids) for output in result.outputs] * (samples_per_mode if greedy else 1)
         responses += [Generated(prompt, mode, number, output) for number, output in enumerate(outputs)]
 
-    def extend(places: list[int], what: str, most: Callable[[Generated], int]) -> None:
+    def request(begun: Generated) -> str:
+        return f"{MODES[begun.mode]} {begun.sample} behind {len(begun.tokens)}"
+
+    def extend(places: list[int], most: Callable[[Generated], int]) -> None:
         begun = [responses[place] for place in places]
         results = sample(
             [(response.prompt, response.mode, response.tokens) for response in begun],
-            [params(response.prompt, f"{what} of {response.sample}", 1, most(response)) for response in begun],
+            [params(response.prompt, request(response), 1, most(response)) for response in begun],
         )
         for place, response, result in zip(places, begun, results, strict=True):
             responses[place] = response._replace(tokens=[*response.tokens, *result.outputs[0].token_ids])
 
     if other is not None:
         begun = [place for place, response in enumerate(responses) if response.mode == other]
-        begun = [place for place in begun if responses[place].tokens[-1] not in ends]
-        extend(begun, "rest", lambda _: behind_opening(other))
+        extend([place for place in begun if responses[place].tokens[-1] not in ends], lambda _: behind_opening(other))
     if budget is not None:
         cut = [
             place
@@ -262,5 +264,5 @@ def _generate(
         for place in cut:
             opened, reasoning = responses[place].tokens[:drawn_opening], responses[place].tokens[drawn_opening:]
             responses[place] = responses[place]._replace(tokens=[*opened, *budget.closed(reasoning)])
-        extend(cut, "answer", lambda response: rooms[THINK] + drawn_opening - len(response.tokens))
+        extend(cut, lambda response: rooms[THINK] + drawn_opening - len(response.tokens))
     yield from responses
