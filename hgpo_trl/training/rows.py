@@ -419,9 +419,11 @@ def _check_response(completion: Any, response: Response, mode_format: ModeFormat
     for name, trace in traces.items():
         if trace.strip() not in response.reasoning:
             raise FaultyRow("lost_trace", f"{name}: {excerpt(trace)}")
-    if response.faults:
-        remark = _other_format(completion, mode_format) if response.mode is None else ""
-        raise FaultyRow(response.faults[0], f"{excerpt(completion)}{remark}")
+    # Qwen3's template puts an empty trace before a text without one: <no_think> would go into the answer.
+    tagged = any(tag in response.answer for tag in (Mode.NO_THINK.open_tag, Mode.NO_THINK.close_tag))
+    if response.faults or tagged:
+        remark = _other_format(completion, mode_format) if response.mode is None or tagged else ""
+        raise FaultyRow((*response.faults, Fault.NESTED)[0], f"{excerpt(completion)}{remark}")
 
 
 def _other_format(completion: Any, mode_format: ModeFormat) -> str:
