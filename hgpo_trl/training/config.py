@@ -46,7 +46,9 @@ class HGPOConfig(GRPOConfig):
         off_mode_warning: warn, once per run, when the mean probability that the first token is neither mode exceeds
             this; between 0 and 1.
         trim_micro_batches: sort the rows of an optimizer step by length into its micro-batches and trim each to its own
-            longest row. Saves padding; the gradient is the same.
+            longest row; with beta 0, leave out the tokens behind a response's last one with an advantage
+            (`idle_tokens.mask_idle`). The gradient is the same; TRL's entropy and clip ratios are means over the tokens
+            that are computed.
         micro_batch_tokens: tokens of a micro-batch on each process, padding included. The rows that all processes hold
             for an optimizer step are divided anew (`partition.balanced_partition`): as many rows as fit, the same
             number of micro-batches and about the same tokens on every process; a row that is longer is a micro-batch
@@ -135,7 +137,7 @@ class HGPOConfig(GRPOConfig):
     )
     trim_micro_batches: bool = field(
         default=True,
-        metadata={"help": "Sort rows by length into micro-batches and trim each one; same gradient, less padding."},
+        metadata={"help": "Less padding and no idle tokens in micro-batches; same gradient."},
     )
     micro_batch_tokens: int | None = field(
         default=None,

@@ -22,8 +22,9 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from hgpo_trl.common.errors import UserError
+from hgpo_trl.training.idle_tokens import ROW_MEANS, SUMS, mask_idle
 from hgpo_trl.training.partition import balanced_partition
-from hgpo_trl.training.validate import ROW_MEAN_LOSSES
+from hgpo_trl.training.validate import LOSSES_PER_ROW
 
 Batch = dict[str, Any]
 
@@ -227,6 +228,9 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.args.trim_micro_batches or self._buffered_inputs is before:
             return inputs
+        if self._idle_tokens_have_no_gradient():
+            row_means = self.loss_type in ROW_MEANS
+            self._buffered_inputs = [mask_idle(batch, row_means=row_means) for batch in self._buffered_inputs]
         per_step = self.args.gradient_accumulation_steps
         if self.args.micro_batch_tokens is not None:
             self._buffered_inputs = self._by_tokens(self._buffered_inputs, per_step)
@@ -287,7 +291,7 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
             return super().compute_loss(model, inputs, *args, **kwargs)
         with _gathering_unequal(self.accelerator):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.loss_type in ROW_MEAN_LOSSES:
+        if self.loss_type in LOSSES_PER_ROW:
             loss = loss * (len(inputs["prompt_ids"]) / self.args.per_device_train_batch_size)
         return loss
 
@@ -302,6 +306,16 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
             or self.top_entropy_quantile < 1.0  # a quantile of the micro-batch
             or self._entropy_bonus_enabled  # a mean over the micro-batch
             or self.aux_loss_enabled
+        )
+
+    def _idle_tokens_have_no_gradient(self) -> bool:
+        """Whether a token's part in the loss is its advantage times a function of its own probability."""
+        return (
+            self.loss_type in (*SUMS, *ROW_MEANS)
+            and self.beta == 0.0
+            and self.importance_sampling_level == "token"
+            and self.off_policy_mask_threshold is None  # a mean over the row's tokens
+            and self._rows_may_meet_any_others()
         )
 
     def _get_per_token_logps_and_entropies(
