@@ -15,6 +15,7 @@ Under DDP they wait once: a step is the slower process's sum.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict
@@ -85,16 +86,16 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def measure(kind: str, case: Case) -> dict[str, Any]:
     """Seconds, tokens and micro-batches of the second step, over all processes."""
     trainer, config, settings = KINDS[kind]
-    state = PartialState()
+    processes = int(os.environ["WORLD_SIZE"])  # the trainer's arguments have to set up the process group
     with TemporaryDirectory() as directory:
         built = build(
             trainer,
             config,
             case,
             directory,
-            gradient_accumulation_steps=case.rows // case.micro_batch // state.num_processes,
+            gradient_accumulation_steps=case.rows // case.micro_batch // processes,
             max_steps=2,
-            use_cpu=state.distributed_type != DistributedType.DEEPSPEED,
+            use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,
             ddp_backend="gloo",
             logging_strategy="no",
             **settings,
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     args = parser.parse_args()
     for lengths in ("log-normal", "equal"):
-        case = Case(lengths=lengths, rows=args.rows, hidden_size=64, layers=2)
+        case = Case(lengths=lengths, rows=args.rows)
         turns = []
         for turn in range(args.turns):
             order = list(KINDS)[:: -1 if turn % 2 else 1]

@@ -19,7 +19,7 @@ from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.idle_tokens import mask_idle
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
 from hgpo_trl.training.trainer import HGPOTrainer
-from hgpo_trl.training.validate import ROW_MEAN_LOSSES, TOKEN_MEAN_LOSSES
+from hgpo_trl.training.validate import LOSSES_PER_ROW, LOSSES_PER_STEP
 
 
 def rollout(prompt_lengths: list[int], completion_lengths: list[int]) -> Batch:
@@ -219,7 +219,8 @@ def gradient(
         gradients: dict[str, torch.Tensor] = {}
 
         def keep(*_: Any, **__: Any) -> None:
-            computed = sum(batch["completion_mask"].sum().item() for batch in trainer._buffered_inputs)
+            held = ([part] if isinstance(part, dict) else part for part in trainer._buffered_inputs)
+            computed = sum(batch["completion_mask"].sum().item() for batch in itertools.chain(*held))
             gradients["tokens"] = torch.tensor(float(computed))
             gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
 
@@ -246,10 +247,11 @@ def test_gradient_is_that_of_the_padded_batch(gradient: Callable, loss_type: str
 @pytest.mark.parametrize(
     ("max_tokens", "config"),
     [
-        *((60, {"loss_type": loss_type}) for loss_type in (*ROW_MEAN_LOSSES, *TOKEN_MEAN_LOSSES)),
+        *((60, {"loss_type": loss_type}) for loss_type in (*LOSSES_PER_ROW, *LOSSES_PER_STEP)),
         (1000, {"loss_type": "dr_grpo"}),  # all rows in one micro-batch, in place of four
         (60, {"loss_type": "grpo", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}),
         (60, {"loss_type": "dapo", "gradient_accumulation_steps": 2, "steps_per_generation": 4}),
+        (60, {"loss_type": "grpo", "beta": 0.0}),  # without the tokens that have no gradient
         (60, {"loss_type": "dr_grpo", "mask_truncated_completions": True, "pad_to_multiple_of": 8}),
     ],
 )
@@ -257,6 +259,7 @@ def test_gradient_by_tokens_is_that_of_the_padded_batch(
     gradient: Callable, max_tokens: int, config: dict[str, Any]
 ) -> None:
     stock, by_tokens = gradient(False, **config), gradient(True, micro_batch_tokens=max_tokens, **config)
+    assert by_tokens.pop("tokens") <= stock.pop("tokens")
     assert any(value.abs().max() > 0 for value in stock.values())
     for name, value in stock.items():
         torch.testing.assert_close(by_tokens[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())

@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.training.idle_tokens import DIVIDED_BY_LENGTH, NOT_DIVIDED, mask_idle
 from hgpo_trl.training.partition import balanced_partition
-from hgpo_trl.training.validate import ROW_MEAN_LOSSES
+from hgpo_trl.training.validate import LOSSES_PER_ROW
 
 Batch = dict[str, Any]
 
@@ -152,14 +152,15 @@ class _Parts(Trainer):
     """
 
     args: Any  # with the field micro_batch_tokens
+    optimizer: Any
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:  # type: ignore[override]
         """Trainer's, for each part that `_prepare_inputs` returns; the sum of their losses."""
         if self.args.micro_batch_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()  # both as Trainer does before it prepares inputs
         self.optimizer.train()
-        parts = self._prepare_inputs(inputs)
+        parts: Any = self._prepare_inputs(inputs)
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
             with _unsynced(self.accelerator, model):
@@ -207,6 +208,7 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
     """
 
     args: Any  # with the fields trim_micro_batches and micro_batch_tokens
+    pad_to_multiple_of: int | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -291,7 +293,7 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
             return super().compute_loss(model, inputs, *args, **kwargs)
         with _gathering_unequal(self.accelerator):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.loss_type in ROW_MEAN_LOSSES:
+        if self.loss_type in LOSSES_PER_ROW:
             loss = loss * (len(inputs["prompt_ids"]) / self.args.per_device_train_batch_size)
         return loss
 
@@ -333,11 +335,12 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
         score = super()._get_per_token_logps_and_entropies
         options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss, **kwargs}
         num_rows, width = input_ids.shape
-        whole = torch.is_grad_enabled() or compute_entropy or not self.args.trim_micro_batches or batch_size is None
-        if not whole and self.args.micro_batch_tokens is not None:
-            return self._shared_log_probs(score, model, input_ids, attention_mask, logits_to_keep), None, None
-        if whole or batch_size >= num_rows:
+        whole = torch.is_grad_enabled() or compute_entropy or not self.args.trim_micro_batches
+        by_tokens = self.args.micro_batch_tokens is not None
+        if whole or batch_size is None or (batch_size >= num_rows and not by_tokens):
             return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **options)
+        if by_tokens:
+            return self._shared_log_probs(score, model, input_ids, attention_mask, logits_to_keep), None, None
         log_probs = torch.zeros(num_rows, logits_to_keep, device=input_ids.device)
         for rows, first, last in sorted_chunks(attention_mask, batch_size):
             keep = max(1, last - (width - logits_to_keep))  # a masked response still has one column

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 Args = Any  # `HGPOConfig`, whose module imports this one
 # How TRL divides the loss of a micro-batch: by its rows, or by the tokens of the whole step (bnpo: by its own tokens).
-ROW_MEAN_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo")
-TOKEN_MEAN_LOSSES = ("dapo", "cispo", "vespo")
+LOSSES_PER_ROW = ("grpo", "dr_grpo", "sapo", "luspo")
+LOSSES_PER_STEP = ("dapo", "cispo", "vespo")
 BEST_METRIC = "eval_hgpo/hybrid_accuracy"  # by which the best checkpoint is chosen, unless another one is named
 
 
@@ -351,8 +351,8 @@ def _check_micro_batch_tokens(args: Args) -> None:
     needed = {
         "trim_micro_batches": (args.trim_micro_batches, "true"),
         "loss_type": (
-            args.loss_type in ROW_MEAN_LOSSES + TOKEN_MEAN_LOSSES,
-            " or ".join(ROW_MEAN_LOSSES + TOKEN_MEAN_LOSSES),
+            args.loss_type in LOSSES_PER_ROW + LOSSES_PER_STEP,
+            " or ".join(LOSSES_PER_ROW + LOSSES_PER_STEP),
         ),
         "top_entropy_quantile": (args.top_entropy_quantile == 1.0, "1.0"),
         "entropy_coef": (args.entropy_coef == 0.0, "0.0"),
