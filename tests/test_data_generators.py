@@ -136,11 +136,11 @@ def test_text_that_only_signs_tell_apart_is_not_a_duplicate(tmp_path: Path) -> N
 
 
 def test_stages_seeds_and_entries_ask_other_questions(task: str) -> None:
-    entry = {"path": task, "adapter": "task", "rows": 50, "mode": "think", "config": {"most": 10**9}}
+    entry = {"path": task, "adapter": "task", "rows": 50, "config": {"most": 10**9}}
     asked = []
     for stage, seed, more in [
-        ("hft", 0, {}),
-        ("hft", 1, {}),
+        ("hft", 0, {"mode": "think"}),
+        ("hft", 1, {"mode": "think"}),
         ("hgpo", 0, {}),
         ("hgpo", 1, {}),
         ("hgpo", 0, {"seed": 1}),
@@ -326,6 +326,7 @@ def test_the_examples_are_built_and_scored(tmp_path: Path, monkeypatch: pytest.M
             {"path": "reasoning_gym/leg_counting", "rows": 5, "level": "num_animal"},
             r"level: the metadata have no field 'num_animal'; did you mean 'num_animals'\?",
         ),
+        ("hgpo", {"path": "{task}", "adapter": "task", "rows": 5, "mode": "think"}, r"Stage II samples .* both modes"),
         ("hft", {"path": "reasoning_gym/leg_counting", "rows": 5, "mode": "think"}, r"mode think needs `reasoning`"),
         (
             "hft",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from settings import ON_CPU
 
 from hgpo_trl.training.config import HGPOConfig
+from hgpo_trl.training.idle_tokens import mask_idle
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
 from hgpo_trl.training.trainer import HGPOTrainer
 
@@ -144,6 +145,36 @@ def test_sorted_chunks_cover_all_real_tokens() -> None:
     assert (seen == 1).all()
 
 
+@given(data=st.data())
+def test_idle_tokens_are_those_behind_the_last_advantage(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    batch = rollout([1] * len(lengths), lengths)
+    shape = batch["completion_mask"].shape
+    values = st.lists(st.sampled_from([0.0, 0.0, -1.0, 2.0]), min_size=shape.numel(), max_size=shape.numel())
+    batch["advantages"] = torch.tensor(data.draw(values)).view(shape)
+    batch["tool_mask"] = torch.tensor(data.draw(values)).view(shape).ne(-1.0).long()
+    losses = data.draw(st.sampled_from([True, False]))
+    found = mask_idle(batch, row_means=losses)
+    for row, length in enumerate(lengths):
+        told = [
+            column for column in range(length) if batch["advantages"][row, column] and batch["tool_mask"][row, column]
+        ]
+        kept = told[-1] + 1 if told else 0
+        assert found["completion_mask"][row].tolist() == [1] * kept + [0] * (shape[1] - kept)
+        counted = batch["tool_mask"][row, :length].sum().item()
+        left = batch["tool_mask"][row, :kept].sum().item()
+        share = left / max(counted, 1) if losses else 1.0
+        torch.testing.assert_close(found["advantages"][row, :kept], batch["advantages"][row, :kept] * share)
+
+
+def test_a_response_has_one_advantage_under_other_rules() -> None:
+    batch = rollout([1, 1], [3, 2])
+    batch["advantages"] = torch.tensor([0.0, 2.0])
+    found = mask_idle(batch, row_means=True)
+    assert found["completion_mask"].tolist() == [[0, 0, 0], [1, 1, 0]]
+    assert found["advantages"][1].tolist() == [2.0] * 3
+
+
 # --- in the trainer -------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +188,9 @@ def gradient(
 ) -> Callable[..., dict[str, torch.Tensor]]:
     """The accumulated gradient of one optimizer step on one rollout, trimmed or as stock TRL computes it."""
 
-    def measure(trim_micro_batches: bool, **config: Any) -> dict[str, torch.Tensor]:
+    def measure(
+        trim_micro_batches: bool, reward: Callable[..., list[float]] = by_content, **config: Any
+    ) -> dict[str, torch.Tensor]:
         settings = {
             "output_dir": str(tmp_path),
             "per_device_train_batch_size": 4,
@@ -171,7 +204,7 @@ def gradient(
             "beta": 0.1,
         }
         args = HGPOConfig(**(ON_CPU | settings | config), trim_micro_batches=trim_micro_batches)
-        trainer = HGPOTrainer(model_dir, by_content, args, prompts)
+        trainer = HGPOTrainer(model_dir, reward, args, prompts)
         generate = GENERATE
 
         def short_and_long(self: HGPOTrainer, prompt_ids: list, *rest: Any) -> tuple[list[list[int]], None]:
@@ -184,6 +217,8 @@ def gradient(
         gradients: dict[str, torch.Tensor] = {}
 
         def keep(*_: Any, **__: Any) -> None:
+            computed = sum(batch["completion_mask"].sum().item() for batch in trainer._buffered_inputs)
+            gradients["tokens"] = torch.tensor(float(computed))
             gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
 
         trainer.create_optimizer()
@@ -218,5 +253,32 @@ def test_gradient_is_that_of_the_padded_batch(gradient: Callable, loss_type: str
 )
 def test_gradient_under_other_settings(gradient: Callable, config: dict[str, Any]) -> None:
     stock, trimmed = gradient(False, **config), gradient(True, **config)
+    for name, value in stock.items():
+        torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
+
+
+def for_some_prompts(prompts: list, completions: list, **kwargs: Any) -> list[float]:
+    """As by_content, but one for all responses to half of the prompts."""
+    alike = [zlib.crc32(prompt[0]["content"].encode()) % 2 for prompt in prompts]
+    return [1.0 if same else reward for same, reward in zip(alike, by_content(completions), strict=True)]
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+def test_tokens_without_a_gradient_are_not_computed(gradient: Callable, loss_type: str) -> None:
+    config = {"loss_type": loss_type, "beta": 0.0, "reward": for_some_prompts}
+    stock, trimmed = gradient(False, **config), gradient(True, **config)
+    computed, of_all = trimmed.pop("tokens"), stock.pop("tokens")
+    assert computed == of_all if loss_type in ("bnpo", "vespo") else computed < 0.8 * of_all
+    for name, value in stock.items():
+        torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "config", [{"importance_sampling_level": "sequence"}, {"off_policy_mask_threshold": 0.5}, {"entropy_coef": 0.01}]
+)
+def test_tokens_that_others_depend_on_are_computed(gradient: Callable, config: dict[str, Any]) -> None:
+    config = {**config, "loss_type": "dapo", "beta": 0.0, "reward": for_some_prompts}
+    stock, trimmed = gradient(False, **config), gradient(True, **config)
+    assert stock["tokens"] == trimmed["tokens"]
     for name, value in stock.items():
         torch.testing.assert_close(trimmed[name], value, rtol=1e-4, atol=1e-7 + 1e-5 * value.abs().max().item())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trl import SFTConfig
+from trl import ModelConfig, SFTConfig
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import write_json
@@ -155,6 +155,49 @@ def test_another_stages_results_are_kept(tmp_path: Path) -> None:
     checkpoint(tmp_path, 1)
     with pytest.raises(ValueError, match="Changed: stage: 'hft' -> 'hgpo'"):
         claim(tmp_path, stage="hgpo")
+
+
+@pytest.mark.parametrize("field", ["model_name_or_path", "train_data"])
+def test_inputs_made_anew_are_another_runs(tmp_path: Path, field: str) -> None:
+    """Stage I is trained again, or the data built again, where it was: their names are the same."""
+    model, data = tmp_path / "hft", tmp_path / "data"
+    model.mkdir()
+    data.mkdir()
+    made = {"model_name_or_path": model / "model.safetensors", "train_data": data / "train.parquet"}
+    for path in made.values():
+        path.write_bytes(b"first")
+
+    def start() -> str | None:
+        arguments = DataArguments(train_data=str(data)), ModelConfig(model_name_or_path=str(model))
+        config = SFTConfig(output_dir=str(tmp_path / "run"), bf16=False, use_cpu=True)
+        return claim_run_dir("hgpo", config, *arguments)
+
+    start()
+    last = checkpoint(tmp_path / "run", 1)
+    (model / "README.md").write_text("a card is no part of the model", encoding="utf-8")
+    assert start() == last
+    made[field].write_bytes(b"other")
+    with pytest.raises(UserError, match=r"Changed: input_files: .*Choose another output_dir"):
+        start()
+
+
+def test_inputs_of_the_hub_are_known_by_their_names(tmp_path: Path) -> None:
+    run = claim_run_dir(
+        "hgpo",
+        SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True),
+        DataArguments(train_data="owner/data"),
+        ModelConfig(model_name_or_path="owner/model"),
+    )
+    assert run is None
+    assert read_run(tmp_path)["input_files"] == {"train_data": None, "model_name_or_path": None}
+
+
+@pytest.mark.parametrize("output_dir", ["file", "file/run", "file/deep/run"])
+def test_a_file_in_the_way_is_named(tmp_path: Path, output_dir: str) -> None:
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be a folder, since '\S+file' is a file. Move it"):
+        claim(tmp_path / output_dir)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
 
 
 @pytest.mark.parametrize("result", ["checkpoint-10", "config.json"])

@@ -60,13 +60,31 @@ def expand_paths(field: str, value: Any) -> Any:
     return value
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless they are there.
+
+    Raises:
+        UserError: a file stands in the way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(part for part in (path, *path.parents) if part.exists())
+        raise UserError(
+            f"{str(path)!r} cannot be a folder, since {str(file)!r} is a file. Move it, or name another output_dir."
+        ) from error
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` if all goes well: a reader never sees half a file.
 
     The folder is made if it is missing.
+
+    Raises:
+        UserError: see `make_folder`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary

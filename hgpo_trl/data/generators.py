@@ -64,8 +64,10 @@ def resolve_generated(where: str, source: Source, stage: str, seed: int) -> Adap
         )
     if source.mode not in (None, *Mode):
         raise UserError(f"{where}: mode must be {' or '.join(Mode)}; got {source.mode!r}.")
+    if stage == "hgpo" and source.mode is not None:
+        raise UserError(f"{where} has mode={source.mode!r}, but Stage II samples every prompt in both modes. Drop it.")
     own_seed = derived_seed(seed, f"{stage} {source.label} {source.seed}")
-    mode = Mode(source.mode) if source.mode and stage == "hft" else None
+    mode = Mode(source.mode) if source.mode else None
     found = (_task if is_task else _reasoning_gym)(where, source, mode, own_seed)
     adapter = generated(found, mode)
     verdict = adapt(adapter, found(0), source.label)

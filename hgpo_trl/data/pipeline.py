@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.common.files import whole_file, write_json
+from hgpo_trl.common.files import make_folder, whole_file, write_json
 from hgpo_trl.data.adapters import Adapter, adapt
 from hgpo_trl.data.deduplication import dedup_keys, first_of_each
 from hgpo_trl.data.example import Drop, Example, Step
@@ -432,7 +432,7 @@ def _write_shards(build: Build, work: Path, target: Path, rows: _Rows, by_rank: 
     rank = np.full(int(rows.offsets[-1]), -1, dtype=np.int64)
     rank[by_rank] = np.arange(len(by_rank))
     paths = _shard_paths(target, len(by_rank), build.rows_per_shard)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     schema = build.schema.append(pa.field("_rank", pa.int64()))
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     for begin in range(0, len(missing), _OPEN_SHARDS):

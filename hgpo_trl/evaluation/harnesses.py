@@ -17,7 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.common.files import write_atomically
+from hgpo_trl.common.files import make_folder, write_atomically
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.inference.generate import AUTO, Generation, HybridModel
 from hgpo_trl.modes import MODES, Mode
@@ -214,7 +214,7 @@ def answer_all(
     pending = {key: prompt for key, prompt in prompts.items() if key not in found}
     if pending:
         fresh = responses(pending)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with path.open("a", encoding="utf-8") as file:
             progress = tqdm(total=len(prompts), initial=len(prompts) - len(pending), desc="answering", unit="prompt")
             with progress:

@@ -4,7 +4,6 @@ Its columns: `prompt_id`, `mode`, `sample`, `completion` (text, tags included), 
 the prompt's `prob_think`, `prob_no_think`, `picked` (0 = think, 1 = no_think, -1 = neither).
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
@@ -15,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.files import write_atomically
 from hgpo_trl.inference.generate import until_end
@@ -127,20 +126,6 @@ def key_of(path: Path) -> str:
 def read_samples(path: Path) -> pd.DataFrame:
     """Samples as `sample_both_modes` returns them; rewards are left out."""
     return pq.read_table(path, columns=SCHEMA.names).to_pandas()
-
-
-def fingerprint(model: str) -> str | None:
-    """Tell a model from others of the same name: a hash of a folder's weights, configuration and tokenizer files, or
-    the commit of a hub id."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return getattr(AutoConfig.from_pretrained(model), "_commit_hash", None)
-    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json", "generation_config.json", "tokenizer*", "chat_*")
-    found = xxhash.xxh3_128()
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
-        with path.open("rb") as file:
-            found.update(f"{path.name}\0{hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}\0".encode())
-    return found.hexdigest()
 
 
 def prompts_hash(prompts: Sequence[Any]) -> str:

@@ -31,7 +31,12 @@ PACKAGES = ("hgpo-trl", "trl", "transformers", "torch")
 MANIFEST = "manifest.json"
 
 _TEMPLATE = resources.files("hgpo_trl").joinpath("templates/model_card.md.jinja").read_text(encoding="utf-8")
-_DERIVED = {"accelerator_config", "generation_batch_size", "stage"}  # derived from other settings, or named elsewhere
+_DERIVED = {
+    "accelerator_config",
+    "generation_batch_size",
+    "input_files",
+    "stage",
+}  # derived, or named elsewhere
 
 
 def write_model_card(model: str | Path, *, report: str | Path | None = None, hub_id: str | None = None) -> Path:

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.common.files import nan_to_null, write_atomically
+from hgpo_trl.common.files import make_folder, nan_to_null, write_atomically
 from hgpo_trl.modes.hybrid_accuracy import STRATA
 from hgpo_trl.reporting.documents import (
     NO_BREAK,
@@ -776,7 +776,7 @@ def write_report(
         data["margin_sweep"] = [{"train_margin": margin, **evaluation} for margin, evaluation in sweep.items()]
 
     output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     for picture in pictures:
         write_atomically(output / picture.file, picture.png)
     text = json.dumps(nan_to_null(data), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.common.files import make_folder
 from hgpo_trl.modes import LHRM, as_format
 from hgpo_trl.modes.chat_template import FORMATS
 from hgpo_trl.scripts.recipe import RecipeParser
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     chosen = args.hgpo_tasks or args.tasks
     hgpo_tasks = [task for name, task in zip(args.tasks, tasks, strict=True) if name in chosen]
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
 
     mode_format = as_format(args.mode_format or LHRM)
     draw = partial(draw_equally, fraction=args.held_out_fraction)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.common.files import nan_to_null, write_json
+from hgpo_trl.common.fingerprints import model_fingerprint
 from hgpo_trl.evaluation.backends import check_backend, default_device, loaded_sampler
 from hgpo_trl.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from hgpo_trl.evaluation.examples import examples_of
@@ -33,7 +34,6 @@ from hgpo_trl.evaluation.samples import (
     PROMPT_ID,
     RECORD,
     SAMPLES,
-    fingerprint,
     prompts_hash,
     read_samples,
     write_samples,
@@ -219,7 +219,7 @@ def _claim(
         if "mode_format" in before:
             run["mode_format"] = before["mode_format"]
     else:
-        run["model_files"] = fingerprint(args.model)
+        run["model_files"] = model_fingerprint(args.model)
     if (output_dir / SAMPLES).is_file() or any((output_dir / PARTS).glob("*.parquet")):
         check_same_run(record, run)
     write_json(record, run)

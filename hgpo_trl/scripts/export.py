@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from hgpo_trl.common.errors import UserError, run_stage
+from hgpo_trl.common.fingerprints import model_fingerprint
 from hgpo_trl.evaluation.harnesses import (
     HARNESSES,
     Answer,
@@ -30,7 +31,6 @@ from hgpo_trl.evaluation.harnesses import (
     served_answers,
     write_for,
 )
-from hgpo_trl.evaluation.samples import fingerprint
 from hgpo_trl.inference.generate import AUTO, HybridModel, check_settings
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.training.model_dir import check_model_path
@@ -83,7 +83,7 @@ def _run(args: ExportArguments, messages: Mapping[str, str]) -> dict[str, Any]:
     run = {key: value for key, value in describe_run("export", args).items() if key not in free}
     run["messages"] = xxhash.xxh3_128_hexdigest(json.dumps(messages, sort_keys=True).encode())
     if args.base_url is None:
-        run["model_files"] = fingerprint(args.model)
+        run["model_files"] = model_fingerprint(args.model)
     return run
 
 

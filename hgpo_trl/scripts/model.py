@@ -26,7 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from hgpo_trl.common.errors import MissingPackageError, UserError, run_stage
-from hgpo_trl.common.files import write_atomically, write_json
+from hgpo_trl.common.files import make_folder, write_atomically, write_json
 from hgpo_trl.modes.chat_template import set_chat_template
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.training.run_dir import RUN_FILE, check_same_run, describe_run
@@ -153,7 +153,7 @@ def _whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `path`, which is missing or empty, if all goes well."""
     temporary = path.with_name(f".{path.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     try:
         yield temporary
         temporary.replace(path)

@@ -46,7 +46,9 @@ class HGPOConfig(GRPOConfig):
         off_mode_warning: warn, once per run, when the mean probability that the first token is neither mode exceeds
             this; between 0 and 1.
         trim_micro_batches: sort the rows of an optimizer step by length into its micro-batches and trim each to its own
-            longest row. Saves padding; the gradient is the same.
+            longest row; with beta 0, leave out the tokens behind a response's last one with an advantage
+            (`idle_tokens.mask_idle`). The gradient is the same; TRL's entropy and clip ratios are means over the tokens
+            that are computed.
         no_think_cap: a no-think response whose answer has more tokens than this multiple of the longest answer part
             among the query's well-formed think responses counts as malformed (`rewards.overlong`). None: no such limit.
         no_think_max_tokens: the same for a fixed number of tokens.
@@ -129,7 +131,7 @@ class HGPOConfig(GRPOConfig):
     )
     trim_micro_batches: bool = field(
         default=True,
-        metadata={"help": "Sort rows by length into micro-batches and trim each one; same gradient, less padding."},
+        metadata={"help": "Less padding and no idle tokens in micro-batches; same gradient."},
     )
     no_think_cap: float | None = field(
         default=None,

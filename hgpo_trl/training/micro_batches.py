@@ -17,6 +17,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
+from hgpo_trl.training.idle_tokens import ROW_MEANS, SUMS, mask_idle
+
 Batch = dict[str, Any]
 
 _PROMPT_KEYS = ("prompt_ids", "prompt_mask")
@@ -147,6 +149,9 @@ class MicroBatchTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if not self.args.trim_micro_batches or self._buffered_inputs is before:
             return inputs
+        if self._idle_tokens_have_no_gradient():
+            row_means = self.loss_type in ROW_MEANS
+            self._buffered_inputs = [mask_idle(batch, row_means=row_means) for batch in self._buffered_inputs]
         self._buffered_inputs = sort_and_trim(
             self._buffered_inputs,
             self.args.gradient_accumulation_steps,
@@ -167,6 +172,16 @@ class MicroBatchTrainer(GRPOTrainer):
             or self.top_entropy_quantile < 1.0  # a quantile of the micro-batch
             or self._entropy_bonus_enabled  # a mean over the micro-batch
             or self.aux_loss_enabled
+        )
+
+    def _idle_tokens_have_no_gradient(self) -> bool:
+        """Whether a token's part in the loss is its advantage times a function of its own probability."""
+        return (
+            self.loss_type in (*SUMS, *ROW_MEANS)
+            and self.beta == 0.0
+            and self.importance_sampling_level == "token"
+            and self.off_policy_mask_threshold is None  # a mean over the row's tokens
+            and self._rows_may_meet_any_others()
         )
 
     def _get_per_token_logps_and_entropies(

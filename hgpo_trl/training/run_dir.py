@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import write_json
+from hgpo_trl.common.fingerprints import data_fingerprint, model_fingerprint
 from hgpo_trl.training.checkpoints import SEAL, agreed_step, checkpoint_faults, fault
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
         if requested is not None:
             _check_requested(Path(requested))
         if training_args.process_index == 0:  # it writes the record and the results
+            run["input_files"] = _input_files(run)
             _check_results(directory, run)
     except UserError as error:
         problem = str(error)
@@ -84,6 +86,13 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
             what = found[skipped] or "it is not whole for all processes"
             logger.warning(f"{_checkpoint(directory, skipped)} is torn and skipped: {what}.")
     return requested if requested or step is None else _checkpoint(directory, step)
+
+
+def _input_files(run: dict[str, Any]) -> dict[str, str | None]:
+    """Fingerprints of the local inputs of a run by their fields: a folder's name stays when its files are made anew."""
+    model = run.get("model_name_or_path")
+    found = {field: data_fingerprint(run[field]) for field in ("train_data", "samples") if field in run}
+    return found | {"model_name_or_path": model_fingerprint(model) if model and Path(model).is_dir() else None}
 
 
 def _checkpoint(directory: Path, step: int) -> str:

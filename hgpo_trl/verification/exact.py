@@ -505,13 +505,21 @@ def _settle_structure(reference: str, answer: str, a: bool, b: bool) -> tuple[bo
 
 
 def _compare_ratios(a: list[str], b: list[str]) -> bool | None:
-    r"""`2:4` is `1:2`, and `\frac{1}{2}`."""
+    r"""`2:4` is `1:2`, and `\frac{1}{2}`; `8:30`, which may be a time of day, is not `4:15`."""
+    if len(a) == len(b) and _is_clock(a) and _is_clock(b):
+        return [int(part) for part in a] == [int(part) for part in b]
     if len(a) == 1 or len(b) == 1:
         ratio, other = (a, b[0]) if len(a) > 1 else (b, a[0])
         return values.compare(f"\\frac{{{ratio[0]}}}{{{ratio[1]}}}", other) if len(ratio) == 2 else False
     if len(a) != len(b):
         return False
     return _all(values.compare(f"({x})({b[0]})", f"({y})({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
+
+
+def _is_clock(parts: list[str]) -> bool:
+    """Hours and minutes, or seconds too: every part but the first has two digits and is below 60."""
+    hours, *rest = parts
+    return bool(re.fullmatch(r"\d{1,2}", hours)) and all(re.fullmatch(r"[0-5]\d", part) for part in rest)
 
 
 def final_answer(reference: str) -> str:
