@@ -559,7 +559,7 @@ def test_an_optional_field_that_is_nowhere(recipe: Any, tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_taken(recipe: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file' cannot be a folder, since '.*file' is a file. Move it"):
+    with pytest.raises(ValueError, match=r"cannot be a folder, since '.*file' is a file. Move it"):
         run(recipe, tmp_path / "file")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text("[]")
