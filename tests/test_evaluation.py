@@ -619,6 +619,9 @@ def test_evaluate_writes_a_report_that_its_samples_reproduce(
         "temperature": 0.6,
         "top_p": 0.95,
         "max_new_tokens": 8,
+        "max_think_tokens": None,
+        "max_no_think_tokens": None,
+        "think_budget": None,
         "seed": 0,
         "backend": "transformers",
     }

@@ -108,7 +108,7 @@ def test_evaluation_with_vllm_names_every_setting(tokenizer: PreTrainedTokenizer
     tokens = mode_tokens(tokenizer)
     ids = [tokenizer.apply_chat_template(prompts["prompt"][0], return_dict=False)]
     with pytest.raises(ValueError, match="shorter"):  # there are no responses
-        list(vllm_backend._generate(Engine(), ids, tokens, [3], 2, 8, 0.6, 0.95, 0))  # type: ignore[arg-type]
+        list(vllm_backend._generate(Engine(), ids, tokens, [3], 2, [7, 7], None, 0.6, 0.95, [0], False))  # type: ignore[arg-type]
     defaults = vllm.SamplingParams()
     assert len(asked) == 2
     for params in asked:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -442,7 +443,7 @@ def test_a_process_without_undecided_queries_takes_part(make_trainer: Callable, 
 def test_vllm_log_probabilities_of_both_calls(make_trainer: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer()
     trainer.model.train()
-    trainer.use_vllm = True  # only its call is replaced
+    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace()  # only its call is replaced
     trainer._lazy = Undecided([4, 5], True, False)
     monkeypatch.setattr(
         GRPOTrainer,

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from inspect import isfunction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -136,7 +137,8 @@ def test_forced_token_has_no_sampling_log_probability(make_trainer: Callable, mo
     """None becomes an importance ratio of 1 in TRL; a number would scale the sequence by π(mode | q)."""
     trainer = make_trainer()
     trainer.model.train()
-    trainer.use_vllm = True  # the backend that returns log-probabilities; only its call is replaced
+    # The backend that returns log-probabilities; only its call is replaced.
+    trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace()
     seen: dict[str, Any] = {}
 
     def generate(self: Any, prompt_ids: list, images: Any, fields: dict, num_generations: int, *rest: Any) -> tuple:
