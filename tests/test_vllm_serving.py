@@ -80,18 +80,17 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.fixture(scope="module")
-def client(folder: Path) -> Iterator[OpenAI]:
-    """Of a server with little room: prompts are prefilled in pieces, and requests preempted when many come at once."""
+@contextlib.contextmanager
+def served(folder: Path, longest: int, *arguments: str) -> Iterator[OpenAI]:
+    """A client of `hgpo-trl serve` with the model of a folder, which is called lhrm."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "hgpo_trl.cli", "serve", "--model", str(folder / "model")),
         *("--served-model-name", "lhrm", "--port", str(port), "--host", "127.0.0.1"),
-        *("--max-model-len", str(LONGEST), "--dtype", "float32", "--max-num-batched-tokens", "64"),
-        *("--block-size", "32", "--num-gpu-blocks-override", "24", "--enforce-eager"),
-        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--uvicorn-log-level", "warning"),
+        *("--max-model-len", str(longest), "--dtype", "float32", "--block-size", "32", "--enforce-eager"),
+        *("--uvicorn-log-level", "warning", *arguments),
     ]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "server.log").open("w") as log:
@@ -111,6 +110,14 @@ def client(folder: Path) -> Iterator[OpenAI]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[OpenAI]:
+    """Of a server with little room: prompts are prefilled in pieces, and requests preempted when many come at once."""
+    room = ("--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "24")
+    with served(folder, LONGEST, *room, "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1") as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)
