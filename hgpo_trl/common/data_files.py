@@ -14,7 +14,7 @@ from hgpo_trl.common.files import looks_like_path
 
 _FIRST_BLOCK = 10 * 2**20  # bytes of JSON lines by which `datasets` decides what a column holds
 
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def load_data(field: str, name: str, split: str = "train") -> Dataset:
@@ -30,11 +30,11 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
             rows cannot be read: the message names the first one of JSON lines that differs from those before it.
     """
     path = Path(name)
-    if path.is_file() and path.suffix not in _BUILDERS:
-        raise UserError(f"{field}={name!r}: file type {path.suffix!r} is not one of {', '.join(_BUILDERS)}.")
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise UserError(f"{field}={name!r}: file type {path.suffix!r} is not one of {', '.join(BUILDERS)}.")
     try:
         if path.is_file():
-            return load_dataset(_BUILDERS[path.suffix], data_files=str(path), split=split)
+            return load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split)
         if path.is_dir():
             return _load_folder(path, split)
     except (DatasetGenerationError, pa.ArrowException) as error:
@@ -47,7 +47,7 @@ def load_data(field: str, name: str, split: str = "train") -> Dataset:
         if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
             raise
         raise UserError(f"{field}={name!r} has no rows. Give it at least one.") from None
-    if path.suffix in _BUILDERS or looks_like_path(name):
+    if path.suffix in BUILDERS or looks_like_path(name):
         raise UserError(
             f"{field}={name!r}: there is no such file or folder. Build it with `hgpo-trl data`, or fix the path."
         )
@@ -62,9 +62,9 @@ def _load_folder(path: Path, split: str) -> Dataset:
     """
     data_files = load_dataset_builder(str(path)).config.data_files or {}
     files = [str(file) for file in data_files.get(split, [])]
-    if not files or Path(files[0]).suffix not in _BUILDERS:
+    if not files or Path(files[0]).suffix not in BUILDERS:
         return load_dataset(str(path), split=split)  # raises a clear error, or knows the file type
-    return load_dataset(_BUILDERS[Path(files[0]).suffix], data_files=files, split="train")
+    return load_dataset(BUILDERS[Path(files[0]).suffix], data_files=files, split="train")
 
 
 def _lines_of(path: Path) -> list[Path]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import xxhash
 from transformers import AutoConfig
 
+from hgpo_trl.common.data_files import BUILDERS
+
 _MODEL = ("*.safetensors", "pytorch_model*.bin", "config.json", "generation_config.json", "tokenizer*", "chat_*")
-_DATA = ("*.parquet", "*.jsonl", "*.json", "*.csv")
 
 
 def model_fingerprint(model: str) -> str | None:
@@ -22,11 +23,11 @@ def model_fingerprint(model: str) -> str | None:
 
 def data_fingerprint(data: str) -> str | None:
     """Tell a data set from others of the same name: a hash of a local file, or of a folder's files of the first kind
-    that is there (parquet, JSON lines, JSON, CSV); None for a hub id."""
+    in `BUILDERS` that is there; None for a hub id."""
     path = Path(data)
     if path.is_file():
         return _hash(path.parent, [path])
-    found = filter(None, (list(path.rglob(pattern)) for pattern in _DATA))
+    found = filter(None, (list(path.rglob(f"*{suffix}")) for suffix in BUILDERS))
     return _hash(path, next(found, [])) if path.is_dir() else None
 
 
