@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.training.idle_tokens import DIVIDED_BY_LENGTH, NOT_DIVIDED, mask_idle
 from hgpo_trl.training.partition import balanced_partition
-from hgpo_trl.training.validate import LOSSES_PER_ROW
+from hgpo_trl.training.validate import LOSSES_PER_ROW, tied_to_micro_batches
 
 Batch = dict[str, Any]
 
@@ -303,12 +303,7 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
 
     def _rows_may_meet_any_others(self) -> bool:
         """Whether the sum over an optimizer step is the same however its rows are grouped into micro-batches."""
-        return not (
-            self.loss_type == "bnpo"  # divides by the micro-batch's own tokens
-            or self.top_entropy_quantile < 1.0  # a quantile of the micro-batch
-            or self._entropy_bonus_enabled  # a mean over the micro-batch
-            or self.aux_loss_enabled
-        )
+        return not (tied_to_micro_batches(self.args) or self.aux_loss_enabled)
 
     def _idle_tokens_have_no_gradient(self) -> bool:
         """Whether a token's part in the loss is its advantage times a function of its own probability."""

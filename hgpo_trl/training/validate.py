@@ -342,14 +342,12 @@ def check_resolved_fields(args: Args) -> None:
     check_rule(args)
 
 
-def _check_micro_batch_tokens(args: Args) -> None:
-    """Check that the loss does not depend on which rows share a micro-batch.
+def tied_to_micro_batches(args: Args) -> dict[str, str]:
+    """Fields by which the loss depends on which rows share a micro-batch, and what frees it of that.
 
-    Raises:
-        UserError: it does.
+    A divisor, a quantile or a mean is of the micro-batch's own tokens.
     """
-    needed = {
-        "trim_micro_batches": (args.trim_micro_batches, "true"),
+    free = {
         "loss_type": (
             args.loss_type in LOSSES_PER_ROW + LOSSES_PER_STEP,
             " or ".join(LOSSES_PER_ROW + LOSSES_PER_STEP),
@@ -358,13 +356,22 @@ def _check_micro_batch_tokens(args: Args) -> None:
         "entropy_coef": (args.entropy_coef == 0.0, "0.0"),
         "use_adaptive_entropy": (not args.use_adaptive_entropy, "false"),
     }
-    for name, (fits, remedy) in needed.items():
-        if not fits:
-            raise UserError(
-                f"micro_batch_tokens={args.micro_batch_tokens} moves rows between micro-batches, and "
-                f"{name}={getattr(args, name)} depends on which rows share one. Set {name} to {remedy}, or "
-                "micro_batch_tokens to null."
-            )
+    return {name: remedy for name, (is_free, remedy) in free.items() if not is_free}
+
+
+def _check_micro_batch_tokens(args: Args) -> None:
+    """Check that the loss does not depend on which rows share a micro-batch.
+
+    Raises:
+        UserError: it does.
+    """
+    untrimmed = {} if args.trim_micro_batches else {"trim_micro_batches": "true"}
+    for name, remedy in (untrimmed | tied_to_micro_batches(args)).items():
+        raise UserError(
+            f"micro_batch_tokens={args.micro_batch_tokens} moves rows between micro-batches, and "
+            f"{name}={getattr(args, name)} depends on which rows share one. Set {name} to {remedy}, or "
+            "micro_batch_tokens to null."
+        )
 
 
 def check_rule(args: Args) -> None:
