@@ -175,6 +175,23 @@ def test_hft_from_a_recipe(recipes: dict[str, Path], tmp_path: Path, capsys: pyt
         data("hft", "--config", str(recipes["hft"]), "--max_rows", "5")
 
 
+def test_files_made_anew_under_the_same_names_are_another_data_set(recipes: dict[str, Path], tmp_path: Path) -> None:
+    """Neither a source nor a benchmark that has changed may pass for the one that the data set was built from."""
+    command = ("hft", "--config", str(recipes["hft"]))
+    data(*command)
+    recipe = yaml.safe_load(recipes["hft"].read_text(encoding="utf-8"))
+    for entries in (recipe["sources"], recipe["decontamination"]):
+        file = Path(entries[0]["path"])
+        before = file.read_bytes()
+        file.write_bytes(before + before.splitlines(keepends=True)[0])
+        with refused(
+            rf"holds another data set\. Changed: input_files\.{re.escape(str(file))}: '\w+' -> '\w+'\. Choose"
+        ):
+            data(*command)
+        file.write_bytes(before)
+    data(*command)
+
+
 def build_from(tmp_path: Path, kind: str, rows: list[Any], fields: dict[str, Any], **more: Any) -> Path:
     """A data set from one file, without filters on its texts."""
     write_lines(tmp_path / "rows.jsonl", rows)

@@ -418,6 +418,9 @@ def test_a_folder_of_another_build_is_refused(recipe: Any, tmp_path: Path, monke
         claim(tmp_path / "begun", {"seed": 1}, units)
     with pytest.raises(ValueError, match="the sources' files have changed since"):
         claim(tmp_path / "begun", {"seed": 0}, units[:-1])
+    claim(tmp_path / "files", {"seed": 0}, units, {"a.jsonl": "1"})
+    with pytest.raises(ValueError, match=r"Changed: input_files\.a\.jsonl: '1' -> '2'\. Choose"):
+        claim(tmp_path / "files", {"seed": 0}, units, {"a.jsonl": "2"})
     (tmp_path / "foreign" / "data").mkdir(parents=True)
     with pytest.raises(ValueError, match="has a folder `data` that is not of a build"):
         claim(tmp_path / "foreign", {"seed": 0}, units)

@@ -177,7 +177,7 @@ def test_inputs_made_anew_are_another_runs(tmp_path: Path, field: str) -> None:
     (model / "README.md").write_text("a card is no part of the model", encoding="utf-8")
     assert start() == last
     made[field].write_bytes(b"other")
-    with pytest.raises(UserError, match=r"Changed: input_files: .*Choose another output_dir"):
+    with pytest.raises(UserError, match=rf"Changed: input_files\.{field}: '\w+' -> '\w+'\. Choose another output_dir"):
         start()
 
 

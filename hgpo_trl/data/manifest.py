@@ -45,6 +45,7 @@ class Manifest(TypedDict):
 
     stage: str  # "hft" or "hgpo"
     recipe: dict[str, Any]
+    input_files: dict[str, str | None]  # path -> fingerprint; None: a file of the hub, or a generator
     seed: int
     versions: dict[str, str]
     sources: dict[str, SourceManifest]

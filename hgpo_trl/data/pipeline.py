@@ -36,6 +36,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from hgpo_trl.common.differences import differences
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import make_folder, whole_file, write_json
 from hgpo_trl.data.adapters import Adapter, adapt
@@ -73,6 +74,8 @@ _SCHEMAS = {
 _REASONING_GYM = pa.field("reasoning_gym", pa.string())
 _REMOVED_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "source", "step", "reason", "detail")])
 
+InputFiles = Mapping[str, str | None]  # path -> fingerprint; None: of the hub, or generated
+
 
 @dataclass(frozen=True, slots=True)
 class Deduplication:
@@ -99,6 +102,7 @@ class Build:
         max_row_bytes: longer rows are dropped unread.
         seed: decides which rows a cap keeps, and their order.
         not_read: source -> columns that look like content and are not read, for the manifest.
+        input_files: path -> fingerprint of the local files that are read, for the manifest.
         mode_format: the marks that Stage I's responses are written with.
     """
 
@@ -112,6 +116,7 @@ class Build:
     max_row_bytes: int = 4 * 2**20
     seed: int = 0
     not_read: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    input_files: InputFiles = field(default_factory=dict)
     mode_format: ModeFormat = LHRM
 
     @property
@@ -633,29 +638,34 @@ def _explain_nothing_left(sources: dict[str, SourceManifest]) -> str:
 # --- the whole build ------------------------------------------------------------------------------------------
 
 
-def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Manifest | None:
+def claim(
+    output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit], input_files: InputFiles | None = None
+) -> Manifest | None:
     """Take a folder for this build. Returns the manifest if the build is complete already.
 
     Args:
         recipe: all settings that decide the rows of the data set.
+        input_files: fingerprints of the local files that it is built from.
 
     Raises:
         UserError: the folder holds other data, or a build, complete or not, of another recipe or of other files.
     """
     remedy = "Choose another output_dir, or remove this one."
     manifest, plan = output_dir / MANIFEST, output_dir / WORK / "plan.json"
+    inputs = recipe | {"input_files": dict(input_files or {})}
     if manifest.is_file():
         content: Any = json.loads(manifest.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "recipe" not in content:
             raise UserError(f"output_dir={str(output_dir)!r} has a {MANIFEST} that is not of a build. {remedy}")
-        _check_same(f"output_dir={str(output_dir)!r} holds another data set", content["recipe"], recipe, remedy)
+        before = content["recipe"] | {"input_files": content.get("input_files")}
+        _check_same(f"output_dir={str(output_dir)!r} holds another data set", before, inputs, remedy)
         shutil.rmtree(output_dir / WORK, ignore_errors=True)  # if it was killed at the very end
         return cast(Manifest, content)
-    wanted = json.loads(json.dumps({"recipe": recipe, "units": [asdict(unit) for unit in units]}))
+    wanted = json.loads(json.dumps({"inputs": inputs, "units": [asdict(unit) for unit in units]}))
     if plan.is_file():
         before = json.loads(plan.read_text(encoding="utf-8"))
         problem = f"output_dir={str(output_dir)!r} holds the beginning of another build"
-        _check_same(problem, before["recipe"], recipe, remedy)
+        _check_same(problem, before["inputs"], inputs, remedy)
         if before["units"] != wanted["units"]:
             raise UserError(f"{problem}: the sources' files have changed since. {remedy}")
     elif (output_dir / "data").exists():
@@ -670,11 +680,8 @@ def claim(output_dir: Path, recipe: dict[str, Any], units: Sequence[Unit]) -> Ma
 
 
 def _check_same(problem: str, before: dict[str, Any], now: dict[str, Any], remedy: str) -> None:
-    now = json.loads(json.dumps(now))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if changed:
-        listing = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise UserError(f"{problem}. Changed: {listing}. {remedy}")
+    if changed := differences(before, now):
+        raise UserError(f"{problem}. Changed: {changed}. {remedy}")
 
 
 def build_dataset(
@@ -754,6 +761,7 @@ def _build(
     manifest: Manifest = {
         "stage": build.stage,
         "recipe": recipe,
+        "input_files": dict(build.input_files),
         "seed": build.seed,
         "versions": {name: version(name) for name in _VERSIONS},
         "sources": sources,

@@ -1,7 +1,7 @@
 """Fields that the two data builders share, and the way from a recipe to a data set."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hgpo_trl.common.cores import available_cores
 from hgpo_trl.common.errors import UserError, did_you_mean
 from hgpo_trl.common.files import looks_like_path
+from hgpo_trl.common.fingerprints import data_fingerprint
 from hgpo_trl.data.adapters import ADAPTERS, Adapter, adapt, columns_of, generic, unread
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
@@ -274,9 +275,12 @@ def settle(
     return settled, not_read
 
 
+def _named(index: int) -> str:
+    return f"decontamination[{index}]"
+
+
 def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
-    files = list_files(where, benchmark.path, benchmark.subset, benchmark.split, benchmark.files)
-    for file in files:
+    for file in _files_of(benchmark, where):
         for unit in split_into_units(0, file):
             for place, row in read_unit(unit, max_row_bytes=2**26):
                 question = _question(row.get(benchmark.field)) if isinstance(row, dict) else None
@@ -287,6 +291,20 @@ def _questions(benchmark: Benchmark, where: str) -> Iterator[str]:
                         f"{columns}. Set `field` to its column of questions."
                     )
                 yield question
+
+
+def _files_of(benchmark: Benchmark, where: str) -> list[str]:
+    return list_files(where, benchmark.path, benchmark.subset, benchmark.split, benchmark.files)
+
+
+def _input_files(args: BuilderArguments, units: Sequence[Unit]) -> dict[str, str | None]:
+    """Fingerprints, by path, of the local files of sources and benchmarks: a path stays when its file is made anew.
+
+    None: a file on the hub, or a generator, whose path has its version.
+    """
+    benchmarks = parse_entries("decontamination", args.decontamination, Benchmark)
+    files = [file for index, benchmark in enumerate(benchmarks) for file in _files_of(benchmark, _named(index))]
+    return {path: data_fingerprint(path) for path in sorted({*files, *(unit.path for unit in units)})}
 
 
 def _question(value: Any) -> str | None:
@@ -309,8 +327,7 @@ def decontaminator(args: BuilderArguments) -> Decontaminator | None:
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UserError(f"decontamination: {twice!r} is there twice. Give each its own `name`.")
     questions = {
-        benchmark.label: list(_questions(benchmark, f"decontamination[{index}]"))
-        for index, benchmark in enumerate(benchmarks)
+        benchmark.label: list(_questions(benchmark, _named(index))) for index, benchmark in enumerate(benchmarks)
     }
     return Decontaminator(
         questions,
@@ -365,8 +382,9 @@ def run(
     units = plan(sources, args.max_row_bytes)
     sources, not_read = settle(sources, units, args.max_row_bytes)
     recipe = {key: value for key, value in asdict(args).items() if key not in _NOT_PART_OF_THE_BUILD}
+    input_files = _input_files(args, units)
     output_dir = Path(args.output_dir)
-    manifest = claim(output_dir, recipe, units)
+    manifest = claim(output_dir, recipe, units, input_files)
     if manifest is None:
         near, threshold = args.deduplicate == "near", args.dedup_threshold
         build = Build(
@@ -382,6 +400,7 @@ def run(
             max_row_bytes=args.max_row_bytes,
             seed=args.seed,
             not_read=not_read,
+            input_files=input_files,
             mode_format=mode_format,
         )
         manifest = build_dataset(build, units, output_dir, recipe, args.num_processes, finish)

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hgpo_trl.common.differences import differences
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import write_json
 from hgpo_trl.common.fingerprints import data_fingerprint, model_fingerprint
@@ -148,7 +149,6 @@ def check_same_run(record: Path, run: dict[str, Any]) -> None:
     if not record.is_file():
         raise UserError(f"output_dir={directory!r} holds results of an unknown run (no {record.name}). {remedy}")
     before = json.loads(record.read_text(encoding="utf-8"))
-    changed = sorted(key for key in before.keys() | run.keys() if not is_free(key) and before.get(key) != run.get(key))
-    if changed:
-        listing = ", ".join(f"{key}: {before.get(key)!r} -> {run.get(key)!r}" for key in changed)
-        raise UserError(f"output_dir={directory!r} holds another run's results. Changed: {listing}. {remedy}")
+    then, now = ({key: value for key, value in settings.items() if not is_free(key)} for settings in (before, run))
+    if changed := differences(then, now):
+        raise UserError(f"output_dir={directory!r} holds another run's results. Changed: {changed}. {remedy}")
