@@ -141,19 +141,21 @@ def markdown_table(columns: dict[str, Callable[[dict], Any]], rows: Iterable[dic
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
+def machine(precision: str = "fp32") -> str:
     """Processor and versions, for the table."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     processor = found.group(1) if found else platform.machine()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "transformers"))
-    return f"{processor}, one thread, fp32; {versions}."
+    return f"{processor}, one thread, {precision}; {versions}."
 
 
-def publish(name: str, rows: list[dict], table: str, figure: Figure, args: argparse.Namespace) -> None:
+def publish(
+    name: str, rows: list[dict], table: str, figure: Figure, args: argparse.Namespace, precision: str = "fp32"
+) -> None:
     """Write results.json, table.md and the figure; with `update_results` the part of RESULTS.md that is called so."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    text = f"{machine()}\n\n{table}"
+    text = f"{machine(precision)}\n\n{table}"
     (args.output_dir / "table.md").write_text(text, encoding="utf-8")
     figure.savefig(args.output_dir / f"{name}.png", dpi=160)
     print(text)

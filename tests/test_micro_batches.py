@@ -17,9 +17,9 @@ from settings import ON_CPU
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.idle_tokens import mask_idle
+from hgpo_trl.training.losses import DIVISORS
 from hgpo_trl.training.micro_batches import Batch, sort_and_trim, sorted_chunks, trim
 from hgpo_trl.training.trainer import HGPOTrainer
-from hgpo_trl.training.validate import LOSSES_PER_ROW, LOSSES_PER_STEP
 
 
 def rollout(prompt_lengths: list[int], completion_lengths: list[int]) -> Batch:
@@ -247,7 +247,7 @@ def test_gradient_is_that_of_the_padded_batch(gradient: Callable, loss_type: str
 @pytest.mark.parametrize(
     ("max_tokens", "config"),
     [
-        *((60, {"loss_type": loss_type}) for loss_type in (*LOSSES_PER_ROW, *LOSSES_PER_STEP)),
+        *((60, {"loss_type": loss_type}) for loss_type in DIVISORS),
         (1000, {"loss_type": "dr_grpo"}),  # all rows in one micro-batch, in place of four
         (60, {"loss_type": "grpo", "gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}),
         (60, {"loss_type": "dapo", "gradient_accumulation_steps": 2, "steps_per_generation": 4}),

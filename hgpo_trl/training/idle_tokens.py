@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DIVIDED_BY_LENGTH = ("grpo", "sapo")  # losses whose sum over a row is divided by its number of tokens
-NOT_DIVIDED = ("dapo", "dr_grpo", "cispo", "luspo")  # nor by anything else that depends on a micro-batch's mask
-
 
 def mask_idle(batch: dict[str, Any], *, divided_by_length: bool) -> dict[str, Any]:
     """Mask what follows each response's last token with an advantage. The loss and its gradient stay the same.

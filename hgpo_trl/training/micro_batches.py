@@ -22,9 +22,10 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.training.idle_tokens import DIVIDED_BY_LENGTH, NOT_DIVIDED, mask_idle
+from hgpo_trl.training.idle_tokens import mask_idle
+from hgpo_trl.training.losses import DIVISORS
 from hgpo_trl.training.partition import balanced_partition
-from hgpo_trl.training.validate import LOSSES_PER_ROW, tied_to_micro_batches
+from hgpo_trl.training.validate import tied_to_micro_batches
 
 Batch = dict[str, Any]
 
@@ -231,7 +232,7 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
         if not self.args.trim_micro_batches or self._buffered_inputs is before:
             return inputs
         if self._idle_tokens_have_no_gradient():
-            divided = self.loss_type in DIVIDED_BY_LENGTH
+            divided = DIVISORS[self.loss_type].by_length
             self._buffered_inputs = [mask_idle(batch, divided_by_length=divided) for batch in self._buffered_inputs]
         per_step = self.args.gradient_accumulation_steps
         if self.args.micro_batch_tokens is not None:
@@ -293,7 +294,7 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
             return super().compute_loss(model, inputs, *args, **kwargs)
         with _gathering_unequal(self.accelerator):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.loss_type in LOSSES_PER_ROW:
+        if DIVISORS[self.loss_type].per_row:
             loss = loss * (len(inputs["prompt_ids"]) / self.args.per_device_train_batch_size)
         return loss
 
@@ -308,11 +309,11 @@ class MicroBatchTrainer(GRPOTrainer, _Parts):
     def _idle_tokens_have_no_gradient(self) -> bool:
         """Whether a token's part in the loss is its advantage times a function of its own probability."""
         return (
-            self.loss_type in (*NOT_DIVIDED, *DIVIDED_BY_LENGTH)
+            self._rows_may_meet_any_others()
+            and not DIVISORS[self.loss_type].idle_tokens_count
             and self.beta == 0.0
             and self.importance_sampling_level == "token"
             and self.off_policy_mask_threshold is None  # a mean over the row's tokens
-            and self._rows_may_meet_any_others()
         )
 
     def _get_per_token_logps_and_entropies(

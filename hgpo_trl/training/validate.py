@@ -30,6 +30,7 @@ from hgpo_trl.training.advantages import (
     load_estimator,
 )
 from hgpo_trl.training.checks import check_dataset
+from hgpo_trl.training.losses import DIVISORS
 from hgpo_trl.training.metrics import BUDGET_METRIC, EVALUATION_METRICS
 from hgpo_trl.training.rules import HGPO, Rule, build_rule, load_rule
 from hgpo_trl.training.vllm import prepare_vllm
@@ -37,9 +38,6 @@ from hgpo_trl.training.vllm import prepare_vllm
 logger = logging.getLogger(__name__)
 
 Args = Any  # `HGPOConfig`, whose module imports this one
-# How TRL divides the loss of a micro-batch: by its rows, or by the tokens of the whole step (bnpo: by its own tokens).
-LOSSES_PER_ROW = ("grpo", "dr_grpo", "sapo", "luspo")
-LOSSES_PER_STEP = ("dapo", "cispo", "vespo")
 BEST_METRIC = "eval_hgpo/hybrid_accuracy"  # by which the best checkpoint is chosen, unless another one is named
 
 
@@ -348,10 +346,7 @@ def tied_to_micro_batches(args: Args) -> dict[str, str]:
     A divisor, a quantile or a mean is of the micro-batch's own tokens.
     """
     free = {
-        "loss_type": (
-            args.loss_type in LOSSES_PER_ROW + LOSSES_PER_STEP,
-            " or ".join(LOSSES_PER_ROW + LOSSES_PER_STEP),
-        ),
+        "loss_type": (args.loss_type in DIVISORS, " or ".join(DIVISORS)),
         "top_entropy_quantile": (args.top_entropy_quantile == 1.0, "1.0"),
         "entropy_coef": (args.entropy_coef == 0.0, "0.0"),
         "use_adaptive_entropy": (not args.use_adaptive_entropy, "false"),
