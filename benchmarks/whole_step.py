@@ -86,6 +86,7 @@ def train(side: str, model: str, data: str, steps: int) -> dict[str, Any]:
     from hgpo_trl.inference.vllm_support import keep_cpu_weights_replaceable
     from hgpo_trl.modes import MODES, mode_tokens
     from hgpo_trl.training.precision import choose_bf16
+    from hgpo_trl.training.vllm import prepare_generation
 
     settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     for name, value in settings["env"].items():
@@ -107,7 +108,7 @@ def train(side: str, model: str, data: str, steps: int) -> dict[str, Any]:
             trainer_class, config = GRPOTrainer, GRPOConfig
             openings = [tokenizer.decode(mode_tokens(tokenizer).openings[place]) for place in range(len(MODES))]
             rows = in_both_modes(rows, tokenizer, openings)
-            keep_cpu_weights_replaceable()  # without it, vLLM's CPU engine keeps the weights that it has begun with
+            keep_cpu_weights_replaceable()
         else:
             settings["lazy_thinking"] = side == "ours, lazy"
             trainer_class, config = HGPOTrainer, HGPOConfig
@@ -115,6 +116,8 @@ def train(side: str, model: str, data: str, steps: int) -> dict[str, Any]:
         trainer = trainer_class(
             model=model, reward_funcs=ends_with_answer, args=arguments, train_dataset=rows, processing_class=tokenizer
         )
+        if side == "stock TRL":  # vLLM's CPU engine packs its weights, and takes no others from TRL alone
+            prepare_generation(trainer.vllm_generation, merge_adapter=False)
         trainer.add_callback(clock)
         trainer.vllm_generation.sync_weights = clock.timing(trainer.vllm_generation.sync_weights, "sampling")
         trainer.vllm_generation.generate = clock.timing(trainer.vllm_generation.generate, "sampling")
@@ -209,14 +212,7 @@ def main() -> None:
         return
     turns = [{side: in_a_process(side, args) for side in SIDES} for _ in tqdm(range(args.turns), unit="turn")]
     rows = summary(turns)
-    publish(
-        "whole_step",
-        rows,
-        markdown_table(COLUMNS, rows),
-        draw(rows),
-        args,
-        precision="bf16 where the processor is faster in it",
-    )
+    publish("whole_step", rows, markdown_table(COLUMNS, rows), draw(rows), args, turns[0][SIDES[0]]["precision"])
 
 
 if __name__ == "__main__":
