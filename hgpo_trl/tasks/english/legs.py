@@ -31,9 +31,9 @@ _PATTERNS: tuple[Callable[[str, str], str], ...] = (
 
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
-    """Draw one query with `level` kinds of animals, 2 to 6 of each."""
+    """Draw one query with `level` kinds of animals, 2 to 4 of each."""
     phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
-    counts = {animal: rng.randint(2, 6) for animal in rng.sample(list(_LEGS), level)}
+    counts = {animal: rng.randint(2, 4) for animal in rng.sample(list(_LEGS), level)}
     known = ", ".join(f"{animal} {_LEGS[animal]}" for animal in counts)
     steps, total = sum_of_products([(count, _LEGS[animal]) for animal, count in counts.items()])
     animals = listed([counted(count, animal) for animal, count in counts.items()])

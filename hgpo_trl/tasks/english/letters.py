@@ -1,10 +1,11 @@
 """Letters in words; the level is how many words there are.
 
 user:      How many times does the letter e appear in "green tree"?
-reasoning: g r e e n 2
-           t r e e 2
-           2+2=4
+reasoning: g0 r0 e1 e2 n2
+           t2 r2 e3 e4
 answer:    4
+
+A trace spells the words and counts on at every letter, so that no step looks back further than one letter.
 """
 
 import random
@@ -40,11 +41,11 @@ def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
     words = rng.sample(_WORDS, level)
     letter = rng.choice(sorted(set("".join(words))))
     steps, total = [], 0
-    for index, word in enumerate(words):
-        count = word.count(letter)
-        steps.append(f"{' '.join(word)} {count}")
-        if index:
-            steps.append(f"{total}+{count}={total + count}")
-        total += count
+    for word in words:
+        counted = []
+        for spelled in word:
+            total += spelled == letter
+            counted.append(f"{spelled}{total}")
+        steps.append(" ".join(counted))
     question = phrase(letter, " ".join(words), rng.choice(NAMES))
     return Query(question, "\n".join(steps), str(total), level, domain_name("letters", is_other))

@@ -1,10 +1,10 @@
 """Times of several activities, added up in minutes; the level is how many activities there are.
 
-user:      Ann swims for 1 hour and 20 minutes and reads for 35 minutes. How many minutes is that?
+user:      Ann swims for 1 hour and 20 minutes and reads for 40 minutes. How many minutes is that?
 reasoning: 1*60=60
            60+20=80
-           80+35=115
-answer:    115
+           80+40=120
+answer:    120
 """
 
 import random
@@ -19,7 +19,7 @@ _ACTIVITIES = "swims reads walks sings cooks runs draws sleeps works plays".spli
 
 
 def _spell(minutes: int) -> str:
-    """ "35 minutes", "2 hours", "1 hour and 20 minutes"."""
+    """ "40 minutes", "2 hours", "1 hour and 20 minutes"."""
     hours, rest = divmod(minutes, 60)
     parts = [f"{hours} hour{'s' * (hours > 1)}"] * (hours > 0) + [f"{rest} minutes"] * (rest > 0)
     return " and ".join(parts)
@@ -36,10 +36,10 @@ _PATTERNS: tuple[Callable[[str, str, Sequence[str]], str], ...] = (
 
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
-    """Draw one query with `level` times: the first from 1:05 to 3:55 hours, the others below 1 hour."""
+    """Draw one query with `level` times in tens of minutes: the first from 1:10 to 3:50 hours, the others below 1 hour."""
     phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
-    times = [60 * rng.randint(1, 3) + 5 * rng.randint(1, 11)]
-    times += [5 * rng.randint(1, 11) for _ in range(level - 1)]
+    times = [60 * rng.randint(1, 3) + 10 * rng.randint(1, 5)]
+    times += [10 * rng.randint(1, 5) for _ in range(level - 1)]
     hours, rest = divmod(times[0], 60)
     steps, total = [f"{hours}*60={60 * hours}", f"{60 * hours}+{rest}={times[0]}"], times[0]
     for time in times[1:]:

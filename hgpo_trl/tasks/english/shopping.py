@@ -78,8 +78,8 @@ _PATTERNS: tuple[Callable[[Sequence[_Item], str], str], ...] = (
 
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
-    """Draw one query with `level` kinds of things, 2 to 5 of each, at 2 to 9 dollars."""
+    """Draw one query with `level` kinds of things, 2 to 4 of each, at 2 to 6 dollars."""
     phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
-    items = [_Item(noun, rng.randint(2, 5), rng.randint(2, 9)) for noun in rng.sample(_GOODS, level)]
+    items = [_Item(noun, rng.randint(2, 4), rng.randint(2, 6)) for noun in rng.sample(_GOODS, level)]
     reasoning, total = sum_of_products([(item.count, item.price) for item in items])
     return Query(phrase(items, rng.choice(NAMES)), reasoning, str(total), level, domain_name("shopping", is_other))
