@@ -36,7 +36,7 @@ _PATTERNS: tuple[Callable[[str, str, Sequence[str]], str], ...] = (
 
 
 def sample(level: int, rng: random.Random, patterns: str = "all") -> Query:
-    """Draw one query with `level` times in tens of minutes: the first from 1:10 to 3:50 hours, the others below 1:00."""
+    """Draw one query with `level` times in tens of minutes: the first from 1:10 to 3:50 hours, others below 1:00."""
     phrase, is_other = choose_pattern(_PATTERNS, patterns, rng)
     times = [60 * rng.randint(1, 3) + 10 * rng.randint(1, 5)]
     times += [10 * rng.randint(1, 5) for _ in range(level - 1)]
