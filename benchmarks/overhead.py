@@ -50,14 +50,19 @@ PARTS = {
 
 
 class Clock:
-    """CPU seconds by the method that is responsible for them."""
+    """Seconds by the method that is responsible for them.
 
-    def __init__(self) -> None:
+    Args:
+        now: what the seconds are read from; by default CPU seconds of this process.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.process_time) -> None:
+        self.now = now
         self.seconds: Counter[str] = Counter()
-        self.owner, self.since = INHERITED, time.process_time()
+        self.owner, self.since = INHERITED, now()
 
     def turn_to(self, owner: str) -> None:
-        moment = time.process_time()
+        moment = self.now()
         self.seconds[self.owner] += moment - self.since
         self.owner, self.since = owner, moment
 

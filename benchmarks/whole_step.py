@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,8 +30,9 @@ import yaml
 from datasets import Dataset
 from fixed_rollouts import markdown_table, publish
 from matplotlib.figure import Figure
+from overhead import INHERITED, Clock, StepTimes
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "smollm2-135m" / "hgpo.yaml"
 SIDES = ("stock TRL", "ours", "ours, lazy")
@@ -47,33 +47,6 @@ def ends_with_answer(completions: list[Any], answer: list[str], **kwargs: Any) -
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     words = [text.replace("</no_think>", " ").split() for text in texts]
     return [float(bool(found) and found[-1] == right) for found, right in zip(words, answer, strict=True)]
-
-
-class Clock(TrainerCallback):
-    """Seconds and sampled tokens of every step."""
-
-    def __init__(self) -> None:
-        self.part: Counter[str] = Counter()
-        self.steps: list[dict[str, float]] = []
-        self.since = time.perf_counter()
-
-    def timing(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """The function; what it takes counts as `part`, and what it calls that is timed itself does not."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start, within = time.perf_counter(), self.part.total()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.part[part] += time.perf_counter() - start - (self.part.total() - within)
-
-        return timed
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        step = now - self.since
-        self.steps.append({"step": step, **self.part, "rest": step - self.part.total()})
-        self.part, self.since = Counter(), now
 
 
 def train(side: str, model: str, data: str, steps: int) -> dict[str, Any]:
@@ -96,7 +69,8 @@ def train(side: str, model: str, data: str, steps: int) -> dict[str, Any]:
     settings |= {"use_cpu": on_cpu, "bf16": choose_bf16(on_cpu), "model_init_kwargs": {"dtype": "float32"}}
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", truncation_side="left")
     rows = load_data("data", data, "train")
-    clock = Clock()
+    clock = Clock(time.perf_counter)
+    times = StepTimes(clock)
     with TemporaryDirectory() as folder:
         settings |= {
             "output_dir": folder, "max_steps": steps + 1, "save_strategy": "no", "disable_tqdm": True,
@@ -118,19 +92,19 @@ def train(side: str, model: str, data: str, steps: int) -> dict[str, Any]:
         )
         if side == "stock TRL":  # vLLM's CPU engine packs its weights, and takes no others from TRL alone
             prepare_generation(trainer.vllm_generation, merge_adapter=False)
-        trainer.add_callback(clock)
-        trainer.vllm_generation.sync_weights = clock.timing(trainer.vllm_generation.sync_weights, "sampling")
-        trainer.vllm_generation.generate = clock.timing(trainer.vllm_generation.generate, "sampling")
-        trainer._generate_and_score_completions = clock.timing(trainer._generate_and_score_completions, "scoring")
-        trainer.training_step = clock.timing(trainer.training_step, "training")
-        clock.since = time.perf_counter()
+        trainer.add_callback(times)
+        trainer.vllm_generation.sync_weights = clock.charging(trainer.vllm_generation.sync_weights, "sampling")
+        trainer.vllm_generation.generate = clock.charging(trainer.vllm_generation.generate, "sampling")
+        trainer._generate_and_score_completions = clock.charging(trainer._generate_and_score_completions, INHERITED)
+        trainer.training_step = clock.charging(trainer.training_step, "training")
         trainer.train()
         lengths = [entry[LENGTH] for entry in trainer.state.log_history if LENGTH in entry]
-    for step, length in zip(clock.steps, lengths, strict=True):
-        step["rest"] += step.pop("scoring")
-        step["length"] = length
+    steps_taken = [
+        {"step": step.total(), "length": length, **step, "rest": step[INHERITED]}
+        for step, length in zip(times.steps, lengths, strict=True)
+    ]
     return {
-        "steps": clock.steps[1:],
+        "steps": steps_taken[1:],
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "precision": "bf16" if arguments.bf16 else "fp32",
     }
