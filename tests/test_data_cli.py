@@ -321,7 +321,7 @@ def test_command_line_overrides_the_recipe(recipes: dict[str, Path], tmp_path: P
     assert not (tmp_path / "hgpo").exists()
 
 
-def test_mappings_on_the_command_line_are_json(recipes: dict[str, Path], tmp_path: Path) -> None:
+def test_mappings_on_the_command_line(recipes: dict[str, Path], tmp_path: Path) -> None:
     shares = ["--mode_shares", '{"think": 0.5, "no_think": 0.5}']
     data("hft", "--config", str(recipes["hft"]), *shares, "--output_dir", str(tmp_path / "half"))
     assert sorted(load_data("train_data", str(tmp_path / "half"))["mode"]) == ["no_think"] * 10 + ["think"] * 10
@@ -329,7 +329,7 @@ def test_mappings_on_the_command_line_are_json(recipes: dict[str, Path], tmp_pat
     data("hft", "--sources", source, source[:-1] + ', "name": "b"}', "--output_dir", str(tmp_path / "chat"))
     assert set(load_data("train_data", str(tmp_path / "chat"))["source"]) == {str(tmp_path / "chat.jsonl")}
     for text in ("think=0.5", "[0.5]", "0.5"):
-        with refused(re.escape(f"--mode_shares/--mode-shares: {text!r} is not a mapping in JSON")):
+        with refused(re.escape(f"--mode_shares/--mode-shares: {text!r} is not a mapping; write it as in a recipe")):
             data("hft", "--config", str(recipes["hft"]), "--mode_shares", text)
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,7 +172,7 @@ def plan(makefile: str, *variables: str) -> list[list[str]]:
         ["make", "-n", "-f", f"benchmarks/{makefile}", "BIN=bin", "R=nowhere", *variables],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    return [line.split() for line in re.findall(r"bin/((?:hgpo-trl|python) .*?) >>? ", listing)]
+    return [shlex.split(line) for line in re.findall(r"bin/((?:hgpo-trl|python) .*?) >>? ", listing)]
 
 
 def check_stages(commands: list[list[str]], parse: Parse) -> None:
@@ -500,8 +501,29 @@ def test_names_that_look_like_numbers_stay_names(recipe: Callable, parse: Parse)
 def test_mapping_field_from_yaml_and_from_the_command_line(recipe: Callable, parse: Parse) -> None:
     path = hgpo(recipe, "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 3}\n")
     assert parse("hgpo", "--config", path)[1].lr_scheduler_kwargs == {"num_decay_steps": 3}
-    argv = ("--lr_scheduler_kwargs", '{"num_decay_steps": 5, "min_lr_ratio": 0.1}')
-    assert parse("hgpo", "--config", path, *argv)[1].lr_scheduler_kwargs == {"num_decay_steps": 5, "min_lr_ratio": 0.1}
+    for text in ('{"num_decay_steps": 5, "min_lr_ratio": 0.1}', "{num_decay_steps: 5, min_lr_ratio: 1e-1}"):
+        changed = parse("hgpo", "--config", path, "--lr_scheduler_kwargs", text)[1].lr_scheduler_kwargs
+        assert changed == {"num_decay_steps": 5, "min_lr_ratio": 0.1}
+
+
+MAPPINGS = ["lr_scheduler_kwargs", "model_init_kwargs", "generation_kwargs", "mode_rule_kwargs", "mode_format"]
+
+
+@pytest.mark.parametrize("field", MAPPINGS)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{a: 1", r"'\{a: 1' is not a mapping; write it as in a recipe: '\{key: value\}'"),
+        ('{"a": 1, "a": 2}', "is not a mapping"),
+        ("{a:1}", "write a space behind the colon of 'a:1'"),
+    ],
+)
+def test_mapping_on_the_command_line_with_a_fault(
+    field: str, text: str, words: str, recipe: Callable, refused: Callable[..., str]
+) -> None:
+    message = refused("hgpo", "--config", hgpo(recipe), f"--{field}", text)
+    assert f"--{field}" in message
+    assert re.search(words, message)
 
 
 def test_command_line_overrides_the_recipe(recipe: Callable, parse: Parse) -> None:

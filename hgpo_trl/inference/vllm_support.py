@@ -23,21 +23,24 @@ _T = TypeVar("_T")
 SUPPORTED = SpecifierSet(">=0.22,<0.32")  # what TRL 1.16 supports; the extra `vllm` asks for the same
 
 
-def check_vllm_installed(field: str) -> None:
+def check_vllm_installed(asker: str) -> None:
     """Check the installed vLLM by its metadata, without the seconds that importing it takes.
 
     Args:
-        field: the setting that asks for vLLM, for the message.
+        asker: the setting or command that asks for vLLM, for the message.
 
     Raises:
         MissingPackageError: vLLM is not installed, or its version is outside `SUPPORTED`.
     """
-    remedy = f"Install one of the versions {SUPPORTED} (pip install 'hgpo-trl[vllm]'), or change {field}."
+    remedy = (
+        f"Install one of the versions {SUPPORTED}: pip install 'hgpo-trl[vllm]', or without a GPU "
+        "vLLM's build for CPUs (`make install-all` in a checkout)."
+    )
     if find_spec("vllm") is None:
-        raise MissingPackageError(f"{field} needs vLLM, which is not installed. {remedy}")
+        raise MissingPackageError(f"{asker} needs vLLM, which is not installed. {remedy}")
     found = _installed_version()
     if found is not None and not SUPPORTED.contains(Version(found).base_version):
-        raise MissingPackageError(f"{field} needs vLLM, but the installed version {found} is not supported. {remedy}")
+        raise MissingPackageError(f"{asker} needs vLLM, but the installed version {found} is not supported. {remedy}")
 
 
 def _installed_version() -> str | None:

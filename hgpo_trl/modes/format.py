@@ -7,7 +7,6 @@ That is the format of `lhrm`, this library's own (arXiv 2505.14631, section 2.1)
 marks: a `ModeFormat` says which.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -153,8 +152,6 @@ def as_format(value: Any) -> ModeFormat:
     """
     if isinstance(value, ModeFormat):
         return value
-    if isinstance(value, str) and value.startswith("{"):  # from a command line
-        value = json.loads(value)
     if isinstance(value, str):
         if value not in PRESETS:
             raise UserError(

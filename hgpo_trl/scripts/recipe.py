@@ -1,7 +1,6 @@
 """Recipes: a flat YAML file of the fields of a stage's dataclasses; the command line overrides it."""
 
 import argparse
-import json
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -122,6 +121,8 @@ class RecipeParser(TrlParser):
                 action.type = _number_or_text  # HfArgumentParser takes numbers alone
             elif getattr(action.type, "__name__", None) == "dict":  # perhaps within a function that takes None, too
                 action.type = _mapping
+            elif _takes_mapping(annotation):
+                action.type = _mapping_or_text
             elif action.type is str and _takes_null(annotation, action.default):
                 action.type = _text_or_null
 
@@ -208,14 +209,21 @@ class RecipeParser(TrlParser):
 
 
 def _mapping(text: str) -> dict[str, Any] | None:
-    """A mapping on the command line, or null."""
+    """A mapping on the command line, as in a recipe (YAML, of which JSON is a part), or null."""
     try:
-        value = None if _is_null(text) else json.loads(text)
-    except json.JSONDecodeError:
+        value = None if _is_null(text) else _as_booleans(yaml.load(text, _Loader))
+    except yaml.YAMLError:
         value = text
     if not isinstance(value, dict | None):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping in JSON")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping; write it as in a recipe: '{{key: value}}'")
+    if unspaced := [key for key in value or {} if isinstance(key, str) and ":" in key and value[key] is None]:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a space behind the colon of {unspaced[0]!r}")
     return value
+
+
+def _mapping_or_text(text: str) -> dict[str, Any] | str | None:
+    """A mapping in braces, or other text, such as a file's name."""
+    return _mapping(text) if text.lstrip().startswith("{") else _text_or_null(text)
 
 
 def _or_auto(convert: Any) -> Callable[[str], Any]:
@@ -249,6 +257,11 @@ def _did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str
 def _is_null(word: str) -> bool:
     """Whether a word means null."""
     return word.lower() in ("none", "null")
+
+
+def _takes_mapping(annotation: Any) -> bool:
+    """Whether a field may be a mapping."""
+    return any(dict in (kind, typing.get_origin(kind)) for kind in (annotation, *typing.get_args(annotation)))
 
 
 def _takes_null(annotation: Any, default: Any) -> bool:
