@@ -216,7 +216,7 @@ def _mapping(text: str) -> dict[str, Any] | None:
         value = text
     if not isinstance(value, dict | None):
         raise argparse.ArgumentTypeError(f"{text!r} is not a mapping; write it as in a recipe: '{{key: value}}'")
-    if unspaced := [key for key in value or {} if isinstance(key, str) and ":" in key and value[key] is None]:
+    if unspaced := [key for key, item in (value or {}).items() if item is None and ":" in str(key)]:
         raise argparse.ArgumentTypeError(f"{text!r}: write a space behind the colon of {unspaced[0]!r}")
     return value
 
