@@ -435,7 +435,7 @@ def test_the_other_beginning_is_drawn_by_the_policy() -> None:
 
 
 @pytest.mark.parametrize(("think", "no_think"), OPENINGS)
-def test_advantages_stand_on_the_policys_own_tokens(think: tuple[int, ...], no_think: tuple[int, ...]) -> None:
+def test_advantages_of_whole_responses(think: tuple[int, ...], no_think: tuple[int, ...]) -> None:
     tokens = tokens_of(think, no_think)
     rewards = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]]])
     own_lengths = torch.tensor([3, 5, 2, 4, 1, 6, 3, 3])
@@ -451,9 +451,7 @@ def test_advantages_stand_on_the_policys_own_tokens(think: tuple[int, ...], no_t
     for row, length in enumerate(lengths.tolist()):
         whole = spread[row].tolist()
         rest = length - own_lengths[row] - place
-        assert whole[:place] == [0.0] * place
-        assert whole[place] == values[row, 0], "the decision's advantage stands where the openings part"
-        assert whole[place + 1 : place + 1 + rest] == [0.0] * rest
+        assert whole[: place + 1 + rest] == [values[row, 0]] * (place + 1 + rest), "the action is the whole opening"
         assert whole[place + 1 + rest : length] == values[row, 1 : own_lengths[row]].tolist()
         assert not any(whole[length:])
     if len(think) == len(no_think) == 1:

@@ -87,7 +87,7 @@ def per_prompt_table(
         the higher mean score, by the margin or more (`thinking_gains`, m_gt = think), and all others (`no_gain`).
         `unsolved`: 1 where neither mode's mean score reaches `SOLVED`, else 0; NaN where m_gt is undefined.
         `thinking_ratio`: π(think|q), the expected share of freely sampled responses that think.
-        `off_mode_mass`: probability that the first token is neither mode.
+        `off_mode_mass`: probability that a response begins in neither mode.
         `accuracy/*` (score) and `mean_tokens/*` (tokens), where * is
         `auto` (the mode picked greedily), `sampled` (expectation over the model's own first token), `think` (always),
         `no_think` (never), `oracle` (m_gt). Picking neither scores 0 (NaN where the prompt has no valid sample at all)

@@ -496,7 +496,7 @@ GLOSSARY = {
         "wrong, those that both modes get wrong more often than right."
     ),
     "Thinking ratio": "the mean probability that the first token is `<think>`.",
-    "Off-mode mass": "the mean probability that the first token is neither `<think>` nor `<no_think>`.",
+    "Off-mode mass": "the mean probability that a response begins in neither mode.",
     "Reflection words": (
         "words of somebody who is thinking, such as “wait”, “let me” or “step by step”, per response. More of them in "
         "answers without thinking than in answers after thinking mean that reasoning leaks into what should be an "

@@ -44,7 +44,7 @@ class HGPOConfig(GRPOConfig):
         decision_weighting: weights of the inter-group advantage on the rows of the winning and of the losing mode:
             "winner" 2 and 0; "saturating" 2(1 − π_old) and 2·π_old of the row's mode; "uniform" 1 and 1, the paper as
             printed, whose push on the loser never ends (docs/method.md).
-        off_mode_warning: warn, once per run, when the mean probability that the first token is neither mode exceeds
+        off_mode_warning: warn, once per run, when the mean probability that a response begins in neither mode exceeds
             this; between 0 and 1.
         trim_micro_batches: sort the rows of an optimizer step by length into its micro-batches and trim each to its own
             longest row; with beta 0, leave out the tokens behind a response's last one with an advantage

@@ -103,8 +103,9 @@ class OwnTokens:
 
     Modes are taken to be forced. Where the policy samples them, openings are one token each, and nothing differs.
 
-    The rest of an opening is forced, and the same in every response of its mode. So a rule knows nothing of it: its
-    advantage is 0, and only the KL term acts on it. (Under Eq. 10 it would cancel there, within each mode.)
+    A rule knows nothing of an opening's other tokens, which are forced. They get the decision's advantage: the action
+    that it rewards is the whole opening, whose probability π(m|q) is the product over its tokens. Without it nothing
+    would hold them, and the policy would cease to begin with the prefix that both openings share.
     """
 
     place: int  # of the decision
@@ -122,15 +123,14 @@ class OwnTokens:
         return lengths - self.place - self.rest
 
     def spread(self, values: Tensor) -> Tensor:
-        """`[B, T]`, a value for every token, from `[B, T']`, one for each of these tokens; 0 for the others."""
+        """`[B, T]`, a value for every token, from `[B, T']`, one for each of these; an opening has the decision's."""
         longest = self.place + int(self.rest.max())
         if not longest:
             return values
         position = torch.arange(values.shape[1] + longest, device=values.device) - self.place
-        rest = self.rest[:, None]
-        source = torch.where(position > 0, position - rest, position)
-        forced = (position < 0) | ((position > 0) & (position <= rest)) | (source >= values.shape[1])
-        return values.gather(1, source.clamp(0, values.shape[1] - 1)).masked_fill(forced, 0.0)
+        source = (position - self.rest[:, None]).clamp(min=0)  # 0 for the whole opening
+        beyond = source >= values.shape[1]
+        return values.gather(1, source.clamp(max=values.shape[1] - 1)).masked_fill(beyond, 0.0)
 
 
 def inspect_responses(responses: list[Response], completion_ids: list[list[int]], ends: Collection[int]) -> Tensor:

@@ -42,8 +42,8 @@ logger = get_logger(__name__)
 NO_MASS_BELOW = 1e-4  # mean probability of a mode at the first step that causes a warning
 
 OFF_MODE_WARNING = (
-    "The first token is neither mode with a mean probability of {mass:.3f} (off_mode_warning={limit}). The policy is "
-    "leaving the two modes: use decision_weighting=winner, raise beta, or lower the learning rate. If it has been "
+    "The response begins in neither mode with a mean probability of {mass:.3f} (off_mode_warning={limit}). The policy "
+    "is leaving the two modes: use decision_weighting=winner, raise beta, or lower the learning rate. If it has been "
     "so from the first step, train HFT for longer."
 )
 NO_MASS = (

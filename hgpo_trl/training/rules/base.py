@@ -5,7 +5,7 @@ the rewards of the group become one advantage per token. Everything else (rollou
 evaluation) is the trainer's, and the same for all.
 
 Shapes: `Q` queries, `N` responses each, `T` tokens of the longest response, the decision token first. Other tokens of
-an opening are forced; the trainer gives them the advantage 0.
+an opening are forced; the trainer gives them the decision's advantage.
 """
 
 from abc import ABC, abstractmethod
