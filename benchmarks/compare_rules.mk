@@ -5,8 +5,8 @@ R ?= runs/compare-rules
 SEEDS ?= 0 1 2# of data, initial weights and sampling
 SEARCH_SEED ?= 3
 RULES ?= hgpo lazy adaptthink thinkless stable_adaptive grpo reinforce_plus_plus# of benchmarks/rule_run.py
-LEARNING_RATES ?= 1e-3 2e-3
-TOKENS ?= 200000# sampled in the rollouts of a run
+LEARNING_RATES ?= 1e-3 2e-3 4e-3
+TOKENS ?= 300000# sampled in the rollouts of a run
 SEARCH_TOKENS ?= 100000# the same of a run of the search
 include benchmarks/stages.mk
 

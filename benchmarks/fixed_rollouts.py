@@ -5,7 +5,7 @@ Distributions of response lengths, in tokens:
     log-normal   think: log-normal, mean 4,000, sigma 0.6, at most 16,000; no think: the same with mean 400; both
                  divided by `scale`
     embedded     the chain-sum task's own
-    equal        every response as long as the others
+    equal        every response as long as the others: 1,280 divided by `scale`
 
 All responses are well formed, so that they are taken apart, scored and compared like real ones.
 """
@@ -41,9 +41,10 @@ class Case:
     lengths: str = "log-normal"
     rows: int = 64
     group: int = 8  # N
-    scale: float = 40.0  # divides the log-normal lengths
+    scale: float = 40.0  # divides the log-normal and the equal lengths
     hidden_size: int = 128
     layers: int = 4
+    vocabulary: int | None = None  # None: the tokenizer's few words
     micro_batch: int = 4
 
 
@@ -59,7 +60,7 @@ def _embedded(rng: np.random.Generator, think: bool, scale: float) -> int:
 
 
 def _equal(rng: np.random.Generator, think: bool, scale: float) -> int:
-    return 32
+    return round(1280 / scale)
 
 
 DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, bool, float], int]] = {
@@ -102,6 +103,8 @@ def build(
     model = build_model(
         tokenizer, hidden_size=case.hidden_size, num_layers=case.layers, max_length=longest + 64, num_heads=4
     )
+    if case.vocabulary is not None:
+        model.resize_token_embeddings(case.vocabulary, mean_resizing=False)
     common = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": case.micro_batch,

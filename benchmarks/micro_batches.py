@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -97,25 +98,34 @@ def _kib(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0])
 
 
-def _rise(kind: str, case: Case, queue: Any) -> None:
+def _rise(prepare: Callable[[str], Callable[[], Any]], queue: Any) -> None:
     with TemporaryDirectory() as directory:
-        trainer = ready(kind, case, directory)
+        run = prepare(directory)
         resting = _kib("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        step(trainer, case)
+        run()
         queue.put(_kib("VmHWM") - resting)
 
 
-def peak_memory(kind: str, case: Case) -> float:
-    """MiB, measured in a fork; only a process that has not run a backward pass yet can be forked."""
+def peak_memory(prepare: Callable[[str], Callable[[], Any]]) -> float:
+    """MiB of a step, measured in a fork; only a process that has not run a backward pass yet can be forked.
+
+    Args:
+        prepare: makes a trainer, with a folder for it, and returns a function that takes the step.
+    """
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    process = context.Process(target=_rise, args=(kind, case, queue))
+    process = context.Process(target=_rise, args=(prepare, queue))
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"{kind} trainer, {case}: the process that measured its memory ended with an error.")
+        raise RuntimeError(f"The process that measured a step's memory ended with status {process.exitcode}.")
     return queue.get() / 1024
+
+
+def one_step(kind: str, case: Case) -> Callable[[str], Callable[[], Any]]:
+    """What `peak_memory` measures of a kind of trainer."""
+    return lambda directory: partial(step, ready(kind, case, directory), case)
 
 
 def compare(case: Case, repeats: int) -> dict[str, Any]:
@@ -217,7 +227,8 @@ def main() -> None:
     growth = [case for cases in GROWTH.values() for case in cases if not args.quick or case.scale >= BASE.scale]
     cases = list(dict.fromkeys([case for cases in by_rows.values() for case in cases] + growth))
     memory = {
-        case: {f"memory_{kind}_mib": peak_memory(kind, case) for kind in KINDS} for case in tqdm(cases, desc="memory")
+        case: {f"memory_{kind}_mib": peak_memory(one_step(kind, case)) for kind in KINDS}
+        for case in tqdm(cases, desc="memory")
     }
     found = {}
     for case in tqdm(cases, desc="seconds"):

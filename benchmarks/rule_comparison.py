@@ -8,7 +8,6 @@ intervals of shares are those of `pages.py`, over the queries; those of areas ar
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +31,8 @@ from pages import (
     with_interval,
     write_page,
 )
-from rule_curves import TARGET, area, metric_at, tokens_to
-from rule_run import RULES, choose, read_runs
+from rule_curves import SETTLED, TARGET, area, metric_at, settled, tokens_to
+from rule_run import RULES, choose, read_run, read_runs
 from scipy import stats
 
 from hgpo_trl.common.errors import UserError
@@ -44,7 +43,7 @@ Run = dict[str, Any]  # content of curve.json
 
 HFT = "hft"
 VARIANTS = ("hgpo", "lazy", "reinforce_plus_plus")  # of HGPO; the others are other people's rules
-ACCURACY_LOST, SETTLED = 0.02, 0.05  # at most, against always thinking; P(think) this close to 0 or 1 is one mode
+ACCURACY_LOST = 0.02  # at most, against always thinking
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,7 @@ class Comparison:
     def __init__(self, folder: Path, seeds: Sequence[int], rules: Sequence[str]) -> None:
         self.evaluations, self.seeds, self.rules = Runs(folder, seeds), seeds, rules
         self.search = {rule: read_runs(folder / "search" / rule) for rule in rules}
-        self.runs = {
-            rule: [json.loads((folder / str(seed) / rule / "curve.json").read_text(encoding="utf-8")) for seed in seeds]
-            for rule in rules
-        }
+        self.runs = {rule: [read_run(folder / str(seed) / rule) for seed in seeds] for rule in rules}
         self.search_tokens = _shared(folder, [run for runs in self.search.values() for run in runs])
         self.tokens = _shared(folder, [run for runs in self.runs.values() for run in runs])
         self.pooled = {model: self.evaluations.pooled(model) for model in (HFT, *rules)}
@@ -154,7 +150,7 @@ class Comparison:
             tokens_saved=1 - evaluation["mean_tokens"]["auto"] / hft["mean_tokens"]["think"],
             easiest=evaluation["by_level"][0]["thinking_ratio"],
             hardest=evaluation["by_level"][-1]["thinking_ratio"],
-            settled=[not SETTLED <= ratio <= 1 - SETTLED for ratio in self.per_seed(rule, "thinking_ratio")],
+            settled=[settled(ratio) for ratio in self.per_seed(rule, "thinking_ratio")],
         )
 
 
@@ -188,7 +184,9 @@ def _search(comparison: Comparison) -> list[Block]:
         Heading("The search"),
         Paragraph(
             "Each rule's learning rate and weight of the decision (δ where it has no other) are those with the largest "
-            f"area under hybrid accuracy over {comparison.search_tokens:,} rollout tokens, on a seed of its own."
+            f"area under hybrid accuracy over {comparison.search_tokens:,} rollout tokens, on a seed of its own. Where "
+            "P(think) is below "
+            f"{SETTLED} or above {1 - SETTLED}, hybrid accuracy counts as 0."
         ),
         Table(["rule", "learning rate, weight", "area", ""], rows, labels=2),
     ]
@@ -261,7 +259,9 @@ def _cost(comparison: Comparison) -> list[Block]:
         Paragraph(
             f"Tokens to {TARGET} are those at which hybrid accuracy reaches {TARGET} in two evaluations in a row: the "
             "median, and every seed in brackets; a dash means not reached. The other columns have the mean, its 95 % "
-            "interval over the seeds by Student's t, and every seed."
+            "interval over the seeds by Student's t, and every seed. On these curves hybrid accuracy is 0 where the "
+            f"model has settled on one mode (P(think) below {SETTLED} or above {1 - SETTLED}): it decides nothing, and "
+            "yet reaches 100 % once it has lost the other mode."
         ),
         Table(
             ["rule", "learning rate, weight", f"tokens to {TARGET}, thousands", "of HGPO's",

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 from datasets import Dataset
-from rule_curves import area
+from rule_curves import area, deciding
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from trl import ModelConfig
@@ -182,13 +182,19 @@ def choose(candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(candidates, key=lambda run: area(run["curve"], run["tokens"]))
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of a run's curve.json, with the curve that `deciding` makes of it."""
+    content: dict[str, Any] = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+    return {**content, "curve": deciding(content["curve"])}
+
+
 def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """The runs whose curve.json lies in a folder of `folder`, by name.
+    """The runs in the folders of `folder`, by name, as `read_run` reads them.
 
     Raises:
         UserError: there is none.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*/curve.json"))]
+    found = [read_run(path.parent) for path in sorted(folder.glob("*/curve.json"))]
     if not found:
         raise UserError(f"{folder} has no runs (*/curve.json). Make them with --learning_rate and --weight.")
     return found

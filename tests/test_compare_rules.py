@@ -95,7 +95,13 @@ def test_reference_rewards_are_the_means_of_thinking() -> None:
 
 def curve(*accuracies: float, every: int = 1000) -> list[dict[str, float]]:
     return [
-        {"step": 10 * i, "tokens": every * i, "hybrid_accuracy": accuracy, "accuracy_sampled": accuracy}
+        {
+            "step": 10 * i,
+            "tokens": every * i,
+            "hybrid_accuracy": accuracy,
+            "accuracy_sampled": accuracy,
+            "thinking_ratio": 0.5,
+        }
         for i, accuracy in enumerate(accuracies)
     ]
 
@@ -136,6 +142,16 @@ def test_area_is_the_mean_of_the_interpolated_metric(
 )
 def test_tokens_to_the_target_are_interpolated_and_confirmed(accuracies: tuple[float, ...], expected: float) -> None:
     assert tokens_to(curve(*accuracies)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_model_of_one_mode_decides_nothing(compare: Callable[..., Comparison], tmp_path: Path) -> None:
+    comparison = compare({"grpo": [(0.3, 1.0, 1.0)] * 2}, {"grpo": (0.1, 0.9)})
+    for seed, thinking_ratio in enumerate((0.05, 0.04)):
+        path = tmp_path / str(seed) / "grpo" / "curve.json"
+        path.write_text(path.read_text().replace('"thinking_ratio": 0.5', f'"thinking_ratio": {thinking_ratio}'))
+    kept, lost = Comparison(tmp_path, [0, 1], comparison.rules).runs["grpo"]
+    assert [point["hybrid_accuracy"] for point in kept["curve"]] == [0.3, 1.0, 1.0]
+    assert [point["hybrid_accuracy"] for point in lost["curve"]] == [0.0, 0.0, 0.0]
 
 
 def test_the_search_chooses_the_largest_area_within_the_tokens() -> None:
