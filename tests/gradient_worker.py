@@ -1,6 +1,6 @@
 """One optimizer step per loss type on padded, trimmed and repacked micro-batches, for tests/test_distributed.py.
 
-    accelerate launch ... tests/gradient_worker.py MODEL PROMPTS OUTPUT.pt [cpu] LOSS_TYPE ...
+    accelerate launch ... tests/gradient_worker.py MODEL PROMPTS OUTPUT.pt [cpu | fsdp] LOSS_TYPE ...
 
 Plain gradient descent with a learning rate of 1, so that the weights move by the gradient. All steps of a loss type are
 taken on the same rollout.
@@ -16,7 +16,7 @@ from datasets import Dataset
 from parity_worker import GROUP, FixedRollouts, reward
 from settings import ON_CPU
 from transformers import PreTrainedTokenizerFast
-from workers import end
+from workers import end, stand_in_for_gpus
 
 from hgpo_trl import HGPOConfig
 
@@ -73,6 +73,8 @@ def step(model: str, prompts: str, output: str, loss_type: str, way: str, use_cp
 
 def main() -> None:
     model, prompts, output, *words = sys.argv[1:]
+    if "fsdp" in words:
+        stand_in_for_gpus()
     result = {
         loss_type: {
             way: step(model, prompts, output, loss_type, way, use_cpu="cpu" in words)
@@ -80,7 +82,7 @@ def main() -> None:
             if loss_type != "bnpo" or "tokens" not in "".join(WAYS[way])
         }
         for loss_type in words
-        if loss_type != "cpu"
+        if loss_type not in ("cpu", "fsdp")
     }
     if torch.distributed.get_rank() == 0:
         torch.save(result, output)

@@ -149,7 +149,7 @@ def test_two_processes_take_the_steps_of_one(
 NORMALISERS = ("dr_grpo", "grpo", "bnpo", "dapo", "luspo")  # the others divide as one of these does
 
 
-@pytest.mark.parametrize("config", ["cpu_ddp", "zero3"])
+@pytest.mark.parametrize("config", ["cpu_ddp", "zero3", "fsdp2"])
 def test_gradient_of_regrouped_micro_batches(
     config: str, launch: Launch, model_dir: str, data: Path, tmp_path: Path
 ) -> None:
@@ -158,7 +158,7 @@ def test_gradient_of_regrouped_micro_batches(
     Trimmed, the two processes have in every micro-batch the one that is as long among their own as the other's. By
     tokens, rows move between them, and they have as many micro-batches as each other.
     """
-    words = ["cpu"] if config == "cpu_ddp" else []
+    words = {"cpu_ddp": ["cpu"], "fsdp2": ["fsdp"]}.get(config, [])
     launch(config, "tests/gradient_worker.py", model_dir, data, tmp_path / "out.pt", *words, *NORMALISERS)
     before = load_file(Path(model_dir) / "model.safetensors")
     result = torch.load(tmp_path / "out.pt")
