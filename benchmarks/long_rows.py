@@ -1,6 +1,6 @@
 """Peak memory of an optimizer step on long rows with a large vocabulary, HGPO and HFT against stock TRL.
 
-    python benchmarks/long_rows.py [--lengths 2048 4096 8192 16384] [--chunk 4096] [--update_results]
+    python benchmarks/long_rows.py [--lengths 1024 2048 4096 8192] [--chunk 4096] [--update_results]
                                    [--output_dir runs/benchmarks/long-rows]
 
 The logits of a row of 8,192 tokens are 1.5 GiB with 49,152 words in fp32, and a loss on whole logits needs them several
@@ -90,7 +90,7 @@ def draw(results: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="tokens of a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of a row")
     parser.add_argument("--chunk", type=int, default=chunked_logprob.TOKEN_CHUNK_SIZE, help="tokens of TRL's chunks")
     parser.add_argument("--update_results", action="store_true", help="write benchmarks/RESULTS.md and its figure")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks/long-rows"))
