@@ -822,5 +822,5 @@ def test_a_missing_vllm_is_named_before_anything_is_loaded(
     evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(vllm_support, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"backend=vllm needs vLLM, which is not installed.*or change backend"):
+    with pytest.raises(ImportError, match=r"backend=vllm needs vLLM, which is not installed.*without a GPU vLLM"):
         evaluate(backend="vllm", data=tmp_path / "missing.parquet")
