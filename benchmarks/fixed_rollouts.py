@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig
 
 from hgpo_trl.modes import mode_tokens
@@ -92,6 +92,16 @@ def every_third(completions: list, **kwargs: Any) -> list[float]:
     return [float(row % 3 == 0) for row in range(len(completions))]
 
 
+def untrained(case: Case, tokenizer: PreTrainedTokenizerFast, longest: int) -> LlamaForCausalLM:
+    """The case's model, for responses of `longest` tokens at most."""
+    model = build_model(
+        tokenizer, hidden_size=case.hidden_size, num_layers=case.layers, max_length=longest + 64, num_heads=4
+    )
+    if case.vocabulary is not None:
+        model.resize_token_embeddings(case.vocabulary, mean_resizing=False)
+    return model
+
+
 def build(
     trainer: Callable[..., Any], config: type[GRPOConfig], case: Case, output_dir: str | Path, **settings: Any
 ) -> Any:
@@ -100,11 +110,7 @@ def build(
     tokenizer = build_tokenizer(TASK)
     responses = completions(case, tokenizer)
     longest = max(map(len, responses))
-    model = build_model(
-        tokenizer, hidden_size=case.hidden_size, num_layers=case.layers, max_length=longest + 64, num_heads=4
-    )
-    if case.vocabulary is not None:
-        model.resize_token_embeddings(case.vocabulary, mean_resizing=False)
+    model = untrained(case, tokenizer, longest)
     common = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": case.micro_batch,

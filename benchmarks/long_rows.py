@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from fixed_rollouts import TASK, Case, build_model, build_tokenizer, completions, markdown_table, publish
+from fixed_rollouts import TASK, Case, build_tokenizer, completions, markdown_table, publish, untrained
 from matplotlib.figure import Figure
 from micro_batches import one_step, peak_memory
 from tqdm.auto import tqdm
@@ -43,12 +43,11 @@ def supervised_step(trainer_class: type[SFTTrainer], length: int) -> Callable[[s
 
     def prepare(directory: str) -> Callable[[], Any]:
         case, tokenizer = long_case(length), build_tokenizer(TASK)
-        model = build_model(tokenizer, hidden_size=case.hidden_size, num_layers=case.layers, max_length=length + 64)
-        model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+        model = untrained(case, tokenizer, length)
         config = SFTConfig(
-            output_dir=directory, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_length=None,
-            max_steps=1, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no",
-            disable_tqdm=True,
+            output_dir=directory, per_device_train_batch_size=case.micro_batch, gradient_accumulation_steps=case.rows,
+            max_length=None, max_steps=1, bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none",
+            save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         rows = [{"input_ids": row, "labels": row} for row in completions(case, tokenizer)]
         return trainer_class(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train

@@ -185,8 +185,7 @@ def _search(comparison: Comparison) -> list[Block]:
         Paragraph(
             "Each rule's learning rate and weight of the decision (δ where it has no other) are those with the largest "
             f"area under hybrid accuracy over {comparison.search_tokens:,} rollout tokens, on a seed of its own. Where "
-            "P(think) is below "
-            f"{SETTLED} or above {1 - SETTLED}, hybrid accuracy counts as 0."
+            f"P(think) is below {SETTLED} or above {1 - SETTLED}, hybrid accuracy counts as 0."
         ),
         Table(["rule", "learning rate, weight", "area", ""], rows, labels=2),
     ]
