@@ -45,7 +45,8 @@ class Timed:
         super().__init__(*args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
-        return [list(ids) for ids in self.completions[: len(prompt_ids)]], None
+        first = self.accelerator.process_index * len(prompt_ids)  # type: ignore[attr-defined]
+        return [list(ids) for ids in self.completions[first : first + len(prompt_ids)]], None
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         start = time.process_time()
