@@ -8,6 +8,8 @@ micro-batch. So a step takes as long as the process with the most to compute, an
 does not save it, too. All trainers get the same fixed responses (fixed_rollouts.py), half of them to each process:
 log-normal ones, and equal ones, where nothing can be gained. "By rows" is HGPOTrainer with stock's micro-batches of 4
 rows, "by tokens" with `micro_batch_tokens`, which moves rows between the processes.
+
+Seconds are wall time of both processes, on gloo, so each needs a core; the trainers take turns. The training phase is
 every micro-batch's loss and backward pass, with the waiting and, under ZeRO-3, DeepSpeed's optimizer step. A trainer's
 first step is not counted. Writes results.json, table.md and two_processes.png, and with --update_results the section of
 benchmarks/RESULTS.md.

@@ -28,9 +28,7 @@ def main() -> None:
 
     for name, extra in WAYS.items():
         message = client.chat.completions.create(model=model, messages=messages, extra_body=extra).choices[0].message
-        reasoning = getattr(
-            message, "reasoning", None
-        )  # None: it answered at once; "" would be a thought without words
+        reasoning = getattr(message, "reasoning", None)  # None: it answered at once; "": a thought without words
         print(f"{name}: {'no think' if reasoning is None else 'think'}")
         print(f"  reasoning: {reasoning!r}\n  content:   {message.content!r}")
 
