@@ -32,7 +32,7 @@ endef
 
 define seed
 $(call stages,$(1),,$(ONE),)
-$(call samples,$(1),$(ONE))
+$(call samples,$(1),,$(ONE))
 endef
 
 $(foreach s,$(SEARCH_SEED) $(SEEDS),$(eval $(call seed,$(s))))

@@ -4,7 +4,8 @@ R ?= runs/reproduce
 SEEDS ?= 0 1 2
 MARGINS ?= 0.45 0.7# beside 0.2 of the recipe; at N = 8 a mode's mean is a multiple of 1/4
 HGPO ?=# fields of every HGPO run, beside the recipe's: --decision_weighting saturating
-SMALL ?= 32# width of the smaller model; the recipe's is 64
+SMALL ?= --num_layers 1# the smaller model; the recipe's has two layers
+SHORT ?= 700# steps of the short Stage I; the recipe's is of 1,800
 include benchmarks/stages.mk
 
 ESTIMATORS := grpo rloo reinforce_plus_plus
@@ -20,29 +21,36 @@ $(R)/$(1)/$(2)$(3)/model.safetensors: $(R)/$(1)/$(2)hft/model.safetensors
 $(call evaluation,$(1),$(2)$(3),$(2)$(3),$(4),$(R)/$(1)/$(2)data/eval.parquet)
 endef
 
-# $(call baseline,SEED,NAME,KIND,FIELDS)
+# $(call baseline,SEED,PREFIX,NAME,KIND,FIELDS)
 define baseline
-$(R)/$(1)/$(2)/model.safetensors: $(R)/$(1)/samples/report.json
-	$$(call run,$(1)-$(2),hgpo-trl baselines $(3) --config $(ONE)/baselines_$(3).yaml $(4) --seed $(1) --model_name_or_path $(R)/$(1)/hft --samples $$(<D) --train_data $(R)/$(1)/data/hgpo.parquet --output_dir $$(@D))
-$(call evaluation,$(1),$(2),$(2),$(ONE),$(R)/$(1)/data/eval.parquet)
+$(R)/$(1)/$(2)$(3)/model.safetensors: $(R)/$(1)/$(2)samples/report.json
+	$$(call run,$(1)-$(2)$(3),hgpo-trl baselines $(4) --config $(ONE)/baselines_$(4).yaml $(5) --seed $(1) --model_name_or_path $(R)/$(1)/$(2)hft --samples $$(<D) --train_data $(R)/$(1)/$(2)data/hgpo.parquet --output_dir $$(@D))
+$(call evaluation,$(1),$(2)$(3),$(2)$(3),$(ONE),$(R)/$(1)/$(2)data/eval.parquet)
 endef
+
+# with commas, which end an argument of `call`
+SHORT_STAGE = --max_steps $(SHORT) --lr_scheduler_kwargs '{num_decay_steps: $(shell expr $(SHORT) / 2), decay_type: linear, min_lr_ratio: 0.02}'
 
 define seed
 $(call stages,$(1),,$(ONE),)
-$(call stages,$(1),small-,$(ONE),--hidden_size $(SMALL) --num_heads 1)
+$(call stages,$(1),small-,$(ONE),$(SMALL))
 $(call stages,$(1),two-,$(TWO),)
-$(call samples,$(1),$(ONE))
-$(foreach kind,rft dpo,$(eval $(call baseline,$(1),$(kind),$(kind),)))
-$(foreach kind,rft dpo,$(eval $(call baseline,$(1),$(kind)-margin,$(kind),--margin 0.2)))
+$(call stages,$(1),short-,$(ONE),,$$(SHORT_STAGE))
+$(call samples,$(1),,$(ONE))
+$(foreach prefix,small- short-,$(eval $(call samples,$(1),$(prefix),$(ONE))))
+$(foreach kind,rft dpo,$(eval $(call baseline,$(1),,$(kind),$(kind),)))
+$(foreach kind,rft dpo,$(eval $(call baseline,$(1),,$(kind)-margin,$(kind),--margin 0.2)))
+$(foreach prefix,small- short-,$(eval $(call baseline,$(1),$(prefix),rft-margin,rft,--margin 0.2)))
 $(foreach name,$(ESTIMATORS),$(eval $(call hgpo,$(1),,$(name),$(ONE),--estimator $(name))))
 $(foreach margin,$(MARGINS),$(eval $(call hgpo,$(1),,margin-$(margin),$(ONE),--margin $(margin))))
 $(call hgpo,$(1),small-,grpo,$(ONE),)
+$(call hgpo,$(1),short-,grpo,$(ONE),)
 $(call hgpo,$(1),two-,grpo,$(TWO),)
 endef
 
 $(foreach s,$(SEEDS),$(eval $(call seed,$(s))))
 
-EVALUATED := $(MODELS) small-hft small-grpo two-hft two-grpo
+EVALUATED := $(MODELS) two-hft two-grpo $(foreach prefix,small- short-,$(prefix)hft $(prefix)rft-margin $(prefix)grpo)
 REPORTS := $(foreach s,$(SEEDS),$(EVALUATED:%=$(R)/$(s)/eval/%/report.json))
 
 .PHONY: all

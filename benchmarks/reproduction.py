@@ -155,6 +155,68 @@ def _table_1(runs: Runs) -> list[Block]:
     ]
 
 
+STARTS = {"": "the recipe's", "small-": "smaller", "short-": "short Stage I"}  # prefixes of the runs
+
+
+def _rejection(runs: Runs) -> list[Block]:
+    """HGPO against RFT with HGPO's own margin, from models that can do more and less."""
+    names = {"hft": "HFT", "rft-margin": TABLE["rft-margin"], "grpo": "HGPO"}
+    pooled = {prefix + model: runs.pooled(prefix + model) for prefix in STARTS for model in names}
+    rows = [
+        [
+            start,
+            name,
+            with_interval(pooled[prefix + model], "hybrid_accuracy"),
+            seeds(runs.per_seed(prefix + model, "hybrid_accuracy")),
+            with_interval(pooled[prefix + model], "accuracy", "auto"),
+            with_interval(pooled[prefix + model], "accuracy", "sampled"),
+            *[percent(at(pooled[prefix + model], "accuracy", mode)) for mode in ("think", "no_think")],
+            f"{at(pooled[prefix + model], 'mean_tokens', 'auto'):.1f}",
+        ]
+        for prefix, start in STARTS.items()
+        for model, name in names.items()
+    ]
+    shown = {
+        "hybrid_accuracy": "hybrid accuracy",
+        "accuracy/auto": "accuracy of the own choice",
+        "accuracy/sampled": "accuracy of the sampled choice",
+    }
+    verdicts = [
+        f"{start}: " + ", ".join(f"{words} {holds(_above(pooled, prefix, column))}" for column, words in shown.items())
+        for prefix, start in STARTS.items()
+    ]
+    return [
+        Heading("HGPO against rejection fine-tuning with HGPO's own margin"),
+        Paragraph(
+            "RFT with ties to no-think is the baseline that comes closest in Table 1. Here the two start from three "
+            "models: the recipe's, the smaller one of Figure 6, which fails at long sums even when it thinks, and the "
+            "recipe's after a short Stage I, which answers less at once. That HGPO is above RFT, with intervals that "
+            "do not overlap: " + "; ".join(verdicts) + "."
+        ),
+        Table(
+            [
+                "model",
+                "trained by",
+                "hybrid accuracy",
+                "seeds",
+                "accuracy, own choice",
+                "accuracy, sampled",
+                "always thinking",
+                "never thinking",
+                "tokens, own choice",
+            ],
+            rows,
+            labels=2,
+        ),
+    ]
+
+
+def _above(pooled: dict[str, Evaluation], prefix: str, column: str) -> bool:
+    """Whether HGPO's interval lies above RFT's."""
+    hgpo, rejection = (pooled[prefix + model]["intervals"][column] for model in ("grpo", "rft-margin"))
+    return hgpo[0] > rejection[1]
+
+
 def _margins(runs: Runs, margins: Sequence[str]) -> list[Block]:
     models = {MARGIN: "grpo", **{float(margin): f"margin-{margin}" for margin in margins}}
     pooled = {margin: runs.pooled(model) for margin, model in sorted(models.items())}
@@ -234,33 +296,50 @@ def _domains(runs: Runs) -> list[Block]:
 
 
 def _sizes(runs: Runs) -> list[Block]:
-    names = {"smaller": ("small-hft", "small-grpo"), "larger": ("hft", "grpo")}
-    pooled = {name: (runs.pooled(hft), runs.pooled(hgpo)) for name, (hft, hgpo) in names.items()}
+    names = {"smaller": "small-", "larger": "", "larger, short Stage I": "short-"}
+    pooled = {name: (runs.pooled(f"{prefix}hft"), runs.pooled(f"{prefix}grpo")) for name, prefix in names.items()}
     rows = [
         [
-            f"{name}, {_parameters(runs, hgpo):,} parameters",
+            f"{name}, {_parameters(runs, f'{prefix}grpo'):,} parameters",
             with_interval(after, "thinking_ratio"),
-            seeds(runs.per_seed(hgpo, "thinking_ratio")),
+            seeds(runs.per_seed(f"{prefix}grpo", "thinking_ratio")),
             with_interval(after, "hybrid_accuracy"),
             percent(at(after, "accuracy", "auto")),
             percent(at(before, "accuracy", "no_think")),
             percent(at(before, "accuracy", "think")),
         ]
-        for (name, (_, hgpo)), (before, after) in zip(names.items(), pooled.values(), strict=True)
+        for (name, prefix), (before, after) in zip(names.items(), pooled.values(), strict=True)
     ]
-    more = pooled["smaller"][1]["thinking_ratio"] > pooled["larger"][1]["thinking_ratio"]
+    smaller, larger, short = (after["thinking_ratio"] for _, after in pooled.values())
     return [
-        Heading("Figure 6: two model sizes"),
-        Paragraph(f"The paper: in Stage II the smaller model learns to think more, the larger one less. Here the "
-                  f"smaller one thinks more in the end: {holds(more)}."),
+        Heading("Figure 6: weaker models"),
+        Paragraph(
+            "The paper: in Stage II the smaller model learns to think more, the larger one less, because a weaker one "
+            f"needs its reasoning more often. Here the smaller one thinks more in the end: {holds(smaller > larger)}; "
+            "the larger one thinks more after a short Stage I, which leaves it weaker at answering at once: "
+            f"{holds(short > larger)}."
+        ),
         Table(
-            ["model", "P(think)", "seeds", "hybrid accuracy", "accuracy, own choice", "HFT, never thinking",
-             "HFT, always thinking"],
+            [
+                "model",
+                "P(think)",
+                "seeds",
+                "hybrid accuracy",
+                "accuracy, own choice",
+                "HFT, never thinking",
+                "HFT, always thinking",
+            ],
             rows,
         ),
-        picture("figure_6", "Probability of thinking during Stage II", "Training queries; thin lines are seeds.",
-                 lambda figure: _training(figure.add_subplot(), runs, {n: m for n, (_, m) in names.items()})),
-    ]  # fmt: skip
+        picture(
+            "figure_6",
+            "Probability of thinking during Stage II",
+            "Training queries; thin lines are seeds.",
+            lambda figure: _training(
+                figure.add_subplot(), runs, {name: f"{prefix}grpo" for name, prefix in names.items()}
+            ),
+        ),
+    ]
 
 
 def _parameters(runs: Runs, model: str) -> int:
@@ -287,6 +366,7 @@ def main() -> None:
             "single seeds, in per cent."
         ),
         *_table_1(runs),
+        *_rejection(runs),
         *_margins(runs, args.margins),
         *_difficulty(runs),
         *_domains(runs),

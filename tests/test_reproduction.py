@@ -94,3 +94,16 @@ def test_every_verdict_of_the_table(write: Write) -> None:
     assert text.count("does not hold") == len(reproduction.TABLE) - len(reproduction.ESTIMATORS)
     assert "holds" not in text
     assert "0.0 % of the tokens of always thinking, at 100.0 % accuracy for 100.0 %" in text
+
+
+def test_every_verdict_on_rejection_fine_tuning(write: Write) -> None:
+    """Alike from every start; then HGPO picks no think, the better mode, and RFT does not."""
+    for prefix in reproduction.STARTS:
+        for model in ("hft", "rft-margin", "grpo"):
+            runs = write(prefix + model, [0.4])
+    verdicts = 3 * len(reproduction.STARTS)
+    assert paragraph(reproduction._rejection(runs)).count("does not hold") == verdicts
+    write("small-rft-margin", [0.9])
+    text = paragraph(reproduction._rejection(runs))
+    assert text.count("does not hold") == verdicts - 1
+    assert "smaller: hybrid accuracy holds, accuracy of the own choice does not hold" in text
