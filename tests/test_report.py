@@ -296,6 +296,17 @@ def test_a_decision_bias_is_said(tmp_path: Path) -> None:
     assert text.count("decision bias") == 1
 
 
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [("qwen3", ", mode format `qwen3`."), ({"name": "mine", "think": "<a>"}, ", mode format `mine`.")],
+)
+def test_a_mode_format_is_said(declared: Any, said: str, tmp_path: Path) -> None:
+    text = read(write_report({"own": evaluation(), "other": evaluation(mode_format=declared)}, tmp_path))[0]
+    assert said in text
+    assert text.count("mode format") == 1
+    assert text.count("<no_think>") == 1  # where the glossary has it as this library's own
+
+
 def test_one_evaluation_without_levels(tmp_path: Path) -> None:
     path = write_report({"hgpo": evaluation(levels=())}, tmp_path)
     text, page = read(path)

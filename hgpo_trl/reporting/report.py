@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import make_folder, nan_to_null, write_atomically
+from hgpo_trl.modes import LHRM
 from hgpo_trl.modes.hybrid_accuracy import STRATA
 from hgpo_trl.reporting.documents import (
     NO_BREAK,
@@ -467,13 +468,13 @@ def _margin_sweep(sweep: Mapping[float, Evaluation]) -> Figure | None:
 
 GLOSSARY = {
     "Thinking, not thinking": (
-        "the model starts its response with `<think>`, reasons and then answers, or starts with "
-        "`<no_think>` and answers at once. This first token is the model's choice."
+        "the model opens its response for reasoning, reasons and then answers, or opens it for an answer and "
+        "answers at once. The openings are those of its format: `<think>` and `<no_think>` in this library's own. "
+        "The opening is the model's choice."
     ),
     "Own choice": (
-        "the mode of the more likely first token, for each prompt. “Sampled” is what to expect when the "
-        "first token is drawn at random from the model's probabilities instead. A first token that is "
-        "neither mode scores 0."
+        "the mode of the most likely opening, for each prompt. “Sampled” is what to expect when the opening is "
+        "drawn at random from the model's probabilities instead. An opening of neither mode scores 0."
     ),
     "Always, never thinking": "the same model with one mode forced on every prompt.",
     "Oracle": (
@@ -495,7 +496,7 @@ GLOSSARY = {
         "the share of prompts on which neither mode has a mean score of at least 1/2: with answers that are right or "
         "wrong, those that both modes get wrong more often than right."
     ),
-    "Thinking ratio": "the mean probability that the first token is `<think>`.",
+    "Thinking ratio": "the mean probability that the model thinks.",
     "Off-mode mass": "the mean probability that a response begins in neither mode.",
     "Reflection words": (
         "words of somebody who is thinking, such as “wait”, “let me” or “step by step”, per response. More of them in "
@@ -613,8 +614,15 @@ def _measured(name: str, evaluation: Evaluation) -> str:
         f"`{name}`: model `{evaluation['model']}` on `{evaluation['dataset']}`, "
         f"{evaluation['num_prompts']:,} prompts, {evaluation['samples_per_mode']} responses in each mode, "
         f"margin {evaluation['margin']:g}{f', decision bias {bias:g}' if bias else ''}"
-        f"{'' if budget is None else f', budget of reasoning {budget} tokens'}."
+        f"{'' if budget is None else f', budget of reasoning {budget} tokens'}{_in_format(evaluation)}."
     )
+
+
+def _in_format(evaluation: Evaluation) -> str:
+    """The mode format, where it is not this library's own."""
+    declared = evaluation.get("mode_format", LHRM.name)
+    name = declared["name"] if isinstance(declared, dict) else declared
+    return "" if name == LHRM.name else f", mode format `{name}`"
 
 
 def _model_table(evaluations: Mapping[str, Evaluation]) -> Table:
@@ -697,7 +705,7 @@ CAPTIONS = {
     "thinking_ratio_by_level": (
         "Thinking by difficulty",
         (
-            "The mean probability that the first token is `<think>`, for the prompts of each level; bars "
+            "The mean probability that the model thinks, for the prompts of each level; bars "
             "are 95 % intervals. How to read it: a flat line is a model that chooses regardless of "
             "difficulty; a line that rises with difficulty is a model that saves its thinking for hard "
             "prompts. The HGPO paper reports a flat line after HFT and a rising one after HGPO."
@@ -798,10 +806,10 @@ def _blocks(
         *(Paragraph(note) for note in setting_notes({name: _unlimited(entry) for name, entry in limited.items()})),
         Heading("What was measured"),
         Paragraph(
-            "With its first token, each model chooses for each prompt whether it thinks (`<think>`) or "
-            "answers at once (`<no_think>`). To see whether it chooses well, every prompt was answered in "
-            "both modes and every response was scored. The model's own choice is then compared with always "
-            "thinking, with never thinking and with an oracle that knows the better mode of each prompt."
+            "With the opening of its response, each model chooses for each prompt whether it thinks or answers at "
+            "once. To see whether it chooses well, every prompt was answered in both modes and every response was "
+            "scored. The model's own choice is then compared with always thinking, with never thinking and with an "
+            "oracle that knows the better mode of each prompt."
         ),
         Bullets([_measured(name, evaluation) for name, evaluation in (everything | limited).items()]),
         Heading("Results"),
