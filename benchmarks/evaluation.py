@@ -1,6 +1,6 @@
 """`hgpo-trl evaluate`: two processes against one, and memory against the number of prompts.
 
-    OMP_NUM_THREADS=1 taskset -c 0,1 python benchmarks/evaluation.py processes [--turns 2]
+    OMP_NUM_THREADS=1 taskset -c 0,1 python benchmarks/evaluation.py processes [--prompts 128 1024] [--turns 2]
     OMP_NUM_THREADS=1 python benchmarks/evaluation.py memory --prompts 2000 20000 76000
 
 `processes` evaluates the same untrained model of the chain-sum task by turns in one process and in two, each with one
@@ -35,7 +35,7 @@ from hgpo_trl.tasks import chain_sum
 from hgpo_trl.tasks.embedded import build_model, build_tokenizer, draw, prompt_dataset
 
 SHOWN = ("hybrid_accuracy", "thinking_ratio", "accuracy", "mean_tokens", "intervals")
-PROMPTS, SAMPLES, BATCH, TOKENS = 128, 4, 32, 200  # of `processes`: 16 parts
+PROMPTS, SAMPLES, BATCH, TOKENS = 128, 4, 32, 200  # different prompts; the others are of `processes`
 TEXT = 8_000  # characters of a response of `memory`
 
 
@@ -83,8 +83,8 @@ def in_forks(count: int, run: Callable[[], object]) -> tuple[list[float], float]
     return seconds, time.perf_counter() - begun
 
 
-def processes(turns: int, folder: Path) -> None:
-    build(folder, PROMPTS)
+def processes(num_prompts: int, turns: int, folder: Path) -> None:
+    build(folder, num_prompts)
     for turn in range(turns):
         seconds, wall, figures = {}, {}, []
         for count in (1, 2):
@@ -96,7 +96,7 @@ def processes(turns: int, folder: Path) -> None:
             report = json.loads((output_dir / "report.json").read_text(encoding="utf-8"))
             figures.append({name: report[name] for name in SHOWN})
         result = {
-            "responses": PROMPTS * SAMPLES * len(MODES),
+            "responses": num_prompts * SAMPLES * len(MODES),
             "one": seconds[1][0],
             "two": seconds[2],
             "one / longer of two": seconds[1][0] / max(seconds[2]),
@@ -184,14 +184,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("processes", "memory"))
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[2_000, 20_000])
+    parser.add_argument("--prompts", type=int, nargs="+", help="processes: 128; memory: 2000 20000")
     parser.add_argument("--samples_per_mode", type=int, default=2)
     args = parser.parse_args()
     with TemporaryDirectory() as name:
         if args.what == "processes":
-            processes(args.turns, Path(name))
+            for count in args.prompts or [PROMPTS]:
+                processes(count, args.turns, Path(name) / str(count))
         else:
-            for count in args.prompts:
+            for count in args.prompts or [2_000, 20_000]:
                 memory(count, args.samples_per_mode, Path(name) / str(count))
 
 
