@@ -13,6 +13,7 @@ BASELINES := rft dpo rft-margin dpo-margin# the last two with the margin of hgpo
 MODELS := hft $(BASELINES) $(ESTIMATORS) $(MARGINS:%=margin-%)
 ONE := recipes/chain-sum
 TWO := recipes/two-domains
+LIKE := --tasks hgpo_trl.tasks.chain_sum benchmarks/chain_difference.py# in place of the shell game
 
 # $(call hgpo,SEED,PREFIX,NAME,RECIPES,FIELDS)
 define hgpo
@@ -35,6 +36,7 @@ define seed
 $(call stages,$(1),,$(ONE),)
 $(call stages,$(1),small-,$(ONE),$(SMALL))
 $(call stages,$(1),two-,$(TWO),)
+$(call stages,$(1),like-,$(TWO),$(LIKE))
 $(call stages,$(1),short-,$(ONE),,$$(SHORT_STAGE))
 $(call samples,$(1),,$(ONE))
 $(foreach prefix,small- short-,$(eval $(call samples,$(1),$(prefix),$(ONE))))
@@ -46,11 +48,12 @@ $(foreach margin,$(MARGINS),$(eval $(call hgpo,$(1),,margin-$(margin),$(ONE),--m
 $(call hgpo,$(1),small-,grpo,$(ONE),)
 $(call hgpo,$(1),short-,grpo,$(ONE),)
 $(call hgpo,$(1),two-,grpo,$(TWO),)
+$(call hgpo,$(1),like-,grpo,$(TWO),)
 endef
 
 $(foreach s,$(SEEDS),$(eval $(call seed,$(s))))
 
-EVALUATED := $(MODELS) two-hft two-grpo $(foreach prefix,small- short-,$(prefix)hft $(prefix)rft-margin $(prefix)grpo)
+EVALUATED := $(MODELS) two-hft two-grpo like-hft like-grpo $(foreach prefix,small- short-,$(prefix)hft $(prefix)rft-margin $(prefix)grpo)
 REPORTS := $(foreach s,$(SEEDS),$(EVALUATED:%=$(R)/$(s)/eval/%/report.json))
 
 .PHONY: all

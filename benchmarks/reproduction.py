@@ -7,7 +7,7 @@ Reads SEED/eval/MODEL/samples.parquet of every seed, and writes reproduction.md 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,10 @@ from hgpo_trl.reporting.documents import Block, Bullets, Heading, Paragraph, Tab
 from hgpo_trl.reporting.figures import INK, PERCENT_TICKS
 from hgpo_trl.reporting.report import load_training_log
 
-HELD_OUT = "shell_game"
+HELD_OUT = {  # by prefix of the runs: domain and name of the task that Stage II does not see
+    "like-": ("chain_difference", "chain differences"),
+    "two-": ("shell_game", "shell game"),
+}
 ESTIMATORS = {"grpo": "HGPO, GRPO", "rloo": "HGPO, RLOO", "reinforce_plus_plus": "HGPO, REINFORCE++"}
 TABLE = {
     "hft": "HFT",
@@ -258,41 +261,62 @@ def _difficulty(runs: Runs) -> list[Block]:
     ]  # fmt: skip
 
 
-def _domains(runs: Runs) -> list[Block]:
-    domains = {"chain_sum": "chain sums: in both stages", HELD_OUT: "shell game: not in Stage II"}
-    panels = {
-        title: {"HFT": runs.pooled("two-hft", domain), "HGPO": runs.pooled("two-grpo", domain)}
-        for domain, title in domains.items()
-    }
+def _domains(runs: Runs, held_out: Mapping[str, tuple[str, str]]) -> list[Block]:
+    """Chain sums, which both stages see, and by prefix of the runs a task that Stage I alone sees beside them."""
+
+    def both(prefix: str, domain: str) -> dict[str, Evaluation]:
+        return {"HFT": runs.pooled(f"{prefix}hft", domain), "HGPO": runs.pooled(f"{prefix}grpo", domain)}
+
+    shown: dict[str, dict[str, Evaluation]] = {}
+    verdicts = []
+    for prefix, (domain, name) in held_out.items():
+        shown[f"chain sums, beside {name}"] = both(prefix, "chain_sum")
+        shown[f"{name}: not in Stage II"] = unseen = both(prefix, domain)
+        ratios = [entry["thinking_ratio"] for entry in unseen["HGPO"]["by_level"]]
+        before, after = (unseen[model]["hybrid_accuracy"] for model in unseen)
+        verdicts.append(
+            f"in {name} the thinking ratio goes from {percent(ratios[0])} at the easiest to {percent(ratios[-1])} at "
+            f"the hardest level: more thinking at the hardest {holds(ratios[-1] > ratios[0])}, a rise at every step "
+            f"{holds(rises(ratios))}, a higher hybrid accuracy than HFT's {holds(after > before)}"
+        )
     rows = [
         [
             title,
             name,
             with_interval(evaluation, "hybrid_accuracy"),
             with_interval(evaluation, "accuracy", "auto"),
+            percent(at(evaluation, "accuracy", "no_think")),
             *[percent(evaluation["by_level"][i]["thinking_ratio"]) for i in (0, -1)],
         ]
-        for title, evaluations in panels.items()
+        for title, evaluations in shown.items()
         for name, evaluation in evaluations.items()
     ]
-    held_out = [entry["thinking_ratio"] for entry in panels[domains[HELD_OUT]]["HGPO"]["by_level"]]
     return [
         Heading("Figure 5: a domain that Stage II has not seen"),
         Paragraph(
             "The paper: trained on maths and general queries, the model thinks more on harder problems of code, too. "
-            "Here Stage I sees chain sums and the shell game, Stage II chain sums alone; in the shell game the "
-            "thinking ratio "
-            f"goes from {percent(held_out[0])} at the easiest to {percent(held_out[-1])} at the hardest level: more "
-            f"thinking at the hardest {holds(held_out[-1] > held_out[0])}, a rise at every step "
-            f"{holds(rises(held_out))}."
+            "Here Stage I sees chain sums and another task, Stage II chain sums alone: " + "; ".join(verdicts) + "."
         ),
         Table(
-            ["domain", "model", "hybrid accuracy", "accuracy, own choice", "P(think), easiest", "P(think), hardest"],
-            rows, labels=2,
+            [
+                "domain",
+                "model",
+                "hybrid accuracy",
+                "accuracy, own choice",
+                "never thinking",
+                "P(think), easiest",
+                "P(think), hardest",
+            ],
+            rows,
+            labels=2,
         ),
-        picture("figure_5", "Probability of thinking by level and domain", "All prompts of all seeds.",
-                 lambda figure: panels(figure, panels)),
-    ]  # fmt: skip
+        picture(
+            "figure_5",
+            "Probability of thinking by level and domain",
+            "All prompts of all seeds.",
+            lambda figure: panels(figure, shown),
+        ),
+    ]
 
 
 def _sizes(runs: Runs) -> list[Block]:
@@ -369,7 +393,7 @@ def main() -> None:
         *_rejection(runs),
         *_margins(runs, args.margins),
         *_difficulty(runs),
-        *_domains(runs),
+        *_domains(runs, HELD_OUT),
         *_sizes(runs),
     ]
     write_page(args.output_dir / "reproduction.md", blocks)

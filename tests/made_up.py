@@ -10,15 +10,22 @@ from hgpo_trl.evaluation.samples import write_samples
 
 
 def write_evaluation(
-    folder: Path, model: str, ratios: Sequence[float], seeds: Iterable[int] = (0, 1), think_tokens: int = 5
+    folder: Path,
+    model: str,
+    ratios: Sequence[float],
+    seeds: Iterable[int] = (0, 1),
+    think_tokens: int = 5,
+    domains: Sequence[str] = ("chain_sum",),
 ) -> None:
     """SEED/eval/MODEL with a given probability of thinking at each level, two prompts per level; all answers are right.
 
-    A no-think response has 5 tokens.
+    A no-think response has 5 tokens. The prompts of a level are of the domains in turn.
     """
     levels = [level for level in range(1, len(ratios) + 1) for _ in range(2)]
     prompts = [[{"role": "user", "content": f"query {row}"}] for row in range(len(levels))]
-    pd.DataFrame({"prompt": prompts, "level": levels, "domain": "chain_sum"}).to_parquet(folder / "eval.parquet")
+    of_prompts = [domains[row % len(domains)] for row in range(len(levels))]
+    data = folder / f"{'-'.join(domains)}.parquet"
+    pd.DataFrame({"prompt": prompts, "level": levels, "domain": of_prompts}).to_parquet(data)
     rows = [
         {
             "prompt_id": prompt, "mode": mode, "sample": sample, "completion": "",
@@ -31,4 +38,4 @@ def write_evaluation(
     for seed in seeds:
         output = folder / str(seed) / "eval" / model
         write_samples(output / "samples.parquet", pd.DataFrame(rows))
-        (output / "report.json").write_text(json.dumps({"dataset": str(folder / "eval.parquet")}))
+        (output / "report.json").write_text(json.dumps({"dataset": str(data)}))

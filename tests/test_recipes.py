@@ -201,7 +201,7 @@ def check_stages(commands: list[list[str]], parse: Parse) -> None:
 @pytest.mark.processes
 def test_make_reproduce_runs_what_there_is(parse: Parse) -> None:
     commands = plan("reproduce.mk", "SEEDS=3")
-    assert len(commands) == 43  # data, HFT, samples, baselines, HGPO, evaluations
+    assert len(commands) == 48  # data, HFT, samples, baselines, HGPO, evaluations
     check_stages(commands, parse)
 
 

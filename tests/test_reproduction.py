@@ -107,3 +107,26 @@ def test_every_verdict_on_rejection_fine_tuning(write: Write) -> None:
     text = paragraph(reproduction._rejection(runs))
     assert text.count("does not hold") == verdicts - 1
     assert "smaller: hybrid accuracy holds, accuracy of the own choice does not hold" in text
+
+
+@pytest.mark.parametrize(
+    ("after", "verdicts"),
+    [
+        ([0.1, 0.3, 0.9], ("holds", "holds", "holds")),  # no think, as good as thinking, is picked more often
+        ([0.6, 0.7, 0.6], ("does not hold", "does not hold", "does not hold")),
+    ],
+)
+def test_a_domain_that_stage_ii_has_not_seen(after: list[float], verdicts: tuple[str, ...], tmp_path: Path) -> None:
+    domains = ("chain_sum", "riddles")
+    write_evaluation(tmp_path, "other-hft", [0.6] * 3, domains=domains)
+    write_evaluation(tmp_path, "other-grpo", after, domains=domains)
+    blocks = reproduction._domains(Runs(tmp_path, [0, 1]), {"other-": ("riddles", "riddles")})
+    expected = [
+        f"{claim} {verdict}"
+        for claim, verdict in zip(
+            ("more thinking at the hardest", "a rise at every step", "a higher hybrid accuracy than HFT's"),
+            verdicts,
+            strict=True,
+        )
+    ]
+    assert ", ".join(expected) in paragraph(blocks)

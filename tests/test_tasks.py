@@ -20,11 +20,12 @@ from transformers import AutoTokenizer
 from hgpo_trl.cli import main
 from hgpo_trl.modes import Mode, format_response
 from hgpo_trl.tasks import chain_sum, shell_game
-from hgpo_trl.tasks.embedded import Query, build_tokenizer, domain_of, draw, draw_equally
+from hgpo_trl.tasks.embedded import Query, build_tokenizer, domain_of, draw, draw_equally, load_task
 
 TASKS = (chain_sum, shell_game)
 NAMES = [task.__name__ for task in TASKS]
-TOKENIZER = build_tokenizer(*TASKS)
+ALL_TASKS = (*TASKS, load_task(str(Path(__file__).parents[1] / "benchmarks" / "chain_difference.py")))
+TOKENIZER = build_tokenizer(*ALL_TASKS)
 COUNT_LETTERS = str(Path(__file__).parents[1] / "examples" / "count_letters.py")
 TINY = {"num_hft": 72, "num_hgpo": 36, "num_eval": 36, "hidden_size": 8, "num_heads": 2, "num_layers": 1}
 
@@ -51,12 +52,22 @@ def chain_sum_totals(prompt: str) -> list[str]:
     return [str(sum(digits[: count + 1]))[-1] for count in range(len(digits))]
 
 
-SOLVERS = {"shell_game": shell_game_places, "chain_sum": chain_sum_totals}
+def chain_difference_rests(prompt: str) -> list[str]:
+    """What is left modulo 10 after each operand: the last digit of the plain difference, from a hundred more."""
+    start, *digits = map(int, re.findall(r"(?:from|=) (\d)", prompt))
+    return [str(100 + start - sum(digits[: count + 1]))[-1] for count in range(len(digits))]
+
+
+SOLVERS = {
+    "shell_game": shell_game_places,
+    "chain_sum": chain_sum_totals,
+    "chain_difference": chain_difference_rests,
+}
 
 
 @st.composite
 def queries(draw: st.DrawFn) -> tuple[ModuleType, Query]:
-    task = draw(st.sampled_from(TASKS))
+    task = draw(st.sampled_from(ALL_TASKS))
     level = draw(st.sampled_from(sorted(task.LEVELS)))
     return task, task.sample(level, random.Random(draw(st.integers(0, 2**32))))
 
@@ -96,7 +107,7 @@ def test_vocabulary_covers_a_query_and_its_length_is_small(drawn: tuple[ModuleTy
     assert len(completion) + 1 <= 60  # the end token
 
 
-@pytest.mark.parametrize("task", TASKS, ids=domain_of)
+@pytest.mark.parametrize("task", ALL_TASKS, ids=domain_of)
 def test_draws_keep_the_parts_and_the_answers_apart(task: ModuleType) -> None:
     drawn = {part: list(draw(task, 900, held_out=part, fraction=0.2, seed=0)) for part in (True, False)}
     texts = {part: {query.prompt for query in found} for part, found in drawn.items()}
@@ -123,7 +134,7 @@ def test_tasks_take_turns(num_queries: int, tasks: tuple[ModuleType, ...]) -> No
 
 
 def test_vocabulary_is_the_union() -> None:
-    words = {*chain_sum.VOCABULARY, *shell_game.VOCABULARY}
+    words = {word for task in ALL_TASKS for word in task.VOCABULARY}
     assert words < set(TOKENIZER.get_vocab())
     alone = build_tokenizer(chain_sum)
     assert len(TOKENIZER) == len(alone) + len(words - set(chain_sum.VOCABULARY))
