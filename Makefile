@@ -115,7 +115,7 @@ budgets: $(INSTALLED_RECIPE)  ## the HGPO model's accuracy under each budget of 
 	done
 	$(BIN)/hgpo-trl report --config $(CONFIG)/report.yaml --budget_sweep hgpo=$(RUN)/eval/budgets
 
-reproduce: $(INSTALLED)  ## the paper's Table 1 and figures on the embedded tasks, three seeds: about an hour
+reproduce: $(INSTALLED)  ## the paper's Table 1 and figures on the embedded tasks, three seeds: about two hours
 	$(MAKE) --no-print-directory -j $(JOBS) -f benchmarks/reproduce.mk BIN=$(BIN)
 
 compare-rules: $(INSTALLED)  ## the rules for learning when to think, tuned alike, at equal rollout tokens; SEEDS=... RULES=...
