@@ -92,7 +92,12 @@ def served(folder: Path, longest: int, *arguments: str) -> Iterator[OpenAI]:
         *("--max-model-len", str(longest), "--dtype", "float32", "--block-size", "32", "--enforce-eager"),
         *("--uvicorn-log-level", "warning", *arguments),
     ]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # a loaded machine may pause for longer than its 5 seconds
+    }
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
