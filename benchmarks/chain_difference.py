@@ -4,16 +4,14 @@
     think:     <think> let me take off step by step : a - 3 = 5 b - 6 = 9 c - 0 = 9 d - 5 = 4 </think> 4
     no think:  <no_think> 4 </no_think>
 
-As in chain sums the level is the number of operands, and the digits are those of chain sums.
+As in chain sums the level is the number of operands; levels and digits are those of chain sums.
 """
 
 import random
 import string
 
-from hgpo_trl.tasks.chain_sum import DIGITS, MODULUS
+from hgpo_trl.tasks.chain_sum import DIGITS, LEVELS, MODULUS
 from hgpo_trl.tasks.embedded import Query
-
-LEVELS = {1: 2, 2: 2, 3: 2, 4: 1, 6: 1, 8: 1}  # operands -> weight
 
 _PREFIX = "let me take off step by step :"
 VOCABULARY = [

@@ -38,3 +38,9 @@ CONTINUOUS_BATCHING = {
     "use_transformers_continuous_batching": True,
     "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 512},
 }
+
+VLLM_SERVER = {  # environment of a vLLM server in the tests
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # a loaded machine may pause for longer than its 5 seconds
+}

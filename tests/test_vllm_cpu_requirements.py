@@ -19,10 +19,10 @@ def pinned(path: Path) -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines if line)}
 
 
-def needed(name: str, extra: str = "") -> set[str]:
+def needed(name: str) -> set[str]:
     """The distributions that an installed one needs, and those that they need."""
     found: set[tuple[str, str]] = set()
-    waiting = [(canonicalize_name(name), extra)]
+    waiting = [(canonicalize_name(name), "")]
     while waiting:
         one = waiting.pop()
         if one in found:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from settings import ON_CPU, argv
+from settings import ON_CPU, VLLM_SERVER, argv
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from workers import end
 
@@ -157,12 +157,7 @@ def folder(tokenizer: PreTrainedTokenizerFast, prompts: Dataset, tmp_path_factor
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
     port = free_port()
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # a loaded machine may pause for longer than its 5 seconds
-    }
+    environment = VLLM_SERVER | {"VLLM_SERVER_DEV_MODE": "1"}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")),
         *("--port", str(port), "--host", "127.0.0.1", "--max-model-len", "128", "--dtype", "float32"),

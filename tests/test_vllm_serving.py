@@ -22,6 +22,7 @@ from urllib.request import urlopen
 import pytest
 from datasets import Dataset
 from openai import BadRequestError, OpenAI
+from settings import VLLM_SERVER
 from test_splitter import without_blanks
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -92,12 +93,7 @@ def served(folder: Path, longest: int, *arguments: str) -> Iterator[OpenAI]:
         *("--max-model-len", str(longest), "--dtype", "float32", "--block-size", "32", "--enforce-eager"),
         *("--uvicorn-log-level", "warning", *arguments),
     ]
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # a loaded machine may pause for longer than its 5 seconds
-    }
+    environment = VLLM_SERVER | {"PYTHONPATH": str(ROOT)}
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True, cwd=folder
