@@ -4,8 +4,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -329,3 +332,32 @@ def test_an_adapter_is_refused(path: str, few: Dataset, tmp_path: Path) -> None:
     fields = {"backend": "vllm", "model": adapter, "data": tmp_path / "eval.parquet", "output_dir": tmp_path / "out"}
     with pytest.raises(ValueError, match=r"model=.*adapter' is a LoRA adapter of None; merge it first"):
         main(argv(fields))
+
+
+def test_termination_ends_the_engine_too(path: str, few: Dataset, tmp_path: Path) -> None:
+    """A scheduler that stops a job signals the process that it started, not the engine's."""
+    few.to_parquet(tmp_path / "eval.parquet")
+    fields = {"backend": "vllm", "model": path, "data": tmp_path / "eval.parquet", "output_dir": tmp_path / "out"}
+    fields |= {"samples_per_mode": 200, "max_new_tokens": 400, "reward_funcs": "hgpo_trl.rewards.accuracy_reward"}
+    log = tmp_path / "log"
+    engine: list[psutil.Process] = []
+    with log.open("w", encoding="utf-8") as output:
+        process = psutil.Popen(
+            [sys.executable, "-m", "hgpo_trl.cli", "evaluate", *argv(fields)],
+            stdout=output,
+            stderr=output,
+            env=os.environ | ENVIRONMENT,
+        )
+    try:
+        while "Processed prompts" not in log.read_text(encoding="utf-8"):  # the engine samples
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+            time.sleep(0.2)
+        engine = process.children(recursive=True)
+        assert any("VLLM" in part for child in engine for part in child.cmdline())
+        process.terminate()
+        assert process.wait(timeout=300) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(engine, timeout=60)[1]
+    finally:
+        for left in [*engine, process]:
+            if left.is_running():
+                left.kill()

@@ -1,6 +1,9 @@
 """Samples of both modes by vLLM."""
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,8 @@ def running_engine(
 ) -> Iterator["LLM"]:
     """Start a vLLM engine, and shut it down on leaving. By default it runs in processes of its own.
 
+    A process that is terminated meanwhile shuts its engine down, too, and ends with status 143.
+
     Args:
         model: path or hub id.
         longest_prompt: tokens, without the decision.
@@ -61,21 +66,35 @@ def running_engine(
             f"positions, but the model {model!r} has {available} (max_position_embeddings). Lower max_new_tokens, drop "
             "the longest prompts, or set backend to transformers, which does not check it."
         )
-    with own_devices(tensor_parallel_size):
-        engine = LLM(
-            model=model,
-            dtype=weights_dtype,
-            max_model_len=needed,
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
-            logprobs_mode="raw_logprobs",  # of the model itself, whatever the sampling
-            # On a CPU a seeded request whose prompt is cut ends the engine: torch's CPU generator has no offset.
-            enable_chunked_prefill=False if current_platform.is_cpu() else None,
-        )
+    with _termination_as_exit():
+        with own_devices(tensor_parallel_size):
+            engine = LLM(
+                model=model,
+                dtype=weights_dtype,
+                max_model_len=needed,
+                tensor_parallel_size=tensor_parallel_size,
+                gpu_memory_utilization=gpu_memory_utilization,
+                logprobs_mode="raw_logprobs",  # of the model itself, whatever the sampling
+                # On a CPU a seeded request whose prompt is cut ends the engine: torch's CPU generator has no offset.
+                enable_chunked_prefill=False if current_platform.is_cpu() else None,
+            )
+        try:
+            yield engine
+        finally:
+            engine.llm_engine.engine_core.shutdown(timeout=30)  # seconds; its processes end themselves first
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """Make SIGTERM an exception: an engine's processes outlive a process that the signal itself ends."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as a shell reports it
     try:
-        yield engine
+        yield
     finally:
-        engine.llm_engine.engine_core.shutdown(timeout=30)  # seconds; its processes end themselves first
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
