@@ -180,7 +180,7 @@ def panels(figure: Figure, titled: dict[str, dict[str, Evaluation]]) -> None:
         axes.set_axis_off()
     for axes, (title, evaluations) in zip(grid.flat, titled.items(), strict=False):
         _by_level(axes, evaluations)
-        axes.set_title(fill(title, 80 // columns), fontsize=10)  # characters: 80 fill the picture's width
+        axes.set_title(fill(title, 100 // columns), fontsize=10)  # characters: 100 fill the picture's width
     for row in grid:
         row[0].set_ylabel("probability of thinking")
     handles, labels = grid[0, 0].get_legend_handles_labels()
