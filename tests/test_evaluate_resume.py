@@ -34,7 +34,7 @@ from hgpo_trl.evaluation.samples import (
     samples_of_prompts,
     write_samples,
 )
-from hgpo_trl.inference.generate import batches
+from hgpo_trl.inference.decoding import batches
 from hgpo_trl.scripts import evaluate as evaluate_script
 from hgpo_trl.scripts.evaluate import main
 

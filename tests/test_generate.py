@@ -16,7 +16,8 @@ from tokenizers_zoo import FAMILIES, qwen2, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from hgpo_trl.inference.generate import DecisionBias, Generation, HybridModel, generate, stream
+from hgpo_trl.inference.decoding import DecisionBias
+from hgpo_trl.inference.generate import Generation, HybridModel, generate, stream
 from hgpo_trl.modes import LHRM, MODES, Mode, ModeTokens, add_mode_tokens, mode_tokens, split_response
 from hgpo_trl.modes.chat_template import set_chat_template
 
@@ -180,7 +181,7 @@ def test_no_batch_mixes_modes(
     original = model.generate
 
     def spy(input_ids: Tensor, **kwargs: Any) -> Any:
-        if not kwargs["generation_config"].output_logits:
+        if "output_logits" not in kwargs:
             batches.append({token if token in tokens.decision else -1 for token in input_ids[:, -1].tolist()})
         return original(input_ids=input_ids, **kwargs)
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hgpo_trl.evaluation import vllm_backend
 from hgpo_trl.evaluation.transformers_backend import sample_both_modes
-from hgpo_trl.inference.generate import SAMPLING, generate, set_generation_config, stream
+from hgpo_trl.inference.decoding import SAMPLING, set_generation_config
+from hgpo_trl.inference.generate import generate, stream
 from hgpo_trl.modes import mode_tokens
 from hgpo_trl.rewards import accuracy_reward
 from hgpo_trl.scripts import baselines, hft, merge

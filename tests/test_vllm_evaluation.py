@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from hgpo_trl.evaluation import vllm_backend
 from hgpo_trl.evaluation.transformers_backend import sample_both_modes
-from hgpo_trl.inference.generate import render
+from hgpo_trl.inference.decoding import render
 from hgpo_trl.modes import MODES, mode_tokens
 from hgpo_trl.scripts import evaluate
 from hgpo_trl.scripts.evaluate import main

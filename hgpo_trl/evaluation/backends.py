@@ -12,7 +12,7 @@ from hgpo_trl.common.errors import UserError
 from hgpo_trl.evaluation import transformers_backend, vllm_backend
 from hgpo_trl.evaluation.processes import own_share
 from hgpo_trl.evaluation.samples import Sampler
-from hgpo_trl.inference.generate import prompt_lengths
+from hgpo_trl.inference.decoding import prompt_lengths
 from hgpo_trl.modes import check_embeddings, mode_tokens
 
 BACKENDS = ("transformers", "vllm")

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.files import whole_file, write_atomically
-from hgpo_trl.inference.generate import until_end
+from hgpo_trl.inference.decoding import until_end
 from hgpo_trl.modes import MODES, mode_tokens, split_response
 
 PROMPT_ID = "prompt_id"

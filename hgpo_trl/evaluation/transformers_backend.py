@@ -7,13 +7,12 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
-from hgpo_trl.inference.generate import batches, complete, end_tokens, openings, padded, render, sampling_config
+from hgpo_trl.evaluation.samples import Generated, samples_table
+from hgpo_trl.inference.decoding import Decoder, render
 from hgpo_trl.inference.limits import Limits, ThinkBudget
-from hgpo_trl.modes import MODES, Mode, ModeTokens, mode_tokens
-from hgpo_trl.modes.decision import read_decision
+from hgpo_trl.modes import MODES, Mode, mode_tokens
 
 
 def sample_both_modes(
@@ -48,53 +47,35 @@ def sample_both_modes(
         The table of `hgpo_trl.evaluation.samples`: one row per response.
     """
     tokens = mode_tokens(tokenizer)
-    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
     limits = Limits(max_new_tokens, max_think_tokens, max_no_think_tokens, think_budget)
-    configs = [sampling_config(tokenizer, ends, room, temperature, top_p) for room in limits.rooms(tokens)]
-    budget = limits.budget(tokenizer, tokens)
+    rooms, budget = limits.rooms(tokens), limits.budget(tokenizer, tokens)
+    at_once = prompts_at_a_time(batch_size, samples_per_mode) * samples_per_mode
+    decoder = Decoder(model, tokenizer, tokens, temperature, top_p, at_once)
     ids = render(tokenizer, prompts)
     model.eval()
     torch.manual_seed(seed)
-    decisions = _read_decisions(model, tokenizer, ids, tokens, batch_size)
+    decisions = decoder.read_decisions(ids)
     total = len(ids) * len(MODES) * samples_per_mode
     with tqdm(total=total, desc="sampling", unit="response") if progress is None else nullcontext(progress) as bar:
-        responses = _generate(model, tokenizer, ids, tokens, configs, budget, samples_per_mode, batch_size, bar)
-        return samples_table(tokenizer, decisions, responses, ends)
-
-
-def _read_decisions(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], tokens: ModeTokens, batch_size: int
-) -> list[FirstToken]:
-    found: dict[int, FirstToken] = {}
-    for rows in batches(ids, batch_size):
-        inputs = padded(model, tokenizer, [ids[row] for row in rows])
-        decision = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens)
-        values = zip(decision.think.tolist(), decision.no_think.tolist(), decision.picked.tolist(), strict=True)
-        found |= dict(zip(rows, values, strict=True))
-    return [found[row] for row in range(len(ids))]
+        responses = _generate(decoder, ids, rooms, budget, samples_per_mode, bar)
+        return samples_table(tokenizer, decisions, responses, decoder.ends)
 
 
 def _generate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    decoder: Decoder,
     ids: list[list[int]],
-    tokens: ModeTokens,
-    configs: Sequence[GenerationConfig],
+    rooms: Sequence[int],
     budget: ThinkBudget | None,
     samples_per_mode: int,
-    batch_size: int,
     progress: tqdm,
 ) -> Iterator[Generated]:
     """Generate one mode after the other: no short response waits in a batch for a long one of the other mode."""
-    rows_at_a_time = prompts_at_a_time(batch_size, samples_per_mode) * samples_per_mode
-    for number, (mode, config) in enumerate(zip(MODES, configs, strict=True)):
-        prompts = [row for row in ids for _ in range(samples_per_mode)]
-        temperature = config.temperature if config.do_sample else 0.0
-        begun = openings(model, tokenizer, prompts, tokens, mode, temperature, rows_at_a_time)
+    prompts = [row for row in ids for _ in range(samples_per_mode)]
+    for number, (mode, room) in enumerate(zip(MODES, rooms, strict=True)):
+        begun = decoder.force(prompts, mode)
         rows = [[*prompt, *opening] for prompt, opening in zip(prompts, begun, strict=True)]
-        drawn = len(tokens.openings[number])  # a token behind the opening is the model's own, of a mode that is OTHER
-        closing = budget if mode is Mode.THINK else None
-        for place, rest in complete(model, tokenizer, rows, config, rows_at_a_time, progress, closing):
+        drawn = len(decoder.tokens.openings[number])  # a token behind it is the model's own, of a mode that is OTHER
+        for place, rest in decoder.complete(rows, room, progress, budget if mode is Mode.THINK else None):
             response = [*begun[place][drawn:], *rest]
             yield Generated(place // samples_per_mode, number, place % samples_per_mode, response)
 

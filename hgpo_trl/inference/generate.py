@@ -12,23 +12,17 @@ splits the text.
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BatchEncoding,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -36,11 +30,11 @@ from transformers import (
 
 from hgpo_trl.common.compat import prepend_to_stream
 from hgpo_trl.common.errors import UserError
+from hgpo_trl.inference.decoding import CloseReasoning, Decoder, render, until_end
 from hgpo_trl.inference.limits import Limits, ThinkBudget
 from hgpo_trl.modes import (
     LHRM,
     MODES,
-    OTHER,
     Mode,
     ModeFormat,
     ModeTokens,
@@ -50,231 +44,11 @@ from hgpo_trl.modes import (
     split_response,
 )
 from hgpo_trl.modes.chat_template import has_thinking_modes, opened_mode, settle_format
-from hgpo_trl.modes.decision import draw_other, move_decision, read_decision
 
 AUTO = "auto"  # the mode in which the model picks
 CHOICES = (AUTO, *(mode.value for mode in MODES))
 
 Conversation = Sequence[Mapping[str, Any]]
-
-# The paper's sampling, for a model's generation config. Without it Transformers decodes greedily, and think responses
-# fall into loops. Transformers' default for top_k is 50, not all.
-SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
-
-
-# --- tokens in, tokens out ------------------------------------------------------------------------------------
-
-
-def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of each prompt, text or conversation, up to the point where the model decides."""
-    encoded: Any  # the tokenizer's return type depends on its arguments' values
-    if isinstance(prompts[0], str):
-        encoded = tokenizer(list(prompts))
-    else:
-        encoded = tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    return encoded["input_ids"]
-
-
-def prompt_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], at_once: int = 1_000) -> list[int]:
-    """Tokens of each prompt that `render` gives; the ids of `at_once` of them are in memory at a time."""
-    starts = range(0, len(prompts), at_once)
-    return [len(ids) for start in starts for ids in render(tokenizer, prompts[start : start + at_once])]
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
-    """Ids that end a response: the tokenizer's end token and those of the model's generation config."""
-    return sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
-
-
-def until_end(response: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
-    """Cut the padding behind a response's end token; also return whether it is truncated, without an end token."""
-    end = next((place for place, token in enumerate(response) if token in ends), None)
-    return (response, True) if end is None else (response[: end + 1], False)
-
-
-def sampling_config(
-    tokenizer: PreTrainedTokenizerBase, ends: list[int], max_new_tokens: int, temperature: float, top_p: float
-) -> GenerationConfig:
-    """Build the configuration for drawing tokens; temperature 0 is greedy."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
-        top_p=top_p if temperature > 0 else 1.0,
-        top_k=0 if temperature > 0 else None,
-        repetition_penalty=1.0,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends,
-    )
-
-
-def set_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a model, PEFT's or not, a generation config with its token ids and the paper's sampling alone.
-
-    A base model's own settings (top_k, repetition_penalty, suppress_tokens, ...) would otherwise be saved with the
-    trained model and shape its rollouts: Transformers falls back on them where a trainer leaves a field unset.
-    """
-    model = model.get_base_model() if is_peft_model(model) else model
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id),
-        pad_token_id=tokenizer.pad_token_id,
-        **SAMPLING,
-    )
-
-
-@contextmanager
-def own_settings_ignored(model: Any) -> Iterator[None]:
-    """Make `model.generate` ignore the model's own generation config within this context."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def batches(ids: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Yield row numbers in batches of similar length, which need little padding."""
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def padded(model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> BatchEncoding:
-    """Rows of token ids as one batch on the model's device, padded on the left."""
-    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
-
-
-def complete(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[list[int]],
-    config: GenerationConfig,
-    batch_size: int,
-    progress: tqdm,
-    budget: ThinkBudget | None = None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Continue rows of token ids, in batches of like length: (row number, the tokens that follow, padding included).
-
-    Args:
-        budget: of the reasoning that begins behind the rows; None: there is no reasoning, or no budget.
-    """
-    for batch in batches(rows, batch_size):
-        inputs = padded(model, tokenizer, [rows[row] for row in batch])
-        length = inputs["input_ids"].shape[1]
-        with torch.inference_mode(), own_settings_ignored(model):
-            sequences = model.generate(
-                **inputs, generation_config=config, logits_processor=closing_processors(budget, length)
-            )
-        yield from zip(batch, sequences[:, length:].tolist(), strict=True)
-        progress.update(len(batch))
-
-
-class CloseReasoning(LogitsProcessor):
-    """Closes a reasoning that is still open at its budget: the closing tokens are the only ones from there on.
-
-    Args:
-        start: place of the reasoning's first token: tokens of the prompt, padding and opening included.
-    """
-
-    def __init__(self, budget: ThinkBudget, start: int) -> None:
-        self.budget = budget
-        self.start = start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        first = self.start + self.budget.tokens  # where the closing tokens go
-        place = input_ids.shape[1] - first
-        if not 0 <= place < len(self.budget.closing):
-            return scores
-        closed = (input_ids[:, self.start : first] == self.budget.end_think).any(dim=1, keepdim=True)
-        alone = torch.full_like(scores, -math.inf)
-        alone[:, self.budget.closing[place]] = 0.0
-        return torch.where(closed, scores, alone)
-
-
-def closing_processors(budget: ThinkBudget | None, start: int) -> LogitsProcessorList:
-    """`CloseReasoning` of a budget, if there is one, for `model.generate`."""
-    return LogitsProcessorList([] if budget is None else [CloseReasoning(budget, start)])
-
-
-# --- the decision ---------------------------------------------------------------------------------------------
-
-
-class DecisionBias(LogitsProcessor):
-    """Moves the log-odds of thinking, logit(think) − logit(no_think), by `bias` on the token that decides.
-
-    Half of it is added to logit(think) and half subtracted from logit(no_think), before temperature and top-p. A large
-    bias of either sign leaves no probability to the other mode or to any other token; 0 changes nothing. Where one mode
-    is every token but the other's, the other's logit takes all of the bias.
-
-    Args:
-        prompt_length: tokens of the prompt, padding included: where the first generated token stands.
-    """
-
-    def __init__(self, tokens: ModeTokens, bias: float, prompt_length: int) -> None:
-        self.tokens = tokens
-        self.bias = bias
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        prefix = self.tokens.prefix
-        if input_ids.shape[1] != self.prompt_length + len(prefix):
-            return scores
-        deciding = (input_ids[:, self.prompt_length :] == input_ids.new_tensor(prefix)).all(dim=1)
-        moved = move_decision(scores.clone(), self.tokens, self.bias)  # the raw logits are read afterwards
-        return torch.where(deciding[:, None], moved, scores)
-
-
-def _decide(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[list[int]],
-    tokens: ModeTokens,
-    bias: float,
-    config: GenerationConfig,
-    batch_size: int,
-) -> list[tuple[list[int], float]]:
-    """Draw every response up to the decision, like any other token, and read the model's own π(think | q)."""
-    found: dict[int, tuple[list[int], float]] = {}
-    at_once = len(tokens.openings[0]) == 1 and not tokens.prefix
-    for batch in batches(ids, batch_size):
-        inputs = padded(model, tokenizer, [ids[row] for row in batch])
-        length = inputs["input_ids"].shape[1]
-        with torch.inference_mode(), own_settings_ignored(model):
-            output = model.generate(
-                **inputs,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([DecisionBias(tokens, bias, length)]),
-            )
-        if at_once:
-            think = torch.softmax(output.logits[0].float(), dim=-1)[:, tokens.think]
-        else:
-            think = read_decision(model, inputs["input_ids"], inputs["attention_mask"], tokens).think
-        found |= dict(zip(batch, zip(output.sequences[:, length:].tolist(), think.tolist(), strict=True), strict=True))
-    return [found[row] for row in range(len(ids))]
-
-
-def openings(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[list[int]],
-    tokens: ModeTokens,
-    mode: Mode,
-    temperature: float,
-    batch_size: int,
-) -> list[list[int]]:
-    """The forced beginning of each prompt's response in a mode, with a token of the model's where that is OTHER."""
-    opening = list(tokens.openings[MODES.index(mode)])
-    if tokens.decision[MODES.index(mode)] != OTHER:
-        return [opening] * len(ids)
-    drawn = draw_other(model, tokenizer.pad_token_id, ids, tokens, temperature, batch_size)
-    return [[*opening, token] for token in drawn]
-
-
-# --- responses ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,15 +66,10 @@ class Generation:
     prob_think: float | None  # π(think | q), of the model itself at temperature 1; None where the mode was forced
 
 
-def _as_generation(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: ModeTokens,
-    generated: list[int],
-    ends: list[int],
-    prob_think: float | None,
-) -> Generation:
+def _as_generation(decoder: Decoder, generated: list[int], prob_think: float | None) -> Generation:
+    tokens, ends = decoder.tokens, decoder.ends
     generated, truncated = until_end(generated, ends)
-    text = str(tokenizer.decode(generated, skip_special_tokens=True))
+    text = str(decoder.tokenizer.decode(generated, skip_special_tokens=True))
     response = split_response(text, tokens.mode_format)
     body = [token for token in generated if token not in ends]
     before, after = body, list[int]()
@@ -416,32 +185,30 @@ def generate(
     """
     check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
     limits = Limits(max_new_tokens, max_think_tokens, max_no_think_tokens, think_budget)
-    tokens = check_model(model, tokenizer)
+    decoder = Decoder(model, tokenizer, check_model(model, tokenizer), temperature, top_p, batch_size)
     if not conversations:
         return []
     ids = render(tokenizer, [_conversation(conversation) for conversation in conversations])
-    lengths = _Lengths.of(limits, tokenizer, tokens, _room(model, max(map(len, ids)), tokens))
-    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    lengths = _Lengths.of(limits, decoder, max(map(len, ids)))
     model.eval()
     if seed is not None:
         torch.manual_seed(seed)
 
-    first, probs = _begin(model, tokenizer, ids, tokens, mode, decision_bias, ends, temperature, top_p, batch_size)
+    first, probs = _begin(decoder, ids, mode, decision_bias)
     responses = {row: list(begun) for row, begun in enumerate(first)}
     groups: dict[Mode | None, list[int]] = defaultdict(list)  # None: neither
     for row, begun in enumerate(first):
-        if begun[-1] not in ends:
-            groups[tokens.chosen(begun)].append(row)
+        if begun[-1] not in decoder.ends:
+            groups[decoder.tokens.chosen(begun)].append(row)
     with tqdm(
         total=sum(map(len, groups.values())), desc="generating", unit="response", disable=len(ids) <= batch_size
     ) as progress:
         for chosen, group in groups.items():
             prompts = [[*ids[row], *first[row]] for row in group]
             most, budget = lengths.rest(chosen, len(first[group[0]]))
-            config = sampling_config(tokenizer, ends, most, temperature, top_p)
-            for place, rest in complete(model, tokenizer, prompts, config, batch_size, progress, budget):
+            for place, rest in decoder.complete(prompts, most, progress, budget):
                 responses[group[place]] += rest
-    return [_as_generation(tokenizer, tokens, responses[row], ends, probs[row]) for row in range(len(ids))]
+    return [_as_generation(decoder, responses[row], probs[row]) for row in range(len(ids))]
 
 
 @dataclass(frozen=True)
@@ -453,10 +220,11 @@ class _Lengths:
     room: float  # positions that are left for a response
 
     @classmethod
-    def of(cls, limits: Limits, tokenizer: PreTrainedTokenizerBase, tokens: ModeTokens, room: float) -> "_Lengths":
-        """UserError if the limits leave no room behind an opening, or for an answer."""
-        limits.rooms(tokens)
-        return cls(limits, limits.budget(tokenizer, tokens), room)
+    def of(cls, limits: Limits, decoder: Decoder, longest_prompt: int) -> "_Lengths":
+        """UserError if the limits or the model's positions leave no room behind an opening, or for an answer."""
+        room = _room(decoder.model, longest_prompt, decoder.tokens)
+        limits.rooms(decoder.tokens)
+        return cls(limits, limits.budget(decoder.tokenizer, decoder.tokens), room)
 
     def rest(self, chosen: Mode | None, begun: int) -> tuple[int, ThinkBudget | None]:
         """The most tokens behind the first `begun` tokens of a response, and the budget of its reasoning."""
@@ -466,24 +234,12 @@ class _Lengths:
 
 
 def _begin(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[list[int]],
-    tokens: ModeTokens,
-    mode: str,
-    bias: float,
-    ends: list[int],
-    temperature: float,
-    top_p: float,
-    batch_size: int,
-) -> tuple[list[list[int]], list[float | None]]:
+    decoder: Decoder, ids: list[list[int]], mode: str, bias: float
+) -> tuple[list[list[int]], Sequence[float | None]]:
     """Each response up to the decision, drawn or forced, and π(think | q) where it is drawn; else None."""
-    if mode != AUTO:
-        return openings(model, tokenizer, ids, tokens, Mode(mode), temperature, batch_size), [None] * len(ids)
-    config = sampling_config(tokenizer, ends, len(tokens.prefix) + 1, temperature, top_p)
-    config.update(output_logits=True, return_dict_in_generate=True)
-    decided = _decide(model, tokenizer, ids, tokens, bias, config, batch_size)
-    return [until_end(drawn, ends)[0] for drawn, _ in decided], [prob for _, prob in decided]
+    if mode == AUTO:
+        return decoder.decide(ids, bias)
+    return decoder.force(ids, Mode(mode)), [None] * len(ids)
 
 
 def stream(
@@ -507,20 +263,18 @@ def stream(
     """
     check_settings(mode, decision_bias, max_new_tokens, temperature, top_p)
     limits = Limits(max_new_tokens, max_think_tokens, max_no_think_tokens, think_budget)
-    tokens = check_model(model, tokenizer)
+    decoder = Decoder(model, tokenizer, check_model(model, tokenizer), temperature, top_p, batch_size=1)
     (ids,) = render(tokenizer, [_conversation(conversation)])
-    lengths = _Lengths.of(limits, tokenizer, tokens, _room(model, len(ids), tokens))
-    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    lengths = _Lengths.of(limits, decoder, len(ids))
     model.eval()
     if seed is not None:
         torch.manual_seed(seed)
-    (begun,), _ = _begin(model, tokenizer, [ids], tokens, mode, decision_bias, ends, temperature, top_p, 1)
-    if begun[-1] in ends:
+    (begun,), _ = _begin(decoder, [ids], mode, decision_bias)
+    if begun[-1] in decoder.ends:
         yield str(tokenizer.decode(begun, skip_special_tokens=True))
         return
     prompt = [*ids, *begun]
-    most, budget = lengths.rest(tokens.chosen(begun), len(begun))
-    config = sampling_config(tokenizer, ends, most, temperature, top_p)
+    most, budget = lengths.rest(decoder.tokens.chosen(begun), len(begun))
 
     stopped = threading.Event()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -528,14 +282,13 @@ def stream(
 
     def run() -> None:
         try:
-            with torch.inference_mode(), own_settings_ignored(model):
-                model.generate(
-                    **padded(model, tokenizer, [prompt]),
-                    generation_config=config,
-                    logits_processor=closing_processors(budget, len(prompt)),
-                    stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: _all(rows, stopped.is_set())]),
-                    streamer=streamer,
-                )
+            decoder.draw(
+                decoder.padded([prompt]),
+                most,
+                None if budget is None else CloseReasoning(budget, len(prompt)),
+                stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: _all(rows, stopped.is_set())]),
+                streamer=streamer,
+            )
         finally:
             streamer.end()  # the reader must not wait for a generation that has failed
 

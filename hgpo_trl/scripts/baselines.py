@@ -25,7 +25,7 @@ from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.common.files import whole_file
 from hgpo_trl.evaluation.baselines import COLUMNS, as_dataset, best_responses, preference_pairs
 from hgpo_trl.evaluation.samples import PROMPT_ID, RECORD, SAMPLES, prompts_hash
-from hgpo_trl.inference.generate import set_generation_config
+from hgpo_trl.inference.decoding import set_generation_config
 from hgpo_trl.modes import format_of, mode_tokens
 from hgpo_trl.modes.chat_template import settle_format
 from hgpo_trl.rewards import has_answer

@@ -48,7 +48,8 @@ from hgpo_trl.evaluation.samples import (
 )
 from hgpo_trl.evaluation.scores import score_samples
 from hgpo_trl.evaluation.transformers_backend import prompts_at_a_time
-from hgpo_trl.inference.generate import AUTO, check_settings, prompt_lengths
+from hgpo_trl.inference.decoding import prompt_lengths
+from hgpo_trl.inference.generate import AUTO, check_settings
 from hgpo_trl.inference.limits import LIMITS, MAX_NO_THINK_HELP, MAX_THINK_HELP, THINK_BUDGET_HELP, Limits
 from hgpo_trl.inference.vllm_support import check_vllm_installed
 from hgpo_trl.modes import LHRM, MODES, Mode, ModeFormat, as_format, format_of, format_response, mode_tokens

@@ -19,7 +19,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import run_stage
-from hgpo_trl.inference.generate import set_generation_config
+from hgpo_trl.inference.decoding import set_generation_config
 from hgpo_trl.modes import LHRM, add_mode_tokens, as_format, check_embeddings, mode_tokens
 from hgpo_trl.modes.chat_template import FORMATS, ensure_thinking_modes, settle_format
 from hgpo_trl.scripts.stages import (

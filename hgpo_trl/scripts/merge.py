@@ -13,7 +13,7 @@ from peft import PeftConfig
 from transformers import AutoConfig
 
 from hgpo_trl.common.errors import UserError, run_stage
-from hgpo_trl.inference.generate import set_generation_config
+from hgpo_trl.inference.decoding import set_generation_config
 from hgpo_trl.scripts.recipe import RecipeParser
 from hgpo_trl.training.lora import ADAPTER_CONFIG, is_adapter, load_merged
 from hgpo_trl.training.model_dir import check_finished, check_model_path

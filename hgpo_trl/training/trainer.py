@@ -18,7 +18,7 @@ from trl.data_utils import is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 
 from hgpo_trl.common import paper
-from hgpo_trl.inference.generate import set_generation_config
+from hgpo_trl.inference.decoding import set_generation_config
 from hgpo_trl.inference.limits import ThinkBudget
 from hgpo_trl.modes import MODES, OTHER, Fault, Response, check_embeddings
 from hgpo_trl.modes.decision import OFF_MODE, Decision, draw_other, read_decision
