@@ -3,7 +3,6 @@
 R ?= runs/reproduce
 SEEDS ?= 0 1 2
 MARGINS ?= 0.45 0.7# beside 0.2 of the recipe; at N = 8 a mode's mean is a multiple of 1/4
-HGPO ?=# fields of every HGPO run, beside the recipe's: --decision_weighting saturating
 SMALL ?= --num_layers 1# the smaller model; the recipe's has two layers
 SHORT ?= 700# steps of the short Stage I; the recipe's is of 1,800
 include benchmarks/stages.mk
@@ -18,7 +17,7 @@ LIKE := --tasks hgpo_trl.tasks.chain_sum benchmarks/chain_difference.py# in plac
 # $(call hgpo,SEED,PREFIX,NAME,RECIPES,FIELDS)
 define hgpo
 $(R)/$(1)/$(2)$(3)/model.safetensors: $(R)/$(1)/$(2)hft/model.safetensors
-	$$(call run,$(1)-$(2)$(3),hgpo-trl hgpo --config $(4)/hgpo.yaml --seed $(1) --model_name_or_path $$(<D) --train_data $(R)/$(1)/$(2)data/hgpo.parquet --output_dir $$(@D) $(5) $(HGPO))
+	$$(call run,$(1)-$(2)$(3),hgpo-trl hgpo --config $(4)/hgpo.yaml --seed $(1) --model_name_or_path $$(<D) --train_data $(R)/$(1)/$(2)data/hgpo.parquet --output_dir $$(@D) $(5))
 $(call evaluation,$(1),$(2)$(3),$(2)$(3),$(4),$(R)/$(1)/$(2)data/eval.parquet)
 endef
 
