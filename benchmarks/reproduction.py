@@ -33,7 +33,7 @@ from pages import (
 
 from hgpo_trl.reporting.documents import Block, Bullets, Heading, Paragraph, Table
 from hgpo_trl.reporting.figures import INK, PERCENT_TICKS
-from hgpo_trl.reporting.report import load_training_log
+from hgpo_trl.reporting.training_log import load_training_log
 
 HELD_OUT = {  # by prefix of the runs: domain and name of the task that Stage II does not see
     "like-": ("chain_difference", "chain differences"),

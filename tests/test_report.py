@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hgpo_trl.common.files import write_json
-from hgpo_trl.reporting.report import load_training_log, write_report
+from hgpo_trl.reporting.report import write_report
+from hgpo_trl.reporting.training_log import load_training_log
 from hgpo_trl.scripts.report import main
 
 NO_BREAK = "\u00a0"

@@ -42,8 +42,10 @@ from hgpo_trl.reporting.documents import (
     to_html,
     to_markdown,
 )
+from hgpo_trl.reporting.evaluations import METRICS, lookup
 from hgpo_trl.reporting.figures import NEITHER, STYLE, WIDTH, to_png
-from hgpo_trl.reporting.report import METRICS, MODEL_COLORS, MODEL_MARKERS, lookup, setting_notes
+from hgpo_trl.reporting.plots import MODEL_COLORS, MODEL_MARKERS
+from hgpo_trl.reporting.tables import setting_notes
 
 COMPARED = (
     "hybrid_accuracy",

@@ -6,6 +6,7 @@ from typing import Any
 
 from hgpo_trl.modes import MODES, Mode
 from hgpo_trl.reporting.documents import NO_BREAK, Block, Heading, Paragraph, Response, SideBySide
+from hgpo_trl.reporting.evaluations import number
 
 EXAMPLES = "examples.json"  # of `hgpo-trl evaluate`
 Example = Mapping[str, Any]  # an entry of it
@@ -91,11 +92,6 @@ def _response(example: Example, mode: str) -> Response:
     ]
     badges = [label for label, key in (("chosen", "chosen"), ("better", "better")) if example[key] == mode]
     return Response(NAMES[mode], badges, verdict, notes, response["reasoning"], response["answer"])
-
-
-def number(value: Any) -> float:
-    """A number of an evaluation; null, which stands for NaN, becomes NaN."""
-    return math.nan if value is None else float(value)
 
 
 def _shown(value: Any, form: str) -> str:

@@ -16,7 +16,8 @@ from hgpo_trl.common import paper
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import looks_like_path, write_atomically
 from hgpo_trl.modes import LHRM, as_format
-from hgpo_trl.reporting.report import CAPTIONS, results_markdown
+from hgpo_trl.reporting.plots import CAPTIONS
+from hgpo_trl.reporting.tables import results_markdown
 from hgpo_trl.training.config import HGPOConfig
 from hgpo_trl.training.run_dir import RUN_FILE, is_free
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.reporting.examples import EXAMPLES
-from hgpo_trl.reporting.report import load_training_log, write_report
+from hgpo_trl.reporting.report import write_report
+from hgpo_trl.reporting.training_log import load_training_log
 from hgpo_trl.scripts.recipe import RecipeParser
 
 
