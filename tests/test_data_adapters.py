@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hgpo_trl.data.adapters import ADAPTERS, CONVENTIONS, adapt, generic, unread
+from hgpo_trl.data.adapter import adapt
+from hgpo_trl.data.adapters import ADAPTERS
 from hgpo_trl.data.example import Drop, Example
+from hgpo_trl.data.own_files import generic, unread
+from hgpo_trl.data.traces import CONVENTIONS
 from hgpo_trl.modes import TAGS, TRACE_FIELDS, Mode, format_response, split_response
 
 Row = dict[str, Any]

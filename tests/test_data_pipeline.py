@@ -27,10 +27,11 @@ from test_data_adapters import ROWS
 
 from hgpo_trl.common.data_files import load_data
 from hgpo_trl.data import pipeline, sources
-from hgpo_trl.data.adapters import ADAPTERS, generic
+from hgpo_trl.data.adapters import ADAPTERS
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Example
 from hgpo_trl.data.filters import quality, verified_answers
+from hgpo_trl.data.own_files import generic
 from hgpo_trl.data.pipeline import Build, Deduplication, build_dataset, claim
 from hgpo_trl.modes import split_response
 from hgpo_trl.scripts import building

@@ -9,7 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 from hgpo_trl.common.errors import UserError, did_you_mean
 from hgpo_trl.common.imports import load_function, load_module
 from hgpo_trl.common.seeds import derived_seed
-from hgpo_trl.data.adapters import Adapter, Generator, adapt, generated
+from hgpo_trl.data.adapter import Adapter, Generator, adapt
 from hgpo_trl.data.example import Drop
+from hgpo_trl.data.rows import Parts, optional_text, text_of, user_message
 from hgpo_trl.data.sources import Row, Source, Unit, characters, read_unit
 from hgpo_trl.modes import Mode
 from hgpo_trl.tasks.embedded import Query, check_levels, domain_of
@@ -69,12 +70,35 @@ def resolve_generated(where: str, source: Source, stage: str, seed: int) -> Adap
     own_seed = derived_seed(seed, f"{stage} {source.label} {source.seed}")
     mode = Mode(source.mode) if source.mode else None
     found = (_task if is_task else _reasoning_gym)(where, source, mode, own_seed)
-    adapter = generated(found, mode)
+    adapter = _adapter(found, mode)
     verdict = adapt(adapter, found(0), source.label)
     if isinstance(verdict, Drop) and verdict.reason in ("missing_field", "empty_field", "no_answer"):
         part = verdict.detail.get("field", "answer")
         raise UserError(f"{where}: its rows have no {part}, without which no {mode or 'prompt'} example can be made.")
     return adapter
+
+
+def _adapter(generator: Generator, mode: Mode | None) -> Adapter:
+    """An adapter for rows that a program generates.
+
+    Args:
+        mode: of the responses; None for prompts alone.
+    """
+    read = partial(_read, mode)
+    return Adapter("generated", generator.licence, "hft", generator.domain, mode, read, generator=generator)
+
+
+def _read(mode: Mode | None, row: Mapping[str, Any]) -> Parts:
+    answer = optional_text(row, "answer")
+    parts: Parts = {"prompt": user_message(text_of(row, "prompt")), "reference": answer, "generated": True}
+    if mode is not None:
+        parts |= {"mode": mode, "answer": (answer or "").strip()}
+    if mode is Mode.THINK:
+        parts["reasoning"] = text_of(row, "reasoning").strip()
+    for name in ("level", "domain", "id", "reasoning_gym"):
+        if (value := optional_text(row, name)) is not None:
+            parts[name] = value
+    return parts
 
 
 def list_units(index: int, source: Source, generator: Generator) -> list[Unit]:

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from hgpo_trl.common.differences import differences
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import make_folder, whole_file, write_json
-from hgpo_trl.data.adapters import Adapter, adapt
+from hgpo_trl.data.adapter import Adapter, adapt
 from hgpo_trl.data.deduplication import dedup_keys, first_of_each
 from hgpo_trl.data.example import Drop, Example, Step
 from hgpo_trl.data.generators import ReasoningGymGenerator, rows_of

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from hgpo_trl.common.data_files import load_data
 from hgpo_trl.common.errors import UserError
-from hgpo_trl.data.adapters import adapt, generic
+from hgpo_trl.data.adapter import adapt
 from hgpo_trl.data.example import Drop
+from hgpo_trl.data.own_files import generic
 from hgpo_trl.evaluation.metrics import GROUPS
 from hgpo_trl.verification import final_answer
 
