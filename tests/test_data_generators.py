@@ -18,9 +18,10 @@ from test_data_pipeline import chunks_of_both_starts, contents, removed_of, rows
 from hgpo_trl.cli import main
 from hgpo_trl.common.errors import MissingPackageError, UserError
 from hgpo_trl.data import generators
+from hgpo_trl.data.build import Build, Deduplication
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import quality
-from hgpo_trl.data.pipeline import Build, Deduplication, build_dataset, claim
+from hgpo_trl.data.pipeline import build_dataset, claim
 from hgpo_trl.modes import split_response
 from hgpo_trl.rewards import reasoning_gym_reward
 from hgpo_trl.scripts.building import plan, resolve

@@ -26,13 +26,14 @@ from hypothesis import strategies as st
 from test_data_adapters import ROWS
 
 from hgpo_trl.common.data_files import load_data
-from hgpo_trl.data import pipeline, sources
+from hgpo_trl.data import chunks, pipeline, shards, sources
 from hgpo_trl.data.adapters import ADAPTERS
+from hgpo_trl.data.build import Build, Deduplication
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Example
 from hgpo_trl.data.filters import quality, verified_answers
 from hgpo_trl.data.own_files import generic
-from hgpo_trl.data.pipeline import Build, Deduplication, build_dataset, claim
+from hgpo_trl.data.pipeline import build_dataset, claim
 from hgpo_trl.modes import split_response
 from hgpo_trl.scripts import building
 from hgpo_trl.scripts.building import plan, resolve
@@ -314,7 +315,7 @@ def test_whatever_json_a_row_holds_it_is_kept_or_removed(
     build = Build(
         stage, [(sources.Source("x"), adapter)], [("quality", quality()), ("maths", verified_answers())], DEDUP
     )
-    pipeline.make_chunk(build, tmp_path, 0, sources.Unit(0, path, 0, 10**9))
+    chunks.make_chunk(build, tmp_path, 0, sources.Unit(0, path, 0, 10**9))
     rows, removed = (pq.read_table(tmp_path / f"chunk-000000.{kind}") for kind in ("parquet", "removed.parquet"))
     assert len(rows) + len(removed) == 2
 
@@ -384,7 +385,7 @@ def test_a_killed_build_goes_on(recipe: Any, tmp_path: Path, at: str, moment: st
 def chunks_of_both_starts(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Interrupt a build at its third chunk and start it again; the numbers of the chunks that the two starts made."""
     made: list[int] = []
-    make_chunk = pipeline.make_chunk
+    make_chunk = chunks.make_chunk
 
     def fail_at_the_third(planned: Build, work: Path, number: int, unit: Any) -> int:
         if len(made) == 2:
@@ -392,10 +393,10 @@ def chunks_of_both_starts(build: Callable[[], Any], monkeypatch: pytest.MonkeyPa
         made.append(number)
         return make_chunk(planned, work, number, unit)
 
-    monkeypatch.setattr(pipeline, "make_chunk", fail_at_the_third)
+    monkeypatch.setattr(chunks, "make_chunk", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         build()
-    monkeypatch.setattr(pipeline, "make_chunk", lambda *args: made.append(args[2]) or make_chunk(*args))
+    monkeypatch.setattr(chunks, "make_chunk", lambda *args: made.append(args[2]) or make_chunk(*args))
     build()
     return made
 
@@ -501,7 +502,7 @@ def test_one_process_builds_at_a_time(recipe: Any, tmp_path: Path) -> None:
 
 def test_more_shards_than_files_that_may_be_open(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(recipe, tmp_path / "one" / "out", rows_per_shard=20)
-    monkeypatch.setattr(pipeline, "_OPEN_SHARDS", 3)
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", 3)
     run(recipe, tmp_path / "more" / "out", rows_per_shard=20)
     assert len(list((tmp_path / "more" / "out" / "data").iterdir())) == 25
     assert contents(tmp_path / "one" / "out") == contents(tmp_path / "more" / "out")

@@ -16,6 +16,7 @@ from hgpo_trl.common.files import looks_like_path
 from hgpo_trl.common.fingerprints import data_fingerprint
 from hgpo_trl.data.adapter import Adapter, adapt
 from hgpo_trl.data.adapters import ADAPTERS
+from hgpo_trl.data.build import DECONTAMINATION, Build, Deduplication
 from hgpo_trl.data.decontamination import Decontaminator
 from hgpo_trl.data.example import Drop, Step
 from hgpo_trl.data.filters import language, opened, quality, token_limit
@@ -30,7 +31,8 @@ from hgpo_trl.data.generators import (
 from hgpo_trl.data.manifest import Manifest
 from hgpo_trl.data.mixing import check_shares
 from hgpo_trl.data.own_files import columns_of, generic, unread
-from hgpo_trl.data.pipeline import DECONTAMINATION, Build, Deduplication, Finish, build_dataset, claim
+from hgpo_trl.data.pipeline import build_dataset, claim
+from hgpo_trl.data.shards import Finish
 from hgpo_trl.data.sources import Source, Unit, list_files, parse_entries, read_unit, split_into_units
 from hgpo_trl.modes import LHRM, ModeFormat
 
