@@ -181,7 +181,7 @@ def test_no_batch_mixes_modes(
     original = model.generate
 
     def spy(input_ids: Tensor, **kwargs: Any) -> Any:
-        if "output_logits" not in kwargs:
+        if not kwargs["generation_config"].output_logits:
             batches.append({token if token in tokens.decision else -1 for token in input_ids[:, -1].tolist()})
         return original(input_ids=input_ids, **kwargs)
 

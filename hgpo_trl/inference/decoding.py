@@ -150,15 +150,22 @@ class Decoder:
         return self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.model.device)
 
     def draw(
-        self, inputs: BatchEncoding, max_new_tokens: int, processor: LogitsProcessor | None = None, **settings: Any
+        self,
+        inputs: BatchEncoding,
+        max_new_tokens: int,
+        processor: LogitsProcessor | None = None,
+        output_logits: bool = False,
+        **settings: Any,
     ) -> Any:
         """`model.generate` on a batch of `padded`.
 
         Args:
             processor: of the logits before temperature and top-p.
+            output_logits: return the logits, too, as fields of an object.
             settings: other arguments of `model.generate`.
         """
         config = self._config(max_new_tokens)
+        config.update(output_logits=output_logits, return_dict_in_generate=output_logits)
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             with torch.inference_mode():
@@ -212,13 +219,8 @@ class Decoder:
         for batch in batches(prompts, self.batch_size):
             inputs = self.padded([prompts[row] for row in batch])
             length = inputs["input_ids"].shape[1]
-            output = self.draw(
-                inputs,
-                len(self.tokens.prefix) + 1,
-                DecisionBias(self.tokens, bias, length),
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+            biased = DecisionBias(self.tokens, bias, length)
+            output = self.draw(inputs, len(self.tokens.prefix) + 1, biased, output_logits=True)
             if at_once:
                 think = torch.softmax(output.logits[0].float(), dim=-1)[:, self.tokens.think]
             else:
