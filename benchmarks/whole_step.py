@@ -3,9 +3,10 @@
     make demo RECIPE=smollm2-135m                                 # model and data; an HFT model is enough
     OMP_NUM_THREADS=1 python benchmarks/whole_step.py [--update_results] [--turns 3] [--steps 4]
 
-Both train the HFT model of recipes/smollm2-135m on the same queries with the settings of its hgpo.yaml: a step is 8
-queries with 4 responses in each mode, vLLM samples in the training's process. Stock TRL gets every query twice, as two
-prompts that end with the opening of a mode, with 4 responses each; so both sides write responses of the same kind.
+Both train the HFT model of recipes/smollm2-135m on the same queries with the settings of its hgpo.yaml, but N = 8:
+a step is 8 queries with 4 responses in each mode. vLLM samples in the training's process. Stock TRL gets every query
+twice, as two prompts that end with the opening of a mode, with 4 responses each; so both sides write responses of the
+same kind.
 "ours, lazy" is the recipe itself, with lazy thinking, "ours" the recipe without.
 
 The sides take turns in processes of their own. The first step of a process, in which vLLM warms up, is not counted.
@@ -38,6 +39,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "smollm2-135m" / "hgp
 SIDES = ("stock TRL", "ours", "ours, lazy")
 PARTS = ("sampling", "training", "rest")
 LENGTH = "completions/mean_length"
+STEP = {"num_generations": 8, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}  # N, and rows
 NOT_TRLS = ("margin", "alpha", "decision_weighting", "lazy_thinking", "micro_batch_tokens")
 NOT_FIELDS = ("model_name_or_path", "train_data", "reward_funcs", "env", "dtype")  # of the command, not of the config
 
@@ -64,7 +66,7 @@ def train(side: str, model: str, data: str, steps: int) -> dict[str, Any]:
     settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     for name, value in settings["env"].items():
         os.environ.setdefault(name, value)
-    settings = {name: value for name, value in settings.items() if name not in NOT_FIELDS}
+    settings = {name: value for name, value in settings.items() if name not in NOT_FIELDS} | STEP
     on_cpu = not torch.accelerator.is_available()
     settings |= {"use_cpu": on_cpu, "bf16": choose_bf16(on_cpu), "model_init_kwargs": {"dtype": "float32"}}
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", truncation_side="left")

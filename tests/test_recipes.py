@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -351,6 +352,8 @@ def test_recipe_trains(
     monkeypatch.setattr(module, "train_and_save", look_and_train)
     model = thinkers[recipe["mode_format"]] if "mode_format" in recipe else model_dir
     paths = {"model_name_or_path": model, "train_data": examples[stage], "output_dir": str(tmp_path / "run")}
+    if "num_generations" in recipe:  # a step of whole groups
+        paths["per_device_train_batch_size"] = math.lcm(SMALL["per_device_train_batch_size"], recipe["num_generations"])
     if "reward_model" in recipe:
         paths |= {"reward_model": reward_model_dir, "train_data": examples["mixed"]}
     overrides = {**SMALL, **SMALL_STAGE[stage], **paths}
