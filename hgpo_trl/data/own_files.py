@@ -14,7 +14,6 @@ from hgpo_trl.modes import TAGS, TRACE_FIELDS, Mode
 FIELDS = ("prompt", "messages", "system", "reasoning", "answer", "response", "reference", "level", "id", "domain")
 _JOINED = ("prompt", "system", "reasoning", "answer", "response")  # may be joined from several columns
 
-
 Fields = Mapping[str, str | Sequence[str]]
 
 

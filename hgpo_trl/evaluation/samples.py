@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hgpo_trl.common.files import whole_file, write_atomically
-from hgpo_trl.inference.decoding import until_end
+from hgpo_trl.inference.decoding import FirstToken, until_end
 from hgpo_trl.modes import MODES, mode_tokens, split_response
 
 PROMPT_ID = "prompt_id"
@@ -48,8 +48,6 @@ BLOCK = 1024  # responses in memory at a time, where their texts are needed
 Sampler = Callable[..., pd.DataFrame]
 """`sampler(prompts, numbers=..., **settings)`: `sample_both_modes` of a backend, with its model and the length of its
 responses, for prompts with these numbers among all."""
-
-FirstToken = tuple[float, float, int]  # π(think | q), π(no_think | q), and the greedy pick as in `Decision.picked`
 
 
 class Generated(NamedTuple):

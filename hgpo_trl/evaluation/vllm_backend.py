@@ -16,8 +16,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.seeds import derived_seed
 from hgpo_trl.evaluation.processes import own_share
-from hgpo_trl.evaluation.samples import FirstToken, Generated, samples_table
-from hgpo_trl.inference.decoding import end_tokens, render
+from hgpo_trl.evaluation.samples import Generated, samples_table
+from hgpo_trl.inference.decoding import FirstToken, end_tokens, render
 from hgpo_trl.inference.limits import Limits, ThinkBudget
 from hgpo_trl.modes import MODES, OTHER, ModeTokens, mode_tokens
 from hgpo_trl.modes.decision import OFF_MODE

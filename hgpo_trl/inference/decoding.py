@@ -30,6 +30,8 @@ from hgpo_trl.modes.decision import Decision, draw_other, move_decision, read_de
 # fall into loops. Transformers' default for top_k is 50, not all.
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
 
+FirstToken = tuple[float, float, int]  # π(think | q), π(no_think | q), and the greedy pick as in `Decision.picked`
+
 
 def render(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
     """Token ids of each prompt, text or conversation, up to the point where the model decides."""
@@ -192,9 +194,9 @@ class Decoder:
             eos_token_id=self.ends,
         )
 
-    def read_decisions(self, prompts: list[list[int]]) -> list[tuple[float, float, int]]:
-        """Read the model's own decision on each prompt: π(think | q), π(no_think | q), and the mode it prefers."""
-        found: dict[int, tuple[float, float, int]] = {}
+    def read_decisions(self, prompts: list[list[int]]) -> list[FirstToken]:
+        """Read the model's own decision on each prompt."""
+        found: dict[int, FirstToken] = {}
         for rows in batches(prompts, self.batch_size):
             decision = self._read(self.padded([prompts[row] for row in rows]))
             values = zip(decision.think.tolist(), decision.no_think.tolist(), decision.picked.tolist(), strict=True)

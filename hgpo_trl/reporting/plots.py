@@ -1,4 +1,4 @@
-"""Draw the figures of a report. Each function returns None where its input is missing."""
+"""Draw the figures of a report; a figure whose input is missing is None."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
