@@ -22,9 +22,9 @@ from hgpo_trl.data.build import Build, Deduplication
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
 from hgpo_trl.data.filters import quality
 from hgpo_trl.data.pipeline import build_dataset, claim
+from hgpo_trl.data.planning import plan, resolve
 from hgpo_trl.modes import split_response
 from hgpo_trl.rewards import reasoning_gym_reward
-from hgpo_trl.scripts.building import plan, resolve
 from hgpo_trl.verification import reasoning_gym
 from hgpo_trl.verification.reasoning_gym import dataset_names, open_dataset, score
 

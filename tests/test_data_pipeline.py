@@ -34,9 +34,9 @@ from hgpo_trl.data.example import Drop, Example
 from hgpo_trl.data.filters import quality, verified_answers
 from hgpo_trl.data.own_files import generic
 from hgpo_trl.data.pipeline import build_dataset, claim
+from hgpo_trl.data.planning import plan, resolve
 from hgpo_trl.modes import split_response
 from hgpo_trl.scripts import building
-from hgpo_trl.scripts.building import plan, resolve
 from hgpo_trl.scripts.data_hft import HFTDataArguments
 
 WORDS = [f"{a}{b}" for a in ("ba", "ko", "lu", "mi", "ne", "ri", "su", "ta") for b in "bdfgklmnprst"]
@@ -588,10 +588,10 @@ def test_fields_are_checked_before_any_work(field: dict[str, Any], message: str)
 def test_what_the_recipe_names_is_checked_before_any_work(recipe: Any, tmp_path: Path) -> None:
     args = HFTDataArguments(sources=recipe, output_dir=str(tmp_path / "out"), source_shares={"talk": 1.0})
     with pytest.raises(ValueError, match="source_shares names 'talk'; the sources are problems, chat"):
-        building.run("hft", args, [])
+        building.run("hft", args)
     args = replace(args, source_shares=None, tokenizer=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"tokenizer='.*nothing': there is no such folder"):
-        building.common_steps(args)
+        building.run("hft", args)
 
 
 def test_mixed_schemas_lose_the_rows_that_do_not_fit(tmp_path: Path) -> None:

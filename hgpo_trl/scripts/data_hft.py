@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from hgpo_trl.common.errors import UserError, run_stage
 from hgpo_trl.data.classifier import ReasoningQueryClassifier, no_reasoning_queries
+from hgpo_trl.data.example import Step
 from hgpo_trl.data.filters import verified_answers
 from hgpo_trl.modes import LHRM, Mode, as_format
 from hgpo_trl.modes.chat_template import FORMATS
-from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
+from hgpo_trl.scripts.building import BuilderArguments, run
 from hgpo_trl.scripts.recipe import RecipeParser
 
 
@@ -60,7 +61,7 @@ class HFTDataArguments(BuilderArguments):
 def main(argv: Sequence[str]) -> None:
     (args,) = RecipeParser(HFTDataArguments, prog="hgpo-trl data hft").parse_recipe(argv)
     mode_format = as_format(args.mode_format or LHRM)
-    steps = common_steps(args, mode_format)
+    steps: list[tuple[str, Step]] = []
     if args.remove_reasoning_queries:
         classifier = ReasoningQueryClassifier.load(args.reasoning_classifier)
         steps.append(("reasoning_queries", no_reasoning_queries(classifier, args.reasoning_threshold)))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hgpo_trl.common.errors import run_stage
 from hgpo_trl.data.example import Drop
 from hgpo_trl.evaluation.difficulty import DifficultyArguments, check_model, measure, pass_rates, verdicts
-from hgpo_trl.scripts.building import BuilderArguments, common_steps, run
+from hgpo_trl.scripts.building import BuilderArguments, run
 from hgpo_trl.scripts.recipe import RecipeParser
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         think, no_think = pass_rates(rewards).T
         return verdicts(rewards, args.difficulty_margin), {"pass_rate_think": think, "pass_rate_no_think": no_think}
 
-    run("hgpo", args, common_steps(args), finish=by_difficulty if args.difficulty_model else None)
+    run("hgpo", args, finish=by_difficulty if args.difficulty_model else None)
 
 
 if __name__ == "__main__":
