@@ -247,7 +247,7 @@ def test_the_examples_are_built_and_scored(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(ROOT)
     questions = {}
-    for kind, name in (("hft", "hft"), ("hgpo", "hgpo"), ("hgpo", "evaluation")):
+    for kind, name in (("hft", "hft"), ("hgpo", "hgpo"), ("hgpo", "evaluation"), ("hgpo", "gsm_symbolic")):
         recipe = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
         recipe["output_dir"] = str(tmp_path / name)
         for benchmark in recipe.get("decontamination", []):
@@ -257,6 +257,7 @@ def test_the_examples_are_built_and_scored(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(sys, "argv", ["hgpo-trl", "data", kind, "--config", str(file)])
         main()
         questions[name] = {query_of(row) for row in rows_of(tmp_path / name)}
+    assert len(questions["gsm_symbolic"]) == 100
     assert not questions["evaluation"] & (questions["hft"] | questions["hgpo"])
     steps = Counter((row["step"], row["reason"]) for row in removed_of(tmp_path / "evaluation"))
     assert steps.keys() <= {("decontamination", "contaminated"), ("duplicates", "exact")}
