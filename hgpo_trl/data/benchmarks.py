@@ -42,13 +42,9 @@ def find_benchmarks(entries: Sequence[Any]) -> list[tuple[Benchmark, list[str]]]
     Raises:
         UserError: an entry is malformed, two have the same name, or there are no such files.
     """
-    benchmarks = parse_entries("decontamination", entries, Benchmark)
-    labels = [benchmark.label for benchmark in benchmarks]
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise UserError(f"decontamination: {twice!r} is there twice. Give each its own `name`.")
     return [
         (benchmark, list_files(_named(index), benchmark.path, benchmark.subset, benchmark.split, benchmark.files))
-        for index, benchmark in enumerate(benchmarks)
+        for index, benchmark in enumerate(parse_entries("decontamination", entries, Benchmark))
     ]
 
 

@@ -88,9 +88,6 @@ def resolve(sources: list[dict[str, Any]], stage: str, seed: int = 0) -> list[tu
             if unknown is not None:
                 raise UserError(f"{where}: rows names the domain {unknown!r}; all its rows are {adapter.domain!r}.")
         resolved.append((source, replace(adapter, licence=source.licence or adapter.licence)))
-    labels = [source.label for source, _ in resolved]
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise UserError(f"sources: {twice!r} is there twice. Give each its own `name`.")
     return resolved
 
 

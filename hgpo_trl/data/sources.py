@@ -80,10 +80,11 @@ class Source:
 
 
 def parse_entries(field: str, entries: Sequence[Any], kind: type) -> list[Any]:
-    """Parse the entries of a recipe's list into instances of a dataclass whose first field is `path`.
+    """Parse the entries of a recipe's list into instances of a dataclass with a `path` and a `label`.
 
     Raises:
-        UserError: an entry is no mapping, has an unknown key, lacks `path`, or a value has the wrong type.
+        UserError: an entry is no mapping, has an unknown key, lacks `path`, or a value has the wrong type; or two
+            entries have the same label.
     """
     names = [entry.name for entry in fields(kind)]
     parsed: list[Any] = []
@@ -102,6 +103,9 @@ def parse_entries(field: str, entries: Sequence[Any], kind: type) -> list[Any]:
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise UserError(f"{where} ({entry['path']}): {problems}") from None
+    labels = [entry.label for entry in parsed]
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise UserError(f"{field}: {twice!r} is there twice. Give each its own `name`.")
     return parsed
 
 
