@@ -305,6 +305,16 @@ def test_hgpo_resumes_under_sharding(config: str, stage: Stage, model_dir: str, 
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_hgpo_resumes_within_a_later_epoch(stage: Stage, model_dir: str, data: Path, tmp_path: Path) -> None:
+    """Three steps an epoch, in two processes; the fourth of six is within the second."""
+    fields = {"model_name_or_path": model_dir, "train_data": data, "train_split": "train[:6]", "max_steps": 6}
+    fields |= {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8}
+    whole = stage("cpu_ddp", "hgpo", tmp_path / "whole", **fields)
+    resumed = stage("cpu_ddp", "hgpo", tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoint-4", **fields)
+    assert log_of(resumed) == log_of(whole)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("strategy", ["random", "batch_rebalance"])
 def test_hft_resumes_within_a_later_epoch(
     strategy: str, stage: Stage, hft_fields: dict[str, Any], tmp_path: Path

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from trl import GRPOTrainer
 
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.evaluation.transformers_backend import sample_both_modes
@@ -104,6 +105,25 @@ def test_rollouts_begin_with_the_openings(
     assert all(0 <= entry["hgpo/off_mode_mass"] <= 1 for entry in logged)
     if OTHER in tokens.decision and len(tokens.openings[1]) == 1:
         assert all(entry["hgpo/off_mode_mass"] < 1e-6 for entry in logged)
+
+
+@pytest.mark.parametrize("budget", [None, 3])
+def test_prompts_that_are_sampled_as_one_are_equal(
+    untrained: str, prompts: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int | None
+) -> None:
+    """vLLM in server mode samples n responses to every n-th prompt, whatever the others are."""
+    sampled: list[tuple[list[list[int]], int]] = []
+    generate = GRPOTrainer._generate_single_turn
+
+    def keep(self: GRPOTrainer, prompt_ids: list, images: Any, fields: Any, same: int, *args: Any) -> Any:
+        sampled.append((prompt_ids, same))
+        return generate(self, prompt_ids, images, fields, same, *args)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", keep)
+    make_trainer(untrained, prompts, tmp_path / "run", num_generations=8, think_budget=budget, max_steps=1).train()
+    assert sampled
+    for prompt_ids, same in sampled:
+        assert prompt_ids == [prompt for prompt in prompt_ids[::same] for _ in range(same)]
 
 
 def test_a_budget_closes_reasoning_in_the_marks_of_the_format(

@@ -268,6 +268,19 @@ def test_merging_keeps_what_a_recipe_has_trained_apart(config: Config, tied: boo
     torch.testing.assert_close(trained.logits(merged), trained.logits(trained.model), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpoint", ["", "checkpoint-2"])
+def test_merging_keeps_a_changed_config(checkpoint: str, tmp_path: Path) -> None:
+    """The longer positions and the base frequency that an adapter was trained with are the merged model's."""
+    rope = {"rope_type": "default", "rope_theta": 300_000.0}
+    changes = {"model_init_kwargs": {"max_position_embeddings": 4321, "rope_parameters": rope, "dtype": "float32"}}
+    trained = stage_one("grown tied", tmp_path, changes)
+    run("merge", {"model": str(trained.adapter / checkpoint), "output_dir": f"{tmp_path}/merged"})
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.max_position_embeddings == 4321
+    assert merged.config.rope_parameters == rope
+    torch.testing.assert_close(trained.logits(merged), trained.logits(trained.model), rtol=1e-5, atol=1e-6)
+
+
 # --- Stage II ---------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
-from test_report import evaluation
+from test_report import evaluation, limited
 from trl import ModelConfig
 
 from hgpo_trl.common.errors import UserError
@@ -135,6 +135,24 @@ def test_the_evaluation_alone(folder: Path, tmp_path: Path) -> None:
     text = read(folder, report=tmp_path / "eval")
     assert "|  | this model |" in text
     assert "![" not in text
+
+
+def test_sweeps_of_a_report_are_no_models(folder: Path, tmp_path: Path) -> None:
+    report = write_report(
+        {"after": limited(None)}, tmp_path, margin_sweep={0.1: evaluation()}, budget_sweep={"after": [limited(8)]}
+    )
+    card = read(folder, report=report.parent)
+    assert "| after |" in card
+    assert "_sweep" not in card
+
+
+def test_a_licence_that_was_added_stays(folder: Path) -> None:
+    text = read(folder)
+    licence = "license: other\nlicense_name: mine\nlicense_link: https://example.org"
+    (folder / "README.md").write_text(text.replace("---\n", f"---\n{licence}\n", 1), encoding="utf-8")
+    data = ModelCard(read(folder)).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "mine", "https://example.org")
+    assert data.base_model == "org/base-7b"
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:

@@ -297,6 +297,23 @@ def test_the_papers_settings(size: str) -> None:
     assert {key for key in differ if not key.startswith("vllm_")} == {"gradient_accumulation_steps"}
 
 
+@pytest.mark.parametrize(
+    "recipe", sorted(ROOT.glob("recipes/*/hgpo*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_stage_two_trains_on_the_data_of_its_folder(recipe: Path) -> None:
+    """What the rule alone scores has reference answers."""
+    hgpo = read(recipe)
+    if (recipe.parent / "data.yaml").is_file():  # of an embedded task: all stages at once
+        assert hgpo["train_data"] == f"{read(recipe.parent / 'data.yaml')['output_dir']}/hgpo.parquet"
+        return
+    builder = read(recipe.parent / "data_hgpo.yaml")
+    assert hgpo["train_data"] == builder["output_dir"]
+    if "reward_model" not in hgpo:
+        for source in builder["sources"]:
+            assert "preference" not in source["path"], "pairs of responses have no reference answer"
+    assert builder["max_tokens"] <= hgpo["vllm_max_model_length"] - hgpo["max_completion_length"]
+
+
 SMALL = {  # a real run on a CPU: lengths, batch and whatever needs a GPU; everything else is the recipe's
     "max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "logging_steps": 1,
     "use_cpu": True, "bf16": False, "attn_implementation": "sdpa", "save_strategy": "no", "disable_tqdm": True,

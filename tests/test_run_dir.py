@@ -29,10 +29,12 @@ def claim(directory: Path, stage: str = "hft", data: DataArguments | None = None
     return claim_run_dir(stage, config, data or DataArguments())
 
 
-def checkpoint(directory: Path, step: int, complete: bool = True) -> str:
+def checkpoint(directory: Path, step: int, complete: bool = True, optimizer: str | None = "scheduler.pt") -> str:
     path = directory / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"half")
+    if optimizer is not None:
+        (path / optimizer).write_bytes(b"")
     (path / "trainer_state.json").write_text("{}", encoding="utf-8")
     if complete:
         seal(path)
@@ -256,6 +258,16 @@ def test_named_checkpoint_may_be_of_another_tool(tmp_path: Path) -> None:
     """Trainer's own checkpoints have no seal."""
     foreign = checkpoint(tmp_path / "elsewhere", 4, complete=False)
     assert claim(tmp_path / "run", resume_from_checkpoint=foreign) == foreign
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_no_run_goes_on_without_its_optimizer(tmp_path: Path, named: bool) -> None:
+    """As save_only_model leaves a checkpoint; DeepSpeed's own optimizer and schedule have a file `latest`."""
+    claim(tmp_path)
+    whole, alone = checkpoint(tmp_path, 4, optimizer="latest"), checkpoint(tmp_path, 8, optimizer=None)
+    with pytest.raises(ValueError, match=r"checkpoint-8 holds the model without its optimizer \(save_only_model"):
+        claim(tmp_path, **{"resume_from_checkpoint": alone} if named else {})
+    assert claim(tmp_path, resume_from_checkpoint=whole) == whole
 
 
 def test_another_number_of_processes_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

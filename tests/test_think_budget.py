@@ -249,6 +249,17 @@ def test_settings_that_do_not_go_together(fields: dict[str, Any], message: str) 
         HGPOConfig("unused", **ON_CPU, **fields)
 
 
+def test_evaluations_have_both_modes_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HGPOConfig, "world_size", 2)
+    fields = ON_CPU | {"max_no_think_tokens": 4, "num_generations_eval": 8, "per_device_eval_batch_size": 4}
+    HGPOConfig("unused", **fields)
+    message = (
+        "max_no_think_tokens needs both modes .* num_generations_eval=8 rows .* per_device_eval_batch_size=4. Raise"
+    )
+    with pytest.raises(UserError, match=message):
+        HGPOConfig("unused", **fields, eval_strategy="epoch", do_eval=True)
+
+
 @pytest.mark.parametrize("continuous_batching", [False, True])
 def test_each_mode_has_its_limit(make: Callable, prompts: Dataset, continuous_batching: bool) -> None:
     settings = CONTINUOUS_BATCHING if continuous_batching else {}

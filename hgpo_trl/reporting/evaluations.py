@@ -112,6 +112,7 @@ FAULTS = (
     ("Truncated, not thinking", "truncated.no_think", percent),
 )
 GROUPS = {"level": "Results by difficulty level", "domain": "Results by domain"}  # each a table of its own
+SWEEPS = ("margin_sweep", "budget_sweep")  # names in a report beside those of its evaluations
 THINK_BUDGET = "settings.think_budget"  # None where the reasoning may take as many tokens as the response
 SETTINGS = {"dataset": "data set", "num_prompts": "number of prompts", "margin": "margin of hybrid accuracy"}
 SAMPLING = {  # settings of the sampling; reports of earlier versions lack them

@@ -16,6 +16,7 @@ from hgpo_trl.common import paper
 from hgpo_trl.common.errors import UserError
 from hgpo_trl.common.files import looks_like_path, write_atomically
 from hgpo_trl.modes import LHRM, as_format
+from hgpo_trl.reporting.evaluations import SWEEPS
 from hgpo_trl.reporting.plots import CAPTIONS
 from hgpo_trl.reporting.tables import results_markdown
 from hgpo_trl.training.config import HGPOConfig
@@ -64,12 +65,14 @@ def write_model_card(model: str | Path, *, report: str | Path | None = None, hub
     base = _hub_name(runs[0].get("model_name_or_path")) if runs else None
     datasets = [name for run in runs if (name := _hub_name(run.get("train_data")))]
     name = hub_id or folder.resolve().name
+    path = folder / "README.md"
     data = ModelCardData(
         base_model=base,
         datasets=datasets or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hybrid-reasoning", "trl", *(run["stage"] for run in runs)],
+        **_licence(path),
     )
     card = ModelCard.from_template(
         data,
@@ -88,9 +91,16 @@ def write_model_card(model: str | Path, *, report: str | Path | None = None, hub
         versions=", ".join(f"{package} {metadata.version(package)}" for package in PACKAGES),
         citation=paper.CITATION.strip(),
     )
-    path = folder / "README.md"
     write_atomically(path, f"{str(card).strip()}\n".encode())
     return path
+
+
+def _licence(path: Path) -> dict[str, Any]:
+    """The licence that a user has added to the card's front matter; a new card keeps it."""
+    if not path.is_file():
+        return {}
+    found = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return {name: found[name] for name in ("license", "license_name", "license_link") if found.get(name)}
 
 
 # --- training -------------------------------------------------------------------------------------------------
@@ -193,7 +203,8 @@ def _evaluations(report: Path) -> dict[str, dict[str, Any]]:
             "`hgpo-trl evaluate`."
         )
     content = json.loads(path.read_text(encoding="utf-8"))
-    content.pop("margin_sweep", None)
+    for sweep in SWEEPS:
+        content.pop(sweep, None)
     evaluations = {"this model": content} if "hybrid_accuracy" in content else content
     return {
         name: {**evaluation, "model": _shown(evaluation["model"]), "dataset": _shown(evaluation["dataset"])}

@@ -22,7 +22,15 @@ from hgpo_trl.reporting.documents import (
     to_html,
     to_markdown,
 )
-from hgpo_trl.reporting.evaluations import GROUPS, Budgets, Evaluation, budget_of, check_evaluation, labels_of
+from hgpo_trl.reporting.evaluations import (
+    GROUPS,
+    SWEEPS,
+    Budgets,
+    Evaluation,
+    budget_of,
+    check_evaluation,
+    labels_of,
+)
 from hgpo_trl.reporting.examples import Example, example_blocks
 from hgpo_trl.reporting.plots import draw_pictures
 from hgpo_trl.reporting.tables import (
@@ -192,7 +200,7 @@ def write_report(
     """
     if not evaluations:
         raise UserError("evaluations is empty. Name at least one report.json that `hgpo-trl evaluate` has written.")
-    for name in ("margin_sweep", "budget_sweep"):
+    for name in SWEEPS:
         if name in evaluations:
             raise UserError(f"evaluations: the name {name!r} is taken by a key of report.json. Choose another one.")
     sweep = dict(sorted((margin_sweep or {}).items()))

@@ -32,7 +32,7 @@ from hgpo_trl.rewards import has_answer
 from hgpo_trl.scripts.hft import check as check_for_hft
 from hgpo_trl.scripts.hft import fine_tune
 from hgpo_trl.scripts.stages import load_tokenizer, lora_config, model_init_kwargs, parse_training, train_and_save
-from hgpo_trl.training.checks import DROP_HELP, check_prompts, dropped_rows_file, without_dropped
+from hgpo_trl.training.checks import DROP_HELP, check_examples, dropped_rows_file, without_dropped
 from hgpo_trl.training.lora import prepare_wrapped
 from hgpo_trl.training.rows import Renderer
 from hgpo_trl.training.run_dir import claim_run_dir
@@ -132,13 +132,14 @@ def dpo(argv: Sequence[str]) -> None:
     settle_format(tokenizer)
     tokens = mode_tokens(tokenizer)
     dataset = _build(args, training_args, preference_pairs)
-    dataset = check_prompts(
+    dataset = check_examples(  # a rejected response may be malformed
         f"samples={args.samples!r}",
-        dataset,
+        dataset.rename_column("chosen", "completion"),
         Renderer(tokenizer),
+        max_length=None,
         dropped=dropped_rows_file(training_args.output_dir, "samples") if args.drop_faulty_rows else None,
         is_main_process=training_args.process_index == 0,
-    )
+    ).rename_column("completion", "chosen")
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,

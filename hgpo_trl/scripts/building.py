@@ -39,7 +39,10 @@ class BuilderArguments:
     )
     output_dir: str = field(metadata={"help": "Folder to write to."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Of the model to be trained, to count tokens: path or hub id."}
+        default=None,
+        metadata={
+            "help": "Of the model to be trained, to count tokens: path or hub id. Stage II: or difficulty_model."
+        },
     )
     max_tokens: int | None = field(default=None, metadata={"help": "Drop rows with more tokens; needs tokenizer."})
     quality_filter: bool = field(default=True, metadata={"help": "Drop what is empty, cut off or repetitive."})

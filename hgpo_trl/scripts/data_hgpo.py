@@ -28,6 +28,8 @@ class HGPODataArguments(DifficultyArguments, BuilderArguments):
     """Fields of Stage II: difficulty."""
 
     def __post_init__(self) -> None:
+        if self.tokenizer is None:  # prompts that the difficulty model's template refuses are dropped, as any others
+            self.tokenizer = self.difficulty_model
         BuilderArguments.__post_init__(self)
         DifficultyArguments.__post_init__(self)
 

@@ -12,11 +12,12 @@ from typing import Any, cast
 import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTTrainer
 
 from hgpo_trl.common.errors import UserError
+from hgpo_trl.training.resume import SetEpoch
 
 _BATCH_ROWS = 1_000
 
@@ -42,23 +43,6 @@ def row_lengths(dataset: Dataset) -> list[int]:
     return [length for batch in batches for length in pc.list_value_length(batch["input_ids"]).to_pylist()]
 
 
-class _SetEpoch(TrainerCallback):
-    """Tell the sampler of batch_rebalance which epoch begins.
-
-    Transformers 5.17 looks for the sampler below one wrapper. Several processes that resume within an epoch have two
-    (accelerate's shard, and the skipping of batches): the sampler would repeat the order of epoch 0.
-    """
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        sampler = kwargs["train_dataloader"].batch_sampler
-        while hasattr(sampler, "batch_sampler"):
-            sampler = sampler.batch_sampler
-        if isinstance(sampler, BatchRebalanceSampler):
-            sampler.set_epoch(int(state.epoch or 0))
-
-
 class HFTTrainer(SFTTrainer):
     """TRL's SFTTrainer for Stage I (Eq. 4).
 
@@ -72,7 +56,7 @@ class HFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_sampling(self.args)
-        self.add_callback(_SetEpoch)
+        self.add_callback(SetEpoch)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Trainer's, seeded. It gets a data set of the rows' lengths, so that it need not read the rows."""

@@ -81,11 +81,16 @@ def is_adapter(name: str) -> bool:
     return (Path(name) / ADAPTER_CONFIG).is_file()
 
 
-def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_merged(
+    adapter: str, base: str, revision: str | None, **config_changes: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model in float32, merge an adapter of a training stage into it, and load the adapter's tokenizer.
 
     Embeddings that grew for the tags in training grow again in the same way. Tied embeddings stay tied, unless the
     adapter has trained one of the two alone (`lora_modules_to_save`, `lora_target_modules`).
+
+    Args:
+        config_changes: entries of the base model's config that the training has changed, such as its positions.
 
     Raises:
         UserError: the adapter's tokenizer lacks the mode tags, or gives them other ids than the base model's does.
@@ -95,7 +100,7 @@ def load_merged(adapter: str, base: str, revision: str | None) -> tuple[PreTrain
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     tokens = mode_tokens(tokenizer)
     base_tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=torch.float32, **config_changes)
     if tokens.mode_format == LHRM:
         add_mode_tokens(base_tokenizer, model)
     else:

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -38,6 +39,23 @@ class EpochSampler(Sampler):
         return len(self.sampler)
 
 
+class SetEpoch(TrainerCallback):
+    """Tell the sampler which epoch begins, however deep it lies in the data loader.
+
+    Transformers 5.17 looks for it below one wrapper. Several processes that resume within an epoch have two
+    (accelerate's shard, and the skipping of batches): the sampler would repeat the order of epoch 0.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        sampler = kwargs["train_dataloader"].batch_sampler
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(int(state.epoch or 0))
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+
 def save_rollout(checkpoint: Path, process_index: int, step: int, micro_batches: Any) -> None:
     """Save a process's micro-batches beside a checkpoint.
 
@@ -65,6 +83,10 @@ class ResumableTrainer(GRPOTrainer):
     """GRPOTrainer whose resumed runs see the data in the same order, and use up the rollout that was interrupted."""
 
     args: Any  # GRPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(SetEpoch)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         """TRL's, in an order that a resumed run goes on with."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hgpo_trl.common.differences import differences
@@ -57,14 +57,15 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
 
     Raises:
         UserError: `output_dir` holds another run's checkpoints or model (the message lists what differs),
-            `resume_from_checkpoint` names no folder or a torn checkpoint, or no checkpoint is whole for all processes.
-            Every process raises it.
+            `resume_from_checkpoint` names no folder or a torn checkpoint, the checkpoint has no optimizer, or none is
+            whole for all processes. Every process raises it.
     """
     directory = Path(str(training_args.output_dir))  # TrainingArguments has filled in a default
     run = describe_run(stage, *configs, training_args)
     requested = training_args.resume_from_checkpoint
     if requested in ("True", "true", True):
         requested = None  # the default
+    found = checkpoint_faults(directory)
     problem = None
     try:
         if requested is not None:
@@ -72,9 +73,10 @@ def claim_run_dir(stage: str, training_args: TrainingArguments, *configs: Any) -
         if training_args.process_index == 0:  # it writes the record and the results
             run["input_files"] = _input_files(run)
             _check_results(directory, run)
+            newest = next((_checkpoint(directory, step) for step, what in found.items() if what is None), None)
+            _check_has_optimizer(requested or newest)
     except UserError as error:
         problem = str(error)
-    found = checkpoint_faults(directory)
     everyone: list[tuple[str | None, dict[int, str | None]]] = gather_object([(problem, found)])
     for process, (of_process, _) in enumerate(everyone):
         if of_process is not None:
@@ -108,6 +110,16 @@ def _check_requested(checkpoint: Path) -> None:
     foreign = not (checkpoint / SEAL).exists() and (checkpoint / TRAINER_STATE_NAME).is_file()
     if not foreign and (found := fault(checkpoint)):  # checkpoints of other tools have a state and no seal
         raise UserError(f"resume_from_checkpoint={str(checkpoint)!r} is torn: {found}. {remedy}")
+
+
+def _check_has_optimizer(checkpoint: str | None) -> None:
+    """Raise UserError if a run would go on from a model alone, with a new optimizer and the first learning rates."""
+    if checkpoint is not None and not any((Path(checkpoint) / name).exists() for name in (SCHEDULER_NAME, "latest")):
+        raise UserError(
+            f"{checkpoint} holds the model without its optimizer (save_only_model: true), so no run can go on from it. "
+            "Remove the checkpoints to start afresh, with save_only_model: false if the run may be interrupted; or "
+            "name the checkpoint as model_name_or_path of another run."
+        )
 
 
 def claim_results(directory: Path, run: dict[str, Any]) -> None:

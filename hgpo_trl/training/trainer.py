@@ -270,6 +270,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
         openings = self._openings(prompt_ids, modes)
         think, no_think = ([row for row, mode in enumerate(modes) if mode == m] for m in range(len(MODES)))
         per_mode = num_generations // 2
+        # A server samples equal prompts in one request. Those that end in a token drawn for each row are not equal.
+        same = 1 if OTHER in self.mode_tokens.decision else per_mode
         completion_ids = [list(opening) for opening in openings]
         log_probs: list[list[float | None]] = [[None] * len(opening) for opening in openings]
         generate = super()._generate_single_turn
@@ -287,8 +289,8 @@ class HGPOTrainer(MicroBatchTrainer, ResumableTrainer):
             forced = [[*prompt_ids[row], *openings[row]] for row in rows]
             mode = modes[rows[0]]  # rows of both modes have the same limit
             if self._budget is not None and mode == THINK:
-                return self._budget.sample(forced, per_mode, sample, self.eos_token_ids)
-            return sample(forced, per_mode, self._rooms[mode])
+                return self._budget.sample(forced, same, sample, self.eos_token_ids)
+            return sample(forced, same, self._rooms[mode])
 
         def extend(rows: list[int]) -> None:
             ids, sampled_log_probs = draw(rows)

@@ -5,6 +5,7 @@
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -334,7 +335,16 @@ def check_resolved_fields(args: Args) -> None:
     if args.lazy_thinking:
         _check_lazy_thinking(args)
     if args.limits.of_both is None:
-        _check_two_calls(next(name for name in LIMITS if getattr(args, name) is not None), "null", args)
+        limit = next(name for name in LIMITS if getattr(args, name) is not None)
+        _check_two_calls(limit, "null", args)
+        if args.eval_strategy != "no" or args.do_eval:
+            _check_both_modes(
+                limit,
+                "null",
+                "num_generations_eval",
+                args.num_generations_eval or args.num_generations,
+                {"per_device_eval_batch_size": args.per_device_eval_batch_size},
+            )
     if args.micro_batch_tokens is not None:
         _check_micro_batch_tokens(args)
     check_rule(args)
@@ -428,13 +438,23 @@ def _check_two_calls(name: str, off: str, args: Args) -> None:
             f"vllm_mode=colocate and vllm_tensor_parallel_size=1, not with {args.vllm_mode} and "
             f"{args.vllm_tensor_parallel_size}. Change them, or set {name}={off}."
         )
-    rows = args.per_device_train_batch_size * args.steps_per_generation
-    if 2 * rows <= args.num_generations:
+    rows = {name: getattr(args, name) for name in ("per_device_train_batch_size", "steps_per_generation")}
+    _check_both_modes(name, off, "num_generations", args.num_generations, rows)
+
+
+def _check_both_modes(name: str, off: str, group: str, size: int, rows: dict[str, int]) -> None:
+    """Check that every process gets more than half a group, and so rows of both modes.
+
+    Args:
+        group: field that holds the group's size.
+        rows: fields whose product is the number of a process's rows in one rollout.
+    """
+    product = " x ".join(f"{field}={value}" for field, value in rows.items())
+    product += f" = {math.prod(rows.values())}" if len(rows) > 1 else ""
+    if 2 * math.prod(rows.values()) <= size:
         raise UserError(
-            f"{name} needs both modes in every process: more than half of num_generations="
-            f"{args.num_generations} rows in its part of a rollout, but per_device_train_batch_size="
-            f"{args.per_device_train_batch_size} x steps_per_generation={args.steps_per_generation} = {rows}. "
-            f"Raise one of them, or set {name}={off}."
+            f"{name} needs both modes in every process: more than half of {group}={size} rows in its part of a "
+            f"rollout, but {product}. Raise {' or '.join(rows)}, or set {name}={off}."
         )
 
 
