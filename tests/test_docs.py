@@ -30,6 +30,7 @@ from hgpo_trl.scripts.export import ExportArguments
 from hgpo_trl.scripts.hft import HFTArguments
 from hgpo_trl.scripts.hgpo import HGPOArguments
 from hgpo_trl.scripts.merge import MergeArguments
+from hgpo_trl.scripts.model import ModelArguments
 from hgpo_trl.scripts.report import ReportArguments
 from hgpo_trl.scripts.rewards import RewardArguments
 from hgpo_trl.training.config import HGPOConfig
@@ -42,6 +43,7 @@ PAGES = {
 }
 TEXT = PAGES["docs/configuration.md"]
 OURS = (
+    ModelArguments,
     DataArguments,
     BuilderArguments,
     HFTDataArguments,
