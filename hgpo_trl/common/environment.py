@@ -21,8 +21,8 @@ from hgpo_trl.common.recipe_files import find_recipe, named_recipe
 _READ_BEFORE_START = re.compile(r"PYTHON\w+|(LD|DYLD|MALLOC|GLIBC)_\w+")
 # Variables that libraries read while they are imported, or when they first use a device.
 _READ_AT_IMPORT = re.compile(
-    r"(ACCELERATE|CUDA|DS|GOMP|HF|HUGGINGFACE|KMP|MKL|NCCL|NUMEXPR|OMP|OPENBLAS|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS|VLLM"
-    r"|XDG)_\w+"
+    r"(ACCELERATE|CUDA|DS|GOMP|HF|HUGGINGFACE|KMP|MKL|NCCL|NUMEXPR|OMP|ONEDNN|OPENBLAS|PYTORCH|TOKENIZERS|TORCH|TRANSFORMERS"
+    r"|VLLM|XDG)_\w+"
 )
 
 # Variables that have been set, by name and value in the recipe. The entry point sets them and the stage's parser asks
